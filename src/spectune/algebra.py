@@ -1,0 +1,112 @@
+"""Pure functions on the records; forward, dense weight, merge and LoRA factors are written here, once.
+
+Everything is differentiable and works in the dtype that it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from .records import Delta, SparseCore
+
+# Multiplying N x Q by a sparse core one coefficient at a time gathers N x C numbers; a dense P x Q
+# core costs one GEMM. Chosen, not measured: gather up to this many coefficients per row.
+GATHER_COEFFICIENTS_PER_ROW = 2
+
+
+def through_core(z_NQ: torch.Tensor, core: torch.Tensor | SparseCore) -> torch.Tensor:
+    """Get z_NQ core^T, shape (..., P), by the cheapest road for the kind of core."""
+    if not isinstance(core, SparseCore):
+        return z_NQ * core if core.ndim == 1 else F.linear(z_NQ, core)
+    rows_P = core.shape[0]
+    if core.values_C.shape[0] > GATHER_COEFFICIENTS_PER_ROW * rows_P:
+        dense_PQ = core.values_C.new_zeros(core.shape).index_put((core.rows_C, core.cols_C), core.values_C)
+        return F.linear(z_NQ, dense_PQ)
+    terms_NC = z_NQ[..., core.cols_C] * core.values_C
+    return terms_NC.new_zeros(*z_NQ.shape[:-1], rows_P).index_add(-1, core.rows_C, terms_NC)
+
+
+def apply(delta: Delta, x_NI: torch.Tensor) -> torch.Tensor:
+    """Get x_NI dW^T, shape (..., O), without building dW."""
+    return F.linear(through_core(F.linear(x_NI, delta.right_QI), delta.core), delta.left_OP)
+
+
+def dense(delta: Delta) -> torch.Tensor:
+    """Get dW_OI itself, in the dtype of the factors."""
+    left_OQ = through_core_from_left(delta.left_OP, delta.core)
+    return left_OQ @ delta.right_QI
+
+
+def through_core_from_left(left_OP: torch.Tensor, core: torch.Tensor | SparseCore) -> torch.Tensor:
+    """Get left_OP core_PQ, shape (O, Q)."""
+    if not isinstance(core, SparseCore):
+        return left_OP * core if core.ndim == 1 else left_OP @ core
+    transposed = SparseCore(core.cols_C, core.rows_C, core.values_C, (core.shape[1], core.shape[0]))
+    return through_core(left_OP, transposed)
+
+
+def scale(delta: Delta, factor: float) -> Delta:
+    """Get factor * dW in the same form."""
+    core = delta.core
+    if isinstance(core, SparseCore):
+        return replace(delta, core=replace(core, values_C=core.values_C * factor))
+    return replace(delta, core=core * factor)
+
+
+def to_factors(delta: Delta) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get (B_OP, A_PI) with B A = dW exactly: the two matrices of a LoRA of rank min(P, Q).
+
+    A sparse core first loses its empty rows and columns, so that few coefficients give a low rank.
+    """
+    left_OP, core, right_QI = delta.left_OP, delta.core, delta.right_QI
+    if isinstance(core, SparseCore):
+        delta = _without_empty_lines(delta, core)
+        left_OP, core, right_QI = delta.left_OP, delta.core_matrix(), delta.right_QI
+    if core.ndim == 1:
+        return left_OP * core, right_QI
+    rows_P, cols_Q = core.shape
+    return (left_OP, core @ right_QI) if rows_P <= cols_Q else (left_OP @ core, right_QI)
+
+
+def _without_empty_lines(delta: Delta, core: SparseCore) -> Delta:
+    used_P, rows_C = core.rows_C.unique(return_inverse=True)
+    used_Q, cols_C = core.cols_C.unique(return_inverse=True)
+    small = SparseCore(rows_C, cols_C, core.values_C, (len(used_P), len(used_Q)))
+    return Delta(delta.left_OP[:, used_P], small, delta.right_QI[used_Q])
+
+
+def rank(delta: Delta, tolerance: float | None = None) -> int:
+    """Get the numerical rank of dW: how many singular values exceed tolerance * the largest.
+
+    QR of the two factors, then the singular values of the small middle; never an O x I SVD. The
+    default tolerance is max(O, I) times the machine epsilon of the dtype.
+    """
+    S_P = singular_values(delta)
+    if S_P.numel() == 0 or S_P[0] == 0:
+        return 0
+    if tolerance is None:
+        tolerance = max(delta.shape) * torch.finfo(S_P.dtype).eps
+    return int((tolerance * S_P[0] < S_P).sum())
+
+
+def singular_values(delta: Delta) -> torch.Tensor:
+    """Get the singular values of dW, descending, by QR of its factors."""
+    B_OP, A_PI = to_factors(delta)
+    R_left = torch.linalg.qr(B_OP, mode="r").R
+    R_right = torch.linalg.qr(A_PI.T, mode="r").R
+    return torch.linalg.svdvals(R_left @ R_right.T)
+
+
+def fix_signs(U_OR: torch.Tensor, Vh_RI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the same singular directions with canonical signs: each u's largest entry is positive.
+
+    A pair (u, v) and (-u, -v) are equally right; a solver returns either. This choice is stable
+    unless two entries of u tie, so it helps but does not replace the alignment on load.
+    """
+    places_R = U_OR.abs().argmax(dim=0)
+    signs_R = torch.sign(U_OR.gather(0, places_R[None]).squeeze(0))
+    signs_R = torch.where(signs_R == 0, torch.ones_like(signs_R), signs_R)
+    return U_OR * signs_R, Vh_RI * signs_R[:, None]

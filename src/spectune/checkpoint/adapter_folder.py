@@ -1,0 +1,88 @@
+"""`read_adapter_folder`: a saved PEFT adapter, checked, with its tensors still on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError
+from .reader import read_json
+from .tensor_file import TensorFile
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+# An adapter config is a few kilobytes; a longer one is no config. Chosen, not measured.
+CONFIG_LIMIT = 2**20
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What a saved adapter is: its config, and the names and shapes of its tensors."""
+
+    path: Path
+    config: dict[str, Any] = field(repr=False)
+    file: TensorFile = field(repr=False)
+
+    @property
+    def peft_type(self) -> str:
+        """Which PEFT method wrote it, in capitals: SPECTUNE, LORA, …"""
+        return str(self.config["peft_type"]).upper()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its tensors, sorted."""
+        return self.file.names
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, without reading the tensors."""
+        return self.file.shapes
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor; `AdapterError` with the near misses where there is none of that name."""
+        return self.file.tensor(name)
+
+    def require(self, *peft_types: str) -> AdapterFolder:
+        """Get this folder if it is of one of these kinds; `AdapterError` says which kind it is."""
+        if self.peft_type not in peft_types:
+            raise AdapterError(
+                f"{self.path}: asked for a {' or '.join(peft_types)} adapter, found a {self.peft_type} one. "
+                f"Pass the folder of the right adapter."
+            )
+        return self
+
+
+def read_adapter_folder(path: str | Path) -> AdapterFolder:
+    """Get a saved adapter of any PEFT method, its config and the header of its tensors checked.
+
+    Links are followed (the Hugging Face cache is made of them) but must end at regular files.
+    `AdapterError` for what is missing, damaged or of another kind; pickled adapters are refused.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        found = "a file" if path.exists() else "nothing"
+        raise AdapterError(f"{path}: asked for an adapter folder, found {found}. Check the path.")
+    if not (path / CONFIG_FILE).exists():
+        raise AdapterError(f"{path}: asked for an adapter folder, found no {CONFIG_FILE} in it. {_whose_folder(path)}")
+    config = read_json(path / CONFIG_FILE, CONFIG_LIMIT)
+    if not isinstance(config.get("peft_type"), str):
+        raise AdapterError(
+            f"{path / CONFIG_FILE}: the config has no peft_type, so it is not known which method wrote it. "
+            f"Save the adapter with PEFT's save_pretrained."
+        )
+    if not (path / TENSOR_FILE).exists() and (path / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{path}: adapter_model.bin is a pickle, and reading one would run code that it brings. "
+            f"Save the adapter as safetensors instead."
+        )
+    return AdapterFolder(path, config, TensorFile.open(path / TENSOR_FILE))
+
+
+def _whose_folder(path: Path) -> str:
+    if (path / "config.json").exists():
+        return "It holds a whole model; pass the adapter's folder."
+    inner = sorted(child.parent.name for child in path.glob(f"*/{CONFIG_FILE}"))
+    return f"There is one in: {', '.join(inner[:5])}." if inner else "Check the path."

@@ -1,0 +1,137 @@
+"""Lazy reading of models: names, shapes and dtypes from the headers, one tensor at a time from the disk.
+
+Nothing here unpickles: a `.bin` or `.pt` file is refused, since reading one runs code that it brings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError, nearest
+from .tensor_file import HEADER_LIMIT, TensorFile
+
+# Names under which transformers and diffusers store a model, in the order in which they are looked for.
+STEMS = ("model", "diffusion_pytorch_model")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model in one or several safetensors files, read one at a time."""
+
+    path: Path
+    files: dict[str, TensorFile] = field(repr=False)
+    """Tensor name -> the file that holds it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors, sorted."""
+        return tuple(sorted(self.files))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, without reading the tensors."""
+        return {name: file.shapes[name] for name, file in self.files.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Tensor name -> dtype, without reading the tensors."""
+        return {name: file.dtypes[name] for name, file in self.files.items()}
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Read one tensor; `AdapterError` with the near misses where there is none of that name."""
+        if name not in self.files:
+            raise AdapterError(f"{self.path}: asked for the tensor {name!r}. {nearest(name, self.names)}")
+        return self.files[name].tensor(name, device)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read the tensors one after the other, file by file."""
+        for name in sorted(self.files, key=lambda name: (str(self.files[name].path), name)):
+            yield name, self.tensor(name)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Get the tensors of a model folder (single file or shards with an index) or of one safetensors file.
+
+    Only headers are read. `AdapterError` says what was found where a model was expected, which names an
+    index promises and no file holds, and that a pickle is not read.
+    """
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise AdapterError(f"{path}: {_why_no_pickle(path.name)}")
+    if path.is_file():
+        return _of_one_file(path, path)
+    if not path.is_dir():
+        raise AdapterError(f"{path}: asked for a model folder or a safetensors file, found nothing. Check the path.")
+    for stem in STEMS:
+        if (path / f"{stem}.safetensors").exists():
+            return _of_one_file(path, path / f"{stem}.safetensors")
+        if (path / f"{stem}.safetensors.index.json").exists():
+            return _of_shards(path, path / f"{stem}.safetensors.index.json")
+    return _of_one_file(path, _only_file(path))
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """Get the object in a JSON file of at most `limit` bytes; `AdapterError` for anything else."""
+    if not path.is_file():
+        found = "found something that is not a file" if path.exists() else "there is no such file"
+        raise AdapterError(f"{path}: asked for a JSON file, {found}. Check the path.")
+    size = path.stat().st_size
+    if size > limit:
+        raise AdapterError(f"{path}: the file is {size:,} bytes, a file of this kind has at most {limit:,}. Check it.")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise AdapterError(f"{path}: the file is no valid JSON: {error}. Copy it again.") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: asked for a JSON object, found a {type(content).__name__}. Copy it again.")
+    return content
+
+
+def _of_one_file(path: Path, file_path: Path) -> Checkpoint:
+    file = TensorFile.open(file_path)
+    return Checkpoint(path, dict.fromkeys(file.shapes, file))
+
+
+def _of_shards(path: Path, index: Path) -> Checkpoint:
+    weight_map = read_json(index, HEADER_LIMIT).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise AdapterError(f"{index}: the index has no weight_map from tensor names to files. Copy it again.")
+    for shard in set(weight_map.values()):
+        place = PurePosixPath(shard.replace("\\", "/"))
+        if place.is_absolute() or ".." in place.parts or ":" in shard or not shard:
+            raise AdapterError(
+                f"{index}: the index names the file {shard!r}, which is outside its folder. Do not use it."
+            )
+    shards = {shard: TensorFile.open(path / shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard].shapes:
+            raise AdapterError(
+                f"{index}: the index promises the tensor {name!r} in {shard}, which does not hold it. "
+                f"Copy the index and the files again, from one version of the model."
+            )
+    return Checkpoint(path, {name: shards[shard] for name, shard in weight_map.items()})
+
+
+def _only_file(path: Path) -> Path:
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AdapterError(f"{path}: found {len(found)} safetensors files and no index over them. Name one of them.")
+    pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+    raise AdapterError(
+        f"{path}: {_why_no_pickle(pickles[0])}"
+        if pickles
+        else f"{path}: asked for a model, found no safetensors file in this folder. Check the path."
+    )
+
+
+def _why_no_pickle(name: str) -> str:
+    return f"{name} is a pickle, and reading it runs code that it brings. Save the model as safetensors instead."

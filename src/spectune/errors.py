@@ -1,0 +1,53 @@
+"""One root error for the library; each child also is the standard error that it replaces.
+
+A message has four parts: where, what was asked, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+
+class SpectuneError(Exception):
+    """Root of everything that Spectune raises on purpose."""
+
+
+class OptionError(SpectuneError, ValueError):
+    """An option that does not exist, has a wrong value, or is not used by the chosen method."""
+
+
+class UnknownOptionError(OptionError, TypeError):
+    """A keyword that no field answers to; a TypeError too, as Python's own."""
+
+
+class WeightError(SpectuneError, ValueError):
+    """A weight that cannot be decomposed as asked: shape, rank, dtype, NaN or infinity."""
+
+
+class AdapterError(SpectuneError, ValueError):
+    """An adapter that does not fit: another base, a foreign or damaged file, a newer format."""
+
+
+class ExportError(SpectuneError, ValueError):
+    """An export that would not be exact, or whose proof failed."""
+
+
+class DataError(SpectuneError, ValueError):
+    """A data set that is missing or not in the form that the recipe reads."""
+
+
+class OutputError(SpectuneError, OSError):
+    """An output folder that cannot be written without losing something."""
+
+
+class MissingExtraError(SpectuneError, ImportError):
+    """An optional dependency that is not installed; the message names the extra."""
+
+
+def nearest(asked: str, known: list[str] | tuple[str, ...]) -> str:
+    """Get the end of an error message that lists what exists, the near misses first."""
+    import difflib
+
+    close = difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
+    if close:
+        return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
+    shown = ", ".join(sorted(known)[:12])
+    return f"There are: {shown}{', …' if len(known) > 12 else ''}."

@@ -1,0 +1,9 @@
+"""(Spectrum, trained numbers) -> Delta: one file per method, and the table that names them all."""
+
+from .contract import Method as Method
+from .modules import Dynamics as Dynamics
+from .modules import SpectralModule as SpectralModule
+from .modules import modules_with_dynamics as modules_with_dynamics
+from .modules import spectral_modules as spectral_modules
+from .table import METHODS as METHODS
+from .table import build_method as build_method

@@ -1,0 +1,133 @@
+"""What a method owes the rest of the house, and nothing else: `Method`.
+
+A method is a frozen record of its own options with a few pure functions: which singular directions
+it wants, which numbers it trains, and how these become a `Delta`. Forward, dense weight, merge,
+LoRA factors and fusion are written once, for `Delta`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+
+from ..errors import OptionError, WeightError
+from ..records import Delta, Spectrum
+
+Columns = str | int | tuple[int, ...]
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to turn trained numbers into a `Delta` in the singular space of a weight.
+
+    A subclass adds its options as fields, checks them in `__post_init__`, and stands in `METHODS`.
+    """
+
+    name: ClassVar[str]
+    """The word in `SpectralConfig(method=...)`, in files and in the docs."""
+    paper: ClassVar[str]
+    """Title and arXiv number."""
+    learning_rate: ClassVar[float]
+    """A first guess for AdamW; where it comes from stands beside it in the subclass."""
+    diagonal: ClassVar[bool] = False
+    """True when signs of the singular vectors cannot change the update."""
+
+    def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
+        """Get how many singular directions of an O x I weight this method wants, and which."""
+        raise NotImplementedError
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        """Get the names and shapes of the trainable tensors. Zeros in all of them mean dW = 0
+        unless `start` says otherwise."""
+        raise NotImplementedError
+
+    def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
+        """Get the update. Differentiable in `trained`; `strength` 1 is the trained update, 0 is none."""
+        raise NotImplementedError
+
+    def exact_rank(self, rows_O: int, cols_I: int) -> int:
+        """Get the rank of a LoRA that holds every update of this method exactly."""
+        raise NotImplementedError
+
+    def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Get the trained numbers before training, float32: dW = 0 exactly. `seed` where some are random."""
+        return {name: torch.zeros(shape) for name, shape in self.trained_shapes(rows_O, cols_I).items()}
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Get the names and shapes of tensors that all adapted weights of a model train together."""
+        return {}
+
+    def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
+        """Get the frozen tensors that `delta` needs next to the basis, such as a sparsity pattern."""
+        return {}
+
+    def saves_frozen(self) -> bool:
+        """Ask whether the frozen tensors must travel in the file, because they cannot be found again."""
+        return False
+
+    def disturb(self, trained: Tensors) -> Tensors:
+        """Get the trained tensors as one training step sees them (dropout); never used to merge or save."""
+        return trained
+
+    def check(self, spectrum: Spectrum) -> None:
+        """Raise `WeightError` when this method cannot train on these singular directions."""
+
+    def gradient_axes(self) -> dict[str, int]:
+        """Get, for each trained tensor whose gradient may be normalised, the axis that one norm is taken along."""
+        raise NotImplementedError
+
+    def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
+        """Get 1 - s / s_max for every trained number that belongs to a singular direction, broadcastable to its
+        tensor: how much of the singular-guided decay it takes. Empty where a method has no singular directions."""
+        return {}
+
+    def trainable_count(self, rows_O: int, cols_I: int) -> int:
+        """Get how many numbers are trained on one O x I weight, without those shared by all weights."""
+        return sum(math.prod(shape) for shape in self.trained_shapes(rows_O, cols_I).values())
+
+    @classmethod
+    def options(cls) -> dict[str, object]:
+        """Get the options of this method with their defaults."""
+        return {field.name: field.default for field in fields(cls)}
+
+    def _at_least(self, least: int, **values: int | None) -> None:
+        for option, value in values.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise OptionError(f"{self.name}: {option} must be an integer of at least {least}, got {value!r}.")
+
+
+def kept_directions(basis_rank: int | None, rows_O: int, cols_I: int) -> int:
+    """Get how many directions a wide method works in: `basis_rank`, or all K = min(O, I)."""
+    K = min(rows_O, cols_I)
+    return K if basis_rank is None else min(basis_rank, K)
+
+
+def weakness(spectrum: Spectrum) -> torch.Tensor:
+    """Get 1 - s / s_max of each kept direction, shape (R,): zero for the strongest, near one in the tail.
+
+    s_max is the largest kept singular value, as in SpecAdapt's code.
+    """
+    return 1 - spectrum.S_R / spectrum.S_R.max().clamp_min(torch.finfo(spectrum.S_R.dtype).tiny)
+
+
+def refuse_dead_directions(method: str, spectrum: Spectrum) -> None:
+    """Raise `WeightError` when a chosen direction has singular value zero and the step there is proportional to it."""
+    S_R, asked, name = spectrum.S_R, len(spectrum.columns), spectrum.name or "weight"
+    # Below this a singular value is roundoff of the decomposition (the usual numerical rank).
+    floor = max(spectrum.shape[:2]) * torch.finfo(S_R.dtype).eps * float(S_R.max())
+    alive = int((floor < S_R).sum())
+    if alive == 0:
+        raise WeightError(
+            f"{name}: asked {method} to tune {asked} directions, their singular values are all zero and none would "
+            f"ever get a gradient. Exclude the layer or use method='svft'."
+        )
+    if alive < asked:
+        raise WeightError(
+            f"{name}: asked {method} to tune {asked} directions, only {alive} of them have a singular value above "
+            f"zero and the rest would never get a gradient. Lower r to {alive} (rank_pattern) or exclude the layer."
+        )

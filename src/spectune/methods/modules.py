@@ -1,0 +1,207 @@
+"""`SpectralModule`: one adapter on one weight, and how the other rooms find such modules in a model."""
+
+from __future__ import annotations
+
+import math
+import weakref
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..algebra import apply
+from ..errors import AdapterError
+from ..records import Delta, Spectrum
+from ..spectrum import align, sketch, sketch_width
+from .contract import Method
+
+# The attribute under which a layer keeps {adapter name: SpectralModule}. Exports and dynamics look
+# for it, so they need not know the layer classes.
+ADAPTERS_ATTRIBUTE = "spectune_adapter"
+# A sketch that differs by more than this after turning belongs to another weight. Birthplace: on real
+# 384x384 weights a float16 or bfloat16 copy of the base leaves at most 0.01, a base that was fine-tuned
+# by 5% leaves more than 0.04, another model 1 (measured by tests/spectrum/test_align.py's procedure).
+SKETCH_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What `spectune.dynamics` does to one module's numbers at each optimizer step; nothing by default."""
+
+    singular_decay: float = 0.0
+    grad_norm: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.singular_decay > 0 or self.grad_norm is not None
+
+
+class SpectralModule(nn.Module):
+    """The trained numbers of one adapter on one weight, with the frozen basis that they live in.
+
+    Parameters are the method's trained tensors, under the method's own names. Buffers are the basis
+    `U_OR, S_R, Vh_RI`, the method's frozen tensors, and a `sketch` of the basis that travels in the file: on
+    load the basis found there is turned onto it, so that the update is the same on every machine.
+    """
+
+    U_OR: torch.Tensor
+    S_R: torch.Tensor
+    Vh_RI: torch.Tensor
+    sketch: torch.Tensor
+
+    def __init__(
+        self,
+        method: Method,
+        spectrum: Spectrum,
+        *,
+        embed_basis: bool,
+        random_start: bool = False,
+        owner: SpectralModule | None = None,
+    ) -> None:
+        super().__init__()
+        rows_O, cols_I, R = spectrum.shape
+        self.method = method
+        self.name = spectrum.name
+        self.columns, self.quality = spectrum.columns, spectrum.quality
+        self.strength = 1.0
+        self._dynamics = Dynamics()
+        device = spectrum.S_R.device
+        for buffer in ("U_OR", "S_R", "Vh_RI"):
+            self.register_buffer(buffer, getattr(spectrum, buffer).contiguous())
+        self.frozen_names = tuple(frozen := method.frozen(spectrum))
+        for name, tensor in frozen.items():
+            kept = tensor if tensor.is_floating_point() else tensor.to(torch.int32)
+            self.register_buffer(name, kept.to(device), persistent=method.saves_frozen())
+        found = math.isfinite(spectrum.quality.residual)
+        self.register_buffer("sketch", self._make_sketch() if found else torch.zeros(0))
+        self._settled_on: torch.Tensor | None = self.sketch if found else None
+        self.embed_basis(embed_basis)
+        # In a list, so that torch does not register the owner as a child and its tensors twice.
+        self._owner = [owner] if owner is not None else []
+        start = method.start(rows_O, cols_I, seed=zlib.crc32(spectrum.name.encode()))
+        self.trained_names = tuple(start)
+        self.own_names = tuple(name for name in start if owner is None or name not in method.shared_shapes())
+        for name in self.own_names:
+            tensor = start[name]
+            if random_start:
+                # PEFT's init_weights=False: a start that is not the identity, for tests of merging and saving.
+                tensor = tensor + 0.02 * torch.randn(tensor.shape)
+            self.register_parameter(name, nn.Parameter(tensor.to(device)))
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """What happens to the trained numbers at an optimizer step besides the step."""
+        return self._dynamics
+
+    @dynamics.setter
+    def dynamics(self, dynamics: Dynamics) -> None:
+        self._dynamics = dynamics
+        (_WITH_DYNAMICS.add if dynamics else _WITH_DYNAMICS.discard)(self)
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The basis as a record, turned onto the stored sketch."""
+        if self.sketch is not self._settled_on:
+            self.settle()
+        return self._basis()
+
+    def _basis(self) -> Spectrum:
+        return Spectrum(self.U_OR, self.S_R, self.Vh_RI, self.columns, self.quality, self.name)
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, in the dtype of the basis."""
+        dtype = self.S_R.dtype
+        return {name: self._holder(name).to(dtype) for name in self.trained_names}
+
+    def _holder(self, name: str) -> torch.Tensor:
+        home = self if name in self.own_names else self._owner[0]
+        tensor: torch.Tensor = getattr(home, name)
+        return tensor
+
+    @property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """The method's frozen tensors next to the basis."""
+        return {name: getattr(self, name) for name in self.frozen_names}
+
+    def delta(self) -> Delta:
+        """Get the update as it stands, differentiable in the trained tensors."""
+        return self.method.delta(self.spectrum, self.trained, self.frozen, self.strength)
+
+    def training_delta(self) -> Delta:
+        """Get the update as one forward sees it: while training, with the method's dropout."""
+        trained = self.method.disturb(self.trained) if self.training else self.trained
+        return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
+
+    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return apply(self.training_delta(), x_NI)
+
+    def _make_sketch(self) -> torch.Tensor:
+        return sketch(self._basis(), sketch_width(len(self.columns))).to(self.S_R.device)
+
+    def embed_basis(self, embed: bool) -> None:
+        """Choose what describes the basis in a file: the basis itself, or only its sketch."""
+        for buffer in ("U_OR", "S_R", "Vh_RI", "sketch"):
+            if embed == (buffer != "sketch"):
+                self._non_persistent_buffers_set.discard(buffer)
+            else:
+                self._non_persistent_buffers_set.add(buffer)
+
+    def settle(self) -> None:
+        """Turn the basis onto the sketch that came from a file; `AdapterError` if it belongs to another weight."""
+        if self.sketch.numel():
+            turned, unexplained = align(self._basis(), self.sketch)
+            if not unexplained <= SKETCH_TOLERANCE:
+                raise AdapterError(
+                    f"{self.name}: the adapter was trained on another base weight: the sketch of its singular "
+                    f"vectors differs by {unexplained:.1%} from this base's, at most {SKETCH_TOLERANCE:.0%} is "
+                    f"rounding. Load it on the base model that it was trained on."
+                )
+            self.U_OR, self.S_R, self.Vh_RI = turned.U_OR, turned.S_R, turned.Vh_RI
+        self._settled_on = self.sketch
+
+    def rebase(self, spectrum: Spectrum) -> None:
+        """Take another basis of the same shape in place of the present one, keeping the trained numbers."""
+        self.U_OR, self.S_R, self.Vh_RI = spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI
+        self.columns, self.quality = spectrum.columns, replace(spectrum.quality)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.dynamics = self._dynamics  # a copy or an unpickled module is found at the step, too
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "sketch" in state_dict:
+            self.settle()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpectralModule:
+        settled = self.sketch is self._settled_on
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if settled:
+            self._settled_on = self.sketch
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> SpectralModule:
+        for name in self.own_names:
+            getattr(self, name).requires_grad_(requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.method}, directions={len(self.columns)}, solver={self.quality.solver}"
+
+
+_WITH_DYNAMICS: weakref.WeakSet[SpectralModule] = weakref.WeakSet()
+
+
+def modules_with_dynamics() -> Iterator[SpectralModule]:
+    """Get the living modules that ask for something at the optimizer step."""
+    yield from _WITH_DYNAMICS
+
+
+def spectral_modules(model: nn.Module) -> Iterator[tuple[str, str, SpectralModule]]:
+    """Get (layer name, adapter name, module) for every spectral adapter in a model."""
+    for layer_name, layer in model.named_modules():
+        for adapter_name, module in getattr(layer, ADAPTERS_ATTRIBUTE, {}).items():
+            yield layer_name, adapter_name, module

@@ -1,0 +1,145 @@
+"""Two baselines whose frozen factors are slices of random orthogonal matrices: LiDB, Orthogonal Adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..algebra import scale
+from ..errors import WeightError
+from ..records import Delta, Spectrum
+from .contract import Columns, Method, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiDB(Method):
+    """Train a low-rank map between two small random subspaces, one of the outputs, one of the inputs.
+
+    dW_OI = P_Oa . (A_aR B_Rb) . Q_bI,   P and Q frozen slices of random orthogonal matrices; trains (a + b) r
+
+    A starts at zero, B as LoRA's down matrix does. P and Q follow from the seed and the shape, so
+    they need no room in the file; weights of one shape share them.
+
+    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1; a = 50 and
+    b = 100 as there.
+    """
+
+    name: ClassVar[str] = "lidb"
+    paper: ClassVar[str] = "HyperDreamBooth (Lightweight DreamBooth), arXiv 2307.06949"
+    # As the Spectral Adapter's comparison set it for the text encoder (its UNet rate was 1e-4).
+    learning_rate: ClassVar[float] = 5e-4
+
+    r: int = 8
+    """Inner rank."""
+    output_width: int = 50
+    """a, the width of the random output subspace (at most O)."""
+    input_width: int = 100
+    """b, the width of the random input subspace (at most I)."""
+    basis_seed: int = 0
+    """Seed of the frozen orthogonal factors; kept in the file."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, r=self.r, output_width=self.output_width, input_width=self.input_width)
+        self._at_least(0, basis_seed=self.basis_seed)
+
+    def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
+        return 0, "top"
+
+    def _widths(self, rows_O: int, cols_I: int) -> tuple[int, int]:
+        return min(self.output_width, rows_O), min(self.input_width, cols_I)
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        a, b = self._widths(rows_O, cols_I)
+        return {"A": (a, self.r), "B": (self.r, b)}
+
+    def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        a, b = self._widths(rows_O, cols_I)
+        B_Rb = torch.empty(self.r, b)
+        torch.nn.init.kaiming_uniform_(B_Rb, a=5**0.5, generator=torch.Generator().manual_seed(seed))
+        return {"A": torch.zeros(a, self.r), "B": B_Rb}
+
+    def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
+        rows_O, cols_I, _ = spectrum.shape
+        a, b = self._widths(rows_O, cols_I)
+        P_aO = orthogonal_rows(a, rows_O, 2 * self.basis_seed)
+        return {"P": P_aO.T.contiguous(), "Q": orthogonal_rows(b, cols_I, 2 * self.basis_seed + 1)}
+
+    def gradient_axes(self) -> dict[str, int]:
+        return {"A": 0, "B": 1}
+
+    def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
+        dtype = trained["A"].dtype
+        whole = Delta(frozen["P"].to(dtype), trained["A"] @ trained["B"], frozen["Q"].to(dtype))
+        return whole if strength == 1.0 else scale(whole, strength)
+
+    def exact_rank(self, rows_O: int, cols_I: int) -> int:
+        return min(self.r, *self._widths(rows_O, cols_I))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthogonalAdaptation(Method):
+    """Train the up matrix of a LoRA whose down matrix is r rows of one orthogonal matrix for all concepts.
+
+    dW_OI = B_OR . A_RI,   A_RI = rows [concept r, (concept + 1) r) of an orthogonal I x I matrix; trains O r
+
+    Concepts with different numbers have disjoint rows, so dW_i dW_j^T = 0 and their sum does not mix:
+    what the paper wants and the rewrite inside the Spectral Adapter's code misses, where every concept
+    draws the same rows.
+
+    Orthogonal Adaptation (Po et al., arXiv 2312.02432), section 4.
+    """
+
+    name: ClassVar[str] = "orthogonal_adaptation"
+    paper: ClassVar[str] = "Orthogonal Adaptation for Modular Customization of Diffusion Models, arXiv 2312.02432"
+    # As LoRA's in the same comparison (UNet).
+    learning_rate: ClassVar[float] = 1e-4
+
+    r: int = 8
+    """Rows of the orthogonal matrix that this adapter owns."""
+    concept: int = 0
+    """Which block of rows; give every adapter that will be fused another number."""
+    basis_seed: int = 0
+    """Seed of the orthogonal matrix; must be equal for all adapters that will be fused."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, r=self.r)
+        self._at_least(0, concept=self.concept, basis_seed=self.basis_seed)
+
+    def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
+        return 0, "top"
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        return {"B": (rows_O, self.r)}
+
+    def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
+        cols_I, last = spectrum.shape[1], (self.concept + 1) * self.r
+        if last > cols_I:
+            raise WeightError(
+                f"{spectrum.name or 'weight'}: concept {self.concept} at r={self.r} needs rows up to {last} of an "
+                f"orthogonal matrix of {cols_I}. Lower r or use at most {cols_I // self.r} concepts."
+            )
+        return {"A": orthogonal_rows(last, cols_I, self.basis_seed)[last - self.r :].contiguous()}
+
+    def gradient_axes(self) -> dict[str, int]:
+        return {"B": 0}
+
+    def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
+        B_OR = trained["B"]
+        return Delta(B_OR, B_OR.new_full((self.r,), strength), frozen["A"].to(B_OR.dtype))
+
+    def exact_rank(self, rows_O: int, cols_I: int) -> int:
+        return min(self.r, rows_O)
+
+
+def orthogonal_rows(count: int, width: int, seed: int) -> torch.Tensor:
+    """Get the first `count` rows of the random orthogonal width x width matrix of a seed, float32.
+
+    The rows do not depend on `count`. Uniform over the orthogonal matrices (QR of a Gaussian with the
+    diagonal of R made positive: Mezzadri, arXiv math-ph/0609050), from numpy's frozen RandomState stream.
+    """
+    gaussian_CI = np.random.RandomState(seed).standard_normal((count, width))
+    Q_IC, R_CC = torch.linalg.qr(torch.from_numpy(gaussian_CI).T)
+    return (Q_IC * torch.sign(R_CC.diagonal())).T.float()

@@ -1,0 +1,99 @@
+"""SpecAdapt: low-rank coefficients between many frozen singular vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..algebra import scale
+from ..errors import OptionError
+from ..records import Delta, Spectrum
+from .contract import Columns, Method, Tensors, kept_directions, weakness
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecAdapt(Method):
+    """Train a matrix of coefficients of rank r in the basis of the top D singular directions.
+
+    dW_OI = U_OD . (A_DR H_RR B_RD) . Vh_DI,   trains 2 D r, and r^2 for H
+
+    A starts at zero, B at a normal distribution of deviation sqrt(1/D) cut at two deviations, H at the
+    identity. H is one matrix for the whole model, or one for each weight. Weight dropout leaves out rows
+    of A, that is whole left singular directions, at random in each training forward (inverted: the
+    mean of the update stays).
+
+    SpecAdapt (Zhang et al.); only the code is public in full. It reshapes each tensor to a near-square
+    matrix first, which glues rows of a weight together; here U and Vh are the singular vectors of the
+    weight as it maps inputs to outputs. Its dropout masks single entries of the dense update. Its
+    singular-guided decay and gradient normalisation are in `spectune.dynamics`, for every method.
+    """
+
+    name: ClassVar[str] = "specadapt"
+    paper: ClassVar[str] = (
+        "SpecAdapt, optimizer-level adaptation in a truncated SVD basis (zhangkunzk/SpecAdapt_pytorch)"
+    )
+    # The trainer's rate for all nineteen VTAB-1k tasks, with gradients normalised to unit rms.
+    learning_rate: ClassVar[float] = 3e-3
+
+    r: int = 8
+    """Inner rank of the coefficients."""
+    basis_rank: int | None = 1024
+    """D, how many top directions are kept (the official max_rank); None is all min(O, I)."""
+    shared_core: bool = True
+    """True: one H for all adapted weights, as in the official code; False: one for each."""
+    weight_dropout: float = 0.0
+    """Chance that a left singular direction is left out of a training forward. The official code uses 0.1."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, r=self.r, basis_rank=self.basis_rank)
+        if not 0.0 <= self.weight_dropout < 1.0:
+            raise OptionError(f"specadapt: weight_dropout must lie in [0, 1), got {self.weight_dropout!r}.")
+
+    def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
+        return kept_directions(self.basis_rank, rows_O, cols_I), "top"
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        D = kept_directions(self.basis_rank, rows_O, cols_I)
+        shapes: dict[str, tuple[int, ...]] = {"A": (D, self.r), "B": (self.r, D)}
+        return shapes if self.shared_core else shapes | {"H": (self.r, self.r)}
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"H": (self.r, self.r)} if self.shared_core else {}
+
+    def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        D = kept_directions(self.basis_rank, rows_O, cols_I)
+        B_RD = torch.empty(self.r, D)
+        deviation = D**-0.5
+        torch.nn.init.trunc_normal_(
+            B_RD,
+            std=deviation,
+            a=-2 * deviation,
+            b=2 * deviation,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return {"A": torch.zeros(D, self.r), "B": B_RD, "H": torch.eye(self.r)}
+
+    def disturb(self, trained: Tensors) -> Tensors:
+        if self.weight_dropout == 0.0:
+            return trained
+        A_DR = trained["A"]
+        keep_D = torch.nn.functional.dropout(A_DR.new_ones(A_DR.shape[0], 1), self.weight_dropout)
+        return {**trained, "A": A_DR * keep_D}
+
+    def gradient_axes(self) -> dict[str, int]:
+        return {"A": 0, "B": 1}
+
+    def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
+        weak_D = weakness(spectrum)
+        return {"A": weak_D[:, None], "B": weak_D[None, :]}
+
+    def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
+        left_OR = spectrum.U_OR @ trained["A"]
+        right_RI = trained["B"] @ spectrum.Vh_RI
+        whole = Delta(left_OR, trained["H"], right_RI)
+        return whole if strength == 1.0 else scale(whole, strength)
+
+    def exact_rank(self, rows_O: int, cols_I: int) -> int:
+        return min(self.r, rows_O, cols_I)

@@ -1,0 +1,94 @@
+"""Spectral Adapter R: rotate the top singular vectors inside their own planes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..records import Delta, Spectrum
+from .contract import Columns, Method, Tensors, refuse_dead_directions, weakness
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralR(Method):
+    """Turn the chosen left and the chosen right singular vectors among themselves.
+
+    W'  = (U R_U) diag((1 + c) S) (R_V^T Vh) + (what the chosen directions leave of W)
+    dW_OI = U . (R_U diag((1 + c) S) R_V^T - diag(S))_RR . Vh,   rank r
+    R = (I + Q)(I - Q)^-1, Q skew-symmetric: the Cayley transform, always a rotation
+
+    Trains r(r - 1): one triangle of r(r - 1)/2 numbers for each side, half of what the official code
+    stores, because only the skew part of its square matrices matters. Without c every singular value of
+    W stays, so the tuned weight already has its SVD (Lemma 4.1; `Spectrum.rotated`). A partial strength
+    scales Q and c, so half a rotation is a rotation. Cayley cannot reach a turn by 180 degrees.
+
+    Spectral Adapter (Zhang & Pilanci, arXiv 2405.13952), section 4.3, "Spectral Adapter^R". Their code
+    takes the inverse sign of Q and a multiplicative scale that starts at one; ours is 1 + c with c at
+    zero, so that weight decay pulls towards the pretrained weight.
+    """
+
+    name: ClassVar[str] = "spectral_r"
+    paper: ClassVar[str] = "Spectral Adapter: Fine-Tuning in Spectral Space, arXiv 2405.13952"
+    # The rate of the paper's r = 2 and r = 40 runs on the UNet (section 4.3 settings, r = 8 took 5e-2).
+    learning_rate: ClassVar[float] = 1e-2
+
+    r: int = 8
+    """How many singular directions are rotated among themselves; at least 2."""
+    columns: Columns = "top"
+    """Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list."""
+    train_singular_values: bool = False
+    """Also train c, one relative change for each singular value, as the official code does."""
+
+    def __post_init__(self) -> None:
+        self._at_least(2, r=self.r)
+
+    def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
+        return self.r, self.columns
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        triangle = (self.r * (self.r - 1) // 2,)
+        shapes: dict[str, tuple[int, ...]] = {"skew_U": triangle, "skew_Vh": triangle}
+        return shapes | {"scale": (self.r,)} if self.train_singular_values else shapes
+
+    def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
+        rows_C, cols_C = torch.triu_indices(self.r, self.r, 1)
+        return {"rows": rows_C, "cols": cols_C}
+
+    def check(self, spectrum: Spectrum) -> None:
+        refuse_dead_directions(self.name, spectrum)
+
+    def gradient_axes(self) -> dict[str, int]:
+        return {"skew_U": 0, "skew_Vh": 0}
+
+    def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
+        weak_R = weakness(spectrum)
+        plane_C = (weak_R[frozen["rows"]] + weak_R[frozen["cols"]]) / 2
+        profile = {"skew_U": plane_C, "skew_Vh": plane_C}
+        return profile | {"scale": weak_R} if self.train_singular_values else profile
+
+    def rotations(self, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get (R_U, R_V), both R x R orthogonal with determinant one."""
+        skew_2C = torch.stack([trained["skew_U"], trained["skew_Vh"]]) * strength
+        upper_2RR = skew_2C.new_zeros(2, self.r, self.r)
+        upper_2RR = upper_2RR.index_put((slice_both(frozen["rows"]), frozen["rows"], frozen["cols"]), skew_2C)
+        Q_2RR = upper_2RR - upper_2RR.mT
+        eye_RR = torch.eye(self.r, dtype=Q_2RR.dtype, device=Q_2RR.device)
+        R_U, R_V = torch.linalg.solve(eye_RR - Q_2RR, eye_RR + Q_2RR)
+        return R_U, R_V
+
+    def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
+        R_U, R_V = self.rotations(trained, frozen, strength)
+        S_R = spectrum.S_R
+        scaled_R = S_R * (1 + strength * trained["scale"]) if self.train_singular_values else S_R
+        core_RR = (R_U * scaled_R) @ R_V.T - torch.diag(S_R)
+        return Delta(spectrum.U_OR, core_RR, spectrum.Vh_RI)
+
+    def exact_rank(self, rows_O: int, cols_I: int) -> int:
+        return min(self.r, rows_O, cols_I)
+
+
+def slice_both(rows_C: torch.Tensor) -> torch.Tensor:
+    """Get the index of the two sides, shape (2, 1), to place one triangle in each."""
+    return torch.arange(2, device=rows_C.device)[:, None]

@@ -1,0 +1,58 @@
+"""SVDiff: shift the singular values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..algebra import scale
+from ..records import Delta, Spectrum
+from .contract import Columns, Method, Tensors, kept_directions, weakness
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVDiff(Method):
+    """Train one shift c for each singular value; the singular vectors stay.
+
+    dW_OI = U_OK . diag(relu(S + c) - S) . Vh_KI,   trains K numbers
+
+    The same relu stands in forward, merge and export (in the code that the Spectral Adapter compares
+    with, merging leaves it out). A singular value of exactly zero cannot be lifted: relu has no
+    gradient there.
+
+    SVDiff (Han et al., arXiv 2303.11305), equation 2; their delta is our c.
+    """
+
+    name: ClassVar[str] = "svdiff"
+    paper: ClassVar[str] = "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning, arXiv 2303.11305"
+    # As the Spectral Adapter's comparison set it for the text encoder (its UNet rate was 1e-4).
+    learning_rate: ClassVar[float] = 1e-3
+    diagonal: ClassVar[bool] = True
+
+    basis_rank: int | None = None
+    """How many top singular values may shift; None is all K = min(O, I)."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, basis_rank=self.basis_rank)
+
+    def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
+        return kept_directions(self.basis_rank, rows_O, cols_I), "top"
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        return {"shift": (kept_directions(self.basis_rank, rows_O, cols_I),)}
+
+    def gradient_axes(self) -> dict[str, int]:
+        return {"shift": 0}
+
+    def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
+        return {"shift": weakness(spectrum)}
+
+    def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
+        core_K = torch.relu(spectrum.S_R + trained["shift"]) - spectrum.S_R
+        whole = Delta(spectrum.U_OR, core_K, spectrum.Vh_RI)
+        return whole if strength == 1.0 else scale(whole, strength)
+
+    def exact_rank(self, rows_O: int, cols_I: int) -> int:
+        return kept_directions(self.basis_rank, rows_O, cols_I)

@@ -1,0 +1,32 @@
+"""The table of methods. A new method is one file and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import OptionError, nearest
+from .contract import Method
+from .orthogonal import LiDB, OrthogonalAdaptation
+from .specadapt import SpecAdapt
+from .spectral_a import SpectralA
+from .spectral_r import SpectralR
+from .svdiff import SVDiff
+from .svft import SVFT
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (SpectralA, SpectralR, SVFT, SpecAdapt, SVDiff, LiDB, OrthogonalAdaptation)
+}
+
+
+def build_method(name: str, options: Mapping[str, object]) -> Method:
+    """Get the method called `name` with its options; an option it does not use is an `OptionError`."""
+    if name not in METHODS:
+        raise OptionError(f"unknown method {name!r}. {nearest(name, list(METHODS))}")
+    known = METHODS[name].options()
+    for option, value in options.items():
+        if option not in known:
+            raise OptionError(
+                f"method {name!r} has no option {option!r} (asked: {value!r}). "
+                f"Leave it out; {name} uses: {', '.join(known)}."
+            )
+    return METHODS[name](**options)

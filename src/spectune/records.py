@@ -1,0 +1,134 @@
+"""The three records that travel between rooms: `Weight`, `Spectrum`, `Delta`.
+
+    Weight --spectrum--> Spectrum --methods, with the trained numbers--> Delta --fusion/export--> file
+
+Letters on tensors, one legend for the whole library: O out, I in, K = min(O, I), R kept directions,
+P and Q the widths of an update, N tokens, C coefficients of a sparse core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One matrix of a model, always out x in, whatever the layer stores.
+
+    `name` is where it stands (`layers.3.q_proj`); every error about it begins with that name.
+    """
+
+    name: str
+    W_OI: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a `Spectrum` was found, measured, not promised.
+
+    All figures are fractions of the largest singular value found, or dimensionless.
+    """
+
+    solver: str
+    """Which solver ran (`exact`, `gram`, `randomized`): what `auto` chose stands here."""
+    residual: float
+    """max_i |W v_i - s_i u_i| and |W^T u_i - s_i v_i|, as a fraction of S_R[0]."""
+    orthogonality: float
+    """Largest entry of |U^T U - I| and |Vh Vh^T - I|."""
+    gap: float
+    """Distance from the kept singular values to the nearest one left out, as a fraction of S_R[0].
+    Infinite when nothing is left out. The kept subspace is only determined up to residual / gap."""
+    steps: int = 0
+    """Block Krylov steps taken; 0 for a direct solver."""
+    converged: bool = True
+    """False when the solver stopped before the wanted subspace stood still."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """R singular directions of one weight: W_OI ~ U_OR diag(S_R) Vh_RI + what is left out.
+
+    `columns[i]` is the place of direction i in the full descending spectrum (0 is the strongest).
+    """
+
+    U_OR: torch.Tensor
+    S_R: torch.Tensor
+    Vh_RI: torch.Tensor
+    columns: tuple[int, ...]
+    quality: Quality
+    name: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(O, I, R)."""
+        return self.U_OR.shape[0], self.Vh_RI.shape[1], self.S_R.shape[0]
+
+    @classmethod
+    def unknown(cls, rows_O: int, cols_I: int, rank: int, name: str = "") -> Spectrum:
+        """Get zeros where a file will bring the directions; rank 0 for methods that have none of their own."""
+        found = float("nan") if rank else 0.0
+        quality = Quality(solver="file" if rank else "none", residual=found, orthogonality=found, gap=float("inf"))
+        columns = tuple(range(rank))
+        return cls(torch.zeros(rows_O, rank), torch.zeros(rank), torch.zeros(rank, cols_I), columns, quality, name)
+
+    def rotated(self, delta: Delta) -> Spectrum:
+        """Get the spectrum of the tuned weight W + dW for an update inside these directions, without another SVD.
+
+        dW = U C Vh changes W = U diag(S) Vh + rest to U (diag(S) + C) Vh + rest, and only the R x R middle
+        is decomposed. Exact when the rest is orthogonal to these directions, as it always is. The rest
+        may now hold larger singular values than these, so `columns` are those of the weight before.
+
+        Raises ValueError for an update that leaves these directions (spectral_a).
+        Spectral Adapter (arXiv 2405.13952), Lemma 4.1: this is how adapters are stacked.
+        """
+        if delta.left_OP is not self.U_OR or delta.right_QI is not self.Vh_RI:
+            raise ValueError(f"{self.name or 'weight'}: the update does not stay inside these singular directions.")
+        middle_RR = torch.diag(self.S_R) + delta.core_matrix()
+        X_RR, S_R, Yh_RR = torch.linalg.svd(middle_RR)
+        return Spectrum(self.U_OR @ X_RR, S_R, Yh_RR @ self.Vh_RI, self.columns, self.quality, self.name)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:
+        """Get the same directions on another device or in another dtype."""
+        U_OR, S_R, Vh_RI = (t.to(device=device, dtype=dtype) for t in (self.U_OR, self.S_R, self.Vh_RI))
+        return Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCore:
+    """A P x Q matrix with C entries: core[rows_C[i], cols_C[i]] = values_C[i], no place twice."""
+
+    rows_C: torch.Tensor
+    cols_C: torch.Tensor
+    values_C: torch.Tensor
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The normal form of every update: dW_OI = left_OP . core_PQ . right_QI.
+
+    The core is a vector (a diagonal, P = Q), a matrix, or a `SparseCore`.
+    """
+
+    left_OP: torch.Tensor
+    core: torch.Tensor | SparseCore
+    right_QI: torch.Tensor
+
+    def core_matrix(self) -> torch.Tensor:
+        """Get the core as a dense P x Q matrix, differentiable in its numbers."""
+        if isinstance(self.core, SparseCore):
+            empty_PQ = self.core.values_C.new_zeros(self.core.shape)
+            return empty_PQ.index_put((self.core.rows_C, self.core.cols_C), self.core.values_C)
+        return torch.diag(self.core) if self.core.ndim == 1 else self.core
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.left_OP.shape[0], self.right_QI.shape[1]
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """(P, Q)."""
+        return self.left_OP.shape[1], self.right_QI.shape[0]

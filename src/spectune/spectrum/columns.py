@@ -1,0 +1,107 @@
+"""Which singular directions are kept: a word, a start index or a list -> explicit places.
+
+Place 0 is the strongest direction; the places of one weight are 0 ... K-1, K = min(O, I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import OptionError, WeightError, nearest
+
+Columns = str | int | Sequence[int]
+
+COLUMN_WORDS = ("top", "bottom", "random")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The places to keep, in the order asked for, and how far down the spectrum they reach."""
+
+    places: tuple[int, ...]
+    K: int
+    """Number of directions that the weight has."""
+
+    @property
+    def leading(self) -> int:
+        """How many of the strongest directions must be found to have all the places."""
+        return max(self.places) + 1
+
+
+def choose(columns: Columns, rank: int | None, K: int, seed: int = 0) -> Choice:
+    """Get the explicit places that `columns` names, `rank` of them (all K for None).
+
+    "top": 0 ... rank-1. "bottom": K-rank ... K-1. "random": drawn from all K without replacement,
+    sorted; numpy's RandomState, whose stream is frozen, so a seed names the same places everywhere.
+    An integer n: n ... n+rank-1. A list: these places in this order; rank is None or its length.
+    Raises `WeightError` where the weight has not so many directions, `OptionError` for another word.
+    """
+    if isinstance(columns, str):
+        return Choice(_word(columns, _checked_rank(rank, K), K, seed), K)
+    if isinstance(columns, bool):
+        raise OptionError(f"columns={columns}: a word, a start index or a list of places is wanted.")
+    if isinstance(columns, (int, np.integer)):
+        return Choice(_from_start(int(columns), rank, K), K)
+    return Choice(_listed(columns, rank, K), K)
+
+
+def _checked_rank(rank: int | None, K: int) -> int:
+    if rank is None:
+        return K
+    if rank < 1:
+        raise WeightError(f"asked for {rank} directions, at least 1 is needed. Raise r or exclude the layer.")
+    if rank > K:
+        raise WeightError(
+            f"asked for {rank} directions, the weight {{shape}} has {K}. Lower r to {K} or exclude the layer."
+        )
+    return rank
+
+
+def _word(word: str, rank: int, K: int, seed: int) -> tuple[int, ...]:
+    if word == "top":
+        return tuple(range(rank))
+    if word == "bottom":
+        return tuple(range(K - rank, K))
+    if word == "random":
+        return tuple(sorted(np.random.RandomState(seed).permutation(K)[:rank].tolist()))
+    raise OptionError(f"columns={word!r} does not exist. {nearest(word, COLUMN_WORDS)}")
+
+
+def _from_start(start: int, rank: int | None, K: int) -> tuple[int, ...]:
+    if not 0 <= start < K:
+        raise WeightError(
+            f"asked to start at column {start}, the weight {{shape}} has columns 0 to {K - 1}. "
+            f"Choose a start in this range or exclude the layer."
+        )
+    count = K - start if rank is None else _checked_rank(rank, K)
+    if start + count > K:
+        raise WeightError(
+            f"asked for {count} directions from column {start} on, the weight {{shape}} has {K - start} there. "
+            f"Lower r to {K - start}, start at {K - count} or earlier, or exclude the layer."
+        )
+    return tuple(range(start, start + count))
+
+
+def _listed(columns: Sequence[int], rank: int | None, K: int) -> tuple[int, ...]:
+    if not all(isinstance(place, (int, np.integer)) and not isinstance(place, bool) for place in columns):
+        raise OptionError(f"columns={columns!r}: a list of columns holds integers only.")
+    places = tuple(int(place) for place in columns)
+    if not places:
+        raise WeightError("asked for an empty list of columns, at least 1 is needed. Name the columns.")
+    outside = [place for place in places if not 0 <= place < K]
+    if outside:
+        raise WeightError(
+            f"asked for column {outside[0]}, the weight {{shape}} has columns 0 to {K - 1}. "
+            f"Take it off the list or exclude the layer."
+        )
+    twice = sorted({place for place in places if places.count(place) > 1})
+    if twice:
+        raise WeightError(f"asked for column {twice[0]} more than once in {list(places)}. Name each column once.")
+    if rank is not None and rank != len(places):
+        raise WeightError(
+            f"asked for {rank} directions and for a list of {len(places)} columns. Set r to {len(places)}."
+        )
+    return places

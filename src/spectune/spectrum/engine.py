@@ -1,0 +1,191 @@
+"""The public door of the room: `decompose`, and the table of solvers behind it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Protocol
+
+import torch
+
+from ..algebra import fix_signs
+from ..errors import OptionError, WeightError, nearest
+from ..records import Quality, Spectrum, Weight
+from .columns import Choice, Columns, choose
+from .exact import exact, gram
+from .found import Found
+from .randomized import block_width, randomized
+
+
+class Solver(Protocol):
+    """Finds the chosen directions of a finite float32 or float64 matrix."""
+
+    def __call__(self, W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> Found: ...
+
+
+SOLVERS: dict[str, Solver] = {"exact": exact, "gram": gram, "randomized": randomized}
+
+# `auto` takes block Krylov where this many blocks fit into K, and gives it up when the basis reaches
+# K / GIVE_UP_SHARE. Measured: 384^2, r=16 (16 blocks) and 2048^2, r=64 (28 blocks, flat) are about as
+# fast either way; real spectra take 6 to 10 blocks, each dearer than the last.
+BLOCKS_IN_K = 20
+GIVE_UP_SHARE = 3
+# The Gram matrix saves the SVD's work on the longer side. Measured (two cores): at aspect 1 exact is
+# faster, from about 1.5 on gram is.
+GRAM_ASPECT = 1.5
+# Squares of entries must neither overflow nor vanish in float32 (3e38, 1e-38). Derived.
+PLAIN_RANGE = (1e-12, 1e12)
+DTYPES = (torch.float32, torch.float64)
+# Devices with float64 and torch.linalg; the work for others (mps, ...) is done on the CPU.
+LINALG_DEVICES = ("cpu", "cuda")
+
+
+def decompose(
+    weight: Weight | torch.Tensor,
+    rank: int | None = None,
+    *,
+    solver: str = "auto",
+    columns: Columns = "top",
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Spectrum:
+    """Get `rank` singular directions of a weight (all K for None), signs canonical, quality measured.
+
+    W_OI ~ U_OR diag(S_R) Vh_RI + what is left out, on the weight's device, in `dtype` (float32 or
+    float64). `tolerance` is the largest wanted angle in radians between the found and the true leading
+    subspace, as far as the gap at the cut lets it be certified; direct solvers reach roundoff / gap.
+    `columns` names the directions ("top", "bottom", "random", a start index, a list of places), `solver`
+    one of SOLVERS or "auto"; what ran stands in `quality.solver`. Equal seeds give equal bits on one
+    machine; the global random state is not touched. Warns when an explicit `randomized` gives up.
+    Raises `WeightError` or `OptionError`.
+    """
+    weight = weight if isinstance(weight, Weight) else Weight("weight", weight)
+    _check_options(weight.name, solver, tolerance, dtype)
+    choice = _choice(weight, columns, rank, seed)
+    W_OI, scale = _plain(weight, dtype)
+    found = _solve(W_OI, choice, solver, tolerance, seed)
+    spectrum = _spectrum(weight, W_OI, found, choice, scale)
+    if not spectrum.quality.converged:
+        _warn(spectrum)
+    return spectrum
+
+
+def _check_options(name: str, solver: str, tolerance: float, dtype: torch.dtype) -> None:
+    if solver != "auto" and solver not in SOLVERS:
+        raise OptionError(f"{name}: solver={solver!r} does not exist. {nearest(solver, ('auto', *SOLVERS))}")
+    if dtype not in DTYPES:
+        raise OptionError(f"{name}: asked to compute in {dtype}. Choose torch.float32 or torch.float64.")
+    if not 0 < tolerance < math.inf:
+        raise OptionError(f"{name}: tolerance={tolerance} is no angle. Give a positive number of radians.")
+
+
+def _choice(weight: Weight, columns: Columns, rank: int | None, seed: int) -> Choice:
+    """Get the places; the inner message gains the weight's name and shape."""
+    W_OI, name = weight.W_OI, weight.name
+    shape = "x".join(map(str, W_OI.shape))
+    if W_OI.ndim != 2:
+        raise WeightError(
+            f"{name}: asked for singular directions of a matrix, the weight is {W_OI.ndim}-D ({shape or 'scalar'}). "
+            f"Flatten it to out x in, or exclude the layer."
+        )
+    if W_OI.numel() == 0:
+        raise WeightError(f"{name}: asked for singular directions, the weight {shape} is empty. Exclude the layer.")
+    try:
+        return choose(columns, rank, min(W_OI.shape), seed)
+    except WeightError as error:
+        raise WeightError(f"{name}: {str(error).replace('{shape}', shape)}") from None
+    except OptionError as error:
+        raise OptionError(f"{name}: {error}") from None
+
+
+def _plain(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Get (W / scale, scale) in `dtype`: cast once, finite, scaled by a power of two only if it must be."""
+    W_OI, name = weight.W_OI.detach(), weight.name
+    if not W_OI.dtype.is_floating_point:
+        raise WeightError(
+            f"{name}: asked for singular directions, the weight is {W_OI.dtype} (quantised?). "
+            f"Dequantise it to a floating dtype first, or exclude the layer."
+        )
+    if W_OI.is_meta:
+        raise WeightError(f"{name}: the weight is on the meta device, it has no numbers. Load it first.")
+    device = W_OI.device if W_OI.device.type in LINALG_DEVICES else torch.device("cpu")
+    # float64 is narrowed only after scaling; everything else fits into float32 as it is.
+    wide_OI = W_OI.to(device, torch.promote_types(W_OI.dtype, dtype))
+    low, high = (float(bound) for bound in torch.aminmax(wide_OI))
+    largest = max(-low, high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bad = int((~torch.isfinite(wide_OI)).sum())
+        raise WeightError(
+            f"{name}: asked for singular directions, {bad} of {W_OI.numel()} entries are NaN or infinite. "
+            f"Repair the checkpoint or exclude the layer."
+        )
+    limits = torch.finfo(dtype)
+    if largest and not limits.tiny <= largest <= limits.max / math.sqrt(W_OI.numel()):
+        raise WeightError(
+            f"{name}: asked to compute in {dtype}, the largest entry is {largest:.3g}, outside its range. "
+            f"Pass dtype=torch.float64, rescale the weight or exclude the layer."
+        )
+    scale = 1.0
+    if largest and not PLAIN_RANGE[0] <= largest <= PLAIN_RANGE[1]:
+        scale = 2.0 ** math.frexp(largest)[1]
+        wide_OI = wide_OI / scale
+    return wide_OI.to(dtype), scale
+
+
+def _solve(W_OI: torch.Tensor, choice: Choice, solver: str, tolerance: float, seed: int) -> Found:
+    if solver != "auto":
+        return SOLVERS[solver](W_OI, choice, tolerance=tolerance, seed=seed)
+    if block_width(choice.leading, choice.K) * BLOCKS_IN_K <= choice.K:
+        most_rows = choice.K // GIVE_UP_SHARE
+        found = randomized(W_OI, choice, tolerance=tolerance, seed=seed, most_rows=most_rows)
+        if found.converged:
+            return found
+    return SOLVERS[direct_solver(W_OI)](W_OI, choice, tolerance=tolerance, seed=seed)
+
+
+def direct_solver(W_OI: torch.Tensor) -> str:
+    """Get the faster direct solver: squaring loses nothing that float32 could show, but it would in float64."""
+    aspect = max(W_OI.shape) / min(W_OI.shape)
+    return "gram" if W_OI.dtype == torch.float32 and aspect >= GRAM_ASPECT else "exact"
+
+
+def _spectrum(weight: Weight, W_OI: torch.Tensor, found: Found, choice: Choice, scale: float) -> Spectrum:
+    quality = _measure(W_OI, found, choice)
+    U_OR, Vh_RI = fix_signs(found.U_OR, found.Vh_RI)
+    spectrum = Spectrum(U_OR, found.S_R * scale, Vh_RI.contiguous(), choice.places, quality, weight.name)
+    return spectrum.to(weight.W_OI.device)
+
+
+def _measure(W_OI: torch.Tensor, found: Found, choice: Choice) -> Quality:
+    """Get the quality of the kept directions by multiplying with W; nothing is taken on trust."""
+    U_OR, S_R, Vh_RI = found.U_OR, found.S_R, found.Vh_RI
+    largest = float(found.values_N[0]) or 1.0
+    right_R = torch.linalg.vector_norm(torch.addmm(U_OR * S_R, W_OI, Vh_RI.mT, beta=-1), dim=0)
+    left_R = torch.linalg.vector_norm(torch.addmm(S_R[:, None] * Vh_RI, U_OR.mT, W_OI, beta=-1), dim=1)
+    residual = float(torch.maximum(right_R, left_R).max()) / largest
+    bent_RR = torch.stack([U_OR.mT @ U_OR, Vh_RI @ Vh_RI.mT])
+    bent_RR.diagonal(dim1=1, dim2=2).sub_(1)
+    orthogonality = float(bent_RR.abs().max())
+    gap = _gap(found, choice) / largest
+    return Quality(found.solver, residual, orthogonality, gap, found.steps, found.converged)
+
+
+def _gap(found: Found, choice: Choice) -> float:
+    """Get the least distance between a kept value and one left out; infinite when all are kept."""
+    if len(choice.places) == choice.K:
+        return math.inf
+    kept_N = torch.zeros(len(found.values_N), dtype=torch.bool)
+    kept_N[list(choice.places)] = True
+    # The values descend, so a kept one is nearest to a neighbour of the other kind.
+    border_N = kept_N[1:] != kept_N[:-1]
+    return float((found.values_N[:-1] - found.values_N[1:])[border_N].min().clamp_min(0))
+
+
+def _warn(spectrum: Spectrum) -> None:
+    quality = spectrum.quality
+    warnings.warn(
+        f"{spectrum.name}: randomized did not converge in {quality.steps} steps: residual {quality.residual:.1e}, "
+        f"gap {quality.gap:.1e} (fractions of the largest singular value). Use solver='auto' or a wider tolerance.",
+        stacklevel=3,
+    )

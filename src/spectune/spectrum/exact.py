@@ -1,0 +1,66 @@
+"""The direct solvers: LAPACK's SVD, and the eigenvectors of the smaller Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from .columns import Choice
+from .found import Found, transposed
+
+# U = W v / s has orthogonality error eps64 (S[0] / s)^2: 2e-8 at this ratio, below float32's own 6e-8.
+# Under it, and always for float64 answers, U is taken from a QR instead. Derived.
+DIVIDE_ABOVE = 1e-4
+
+
+def exact(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> Found:
+    """Get the chosen directions from the full SVD (LAPACK's gesdd, cuSOLVER on a GPU).
+
+    Residual and orthogonality are roundoff of the dtype; `tolerance` and `seed` are not needed.
+    Where the driver does not converge, the work is done again in float64, on CUDA with `gesvd`.
+    """
+    try:
+        U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI, full_matrices=False)
+    except RuntimeError:  # torch.linalg.LinAlgError is one
+        U_OK, S_K, Vh_KI = _second_driver(W_OI)
+    places = list(choice.places)
+    return Found(U_OK[:, places], S_K[places], Vh_KI[places], S_K.double().cpu(), "exact")
+
+
+def _second_driver(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    driver = "gesvd" if W_OI.is_cuda else None
+    U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI.double(), full_matrices=False, driver=driver)
+    return U_OK.to(W_OI.dtype), S_K.to(W_OI.dtype), Vh_KI.to(W_OI.dtype)
+
+
+def gram(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> Found:
+    """Get the chosen directions from eigh(W^T W) (or W W^T, whichever is smaller), in float64.
+
+    Squaring costs half the digits: singular values under 1.5e-8 S[0] are noise of that size, which is
+    below float32's roundoff. U stays orthonormal for them, and for zeros, because it comes from a QR.
+    """
+    if W_OI.shape[0] < W_OI.shape[1]:
+        return transposed(gram(W_OI.mT, choice, tolerance=tolerance, seed=seed))
+    W64_OI = W_OI.double()
+    squares_K, V_IK = torch.linalg.eigh(W64_OI.mT @ W64_OI)
+    values_K = squares_K.clamp_min(0).sqrt().flip(0)
+    places = list(choice.places)
+    V_IR = V_IK.flip(1)[:, places]
+    U_OR, S_R = _left_of(W64_OI @ V_IR, values_K, W_OI.dtype)
+    return Found(U_OR.to(W_OI.dtype), S_R.to(W_OI.dtype), V_IR.mT.to(W_OI.dtype), values_K.cpu(), "gram")
+
+
+def _left_of(US_OR: torch.Tensor, values_K: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get (U_OR, S_R) from W V = U diag(S), U orthonormal even where S is zero.
+
+    The columns are nearly orthogonal already, so QR (in descending order: it may only bend a weak
+    column towards the strong ones) changes nothing but what roundoff spoiled, and completes zeros.
+    """
+    S_R = torch.linalg.vector_norm(US_OR, dim=0)
+    if dtype != torch.float64 and bool((DIVIDE_ABOVE * values_K[0] < S_R).all()):
+        return US_OR / S_R, S_R
+    order_R = S_R.argsort(descending=True, stable=True)
+    Q_OR, triangle_RR = torch.linalg.qr(US_OR[:, order_R])
+    diagonal_R = triangle_RR.diagonal()
+    signs_R = torch.where(diagonal_R < 0, -1.0, 1.0).to(diagonal_R.dtype)
+    back_R = order_R.argsort()
+    return (Q_OR * signs_R)[:, back_R], diagonal_R.abs()[back_R]

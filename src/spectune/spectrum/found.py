@@ -1,0 +1,27 @@
+"""What a solver hands to the engine, before signs are fixed and the quality is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The chosen directions, and what the solver saw of the spectrum around them."""
+
+    U_OR: torch.Tensor
+    S_R: torch.Tensor
+    Vh_RI: torch.Tensor
+    values_N: torch.Tensor
+    """The N >= R leading singular values that the solver knows, descending, on the CPU in float64:
+    all K for a direct solver, one more than needed for `randomized`."""
+    solver: str
+    steps: int = 0
+    converged: bool = True
+
+
+def transposed(found: Found) -> Found:
+    """Get the answer for W from the answer for W^T."""
+    return Found(found.Vh_RI.mT, found.S_R, found.U_OR.mT, found.values_N, found.solver, found.steps, found.converged)

@@ -1,0 +1,12 @@
+"""The PEFT glue, and the only room that imports peft. Importing it registers the method there."""
+
+from . import register as register
+from .attach import attach as attach
+from .attach import load_attached as load_attached
+from .config import SpectralConfig as SpectralConfig
+from .config import SVDOptions as SVDOptions
+from .kinds import SpectralLinear as SpectralLinear
+from .layer import SpectralLayer as SpectralLayer
+from .model import SpectralTuner as SpectralTuner
+
+register.register()

@@ -1,0 +1,228 @@
+"""`SpectralConfig`: the one configuration, for every method."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from peft.config import PeftConfig
+
+from ..checkpoint import read_adapter_folder
+from ..errors import AdapterError, OptionError, UnknownOptionError, nearest
+from ..methods import METHODS, Method, build_method
+from .register import PEFT_TYPE
+
+# The layout of the adapter file. A file of a higher number is refused, never half-read.
+FORMAT_VERSION = 1
+# Options that belong to single methods; the method says which it uses and what their defaults are.
+METHOD_OPTIONS = tuple(dict.fromkeys(option for method in METHODS.values() for option in method.options()))
+SAVE_BASIS = ("auto", "always", "never")
+
+
+@dataclass
+class SVDOptions:
+    """How the singular basis is found; the arguments of `spectune.decompose`."""
+
+    solver: str = field(default="auto", metadata={"help": "auto, exact, gram or randomized."})
+    tolerance: float = field(
+        default=1e-4, metadata={"help": "Largest wanted angle to the true singular subspace, in radians."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the randomized solver and of random columns."})
+
+
+@dataclass
+class SpectralConfig(PeftConfig):
+    """Configuration of a spectral adapter: which method, on which layers, in which singular directions.
+
+    No field is mandatory. An option that the chosen method does not use is refused, one that is left
+    out takes the method's default, which then stands in the config. Raises `OptionError` (a ValueError)
+    for a wrong option and `UnknownOptionError` (a TypeError too) for a wrong keyword.
+    """
+
+    method: str = field(default="spectral_a", metadata={"help": "One of spectune.METHODS."})
+    r: int | None = field(default=None, metadata={"help": "Directions tuned, or the inner rank."})
+    columns: Any = field(
+        default=None, metadata={"help": "'top', 'bottom', 'random', a start index, or a list of places."}
+    )
+    train_singular_values: bool | None = field(
+        default=None, metadata={"help": "spectral_r: also train a relative change of each singular value."}
+    )
+    basis_rank: int | None = field(
+        default=None,
+        metadata={"help": "How many directions svft, svdiff and specadapt work in; None is the method's default."},
+    )
+    pattern: str | None = field(default=None, metadata={"help": "svft: plain, banded, random or top_k."})
+    off_diagonals: int | None = field(default=None, metadata={"help": "svft: off-diagonals on each side."})
+    pattern_seed: int | None = field(default=None, metadata={"help": "svft: seed of the random pattern."})
+    full_basis: bool | None = field(default=None, metadata={"help": "svft: the full instead of the thin SVD."})
+    gate: bool | None = field(default=None, metadata={"help": "svft: train a sigmoid gate per layer."})
+    shared_core: bool | None = field(default=None, metadata={"help": "specadapt: one H for all weights."})
+    weight_dropout: float | None = field(default=None, metadata={"help": "specadapt: chance to leave out a direction."})
+    output_width: int | None = field(default=None, metadata={"help": "lidb: width of the random output subspace."})
+    input_width: int | None = field(default=None, metadata={"help": "lidb: width of the random input subspace."})
+    concept: int | None = field(default=None, metadata={"help": "orthogonal_adaptation: which block of rows."})
+    basis_seed: int | None = field(default=None, metadata={"help": "Seed of the random orthogonal factors."})
+
+    singular_decay: float = field(
+        default=0.0,
+        metadata={"help": "Decay of each number by its direction's weakness, per step and unit of learning rate."},
+    )
+    grad_norm: str | None = field(
+        default=None,
+        metadata={"help": "Normalise gradients before the optimizer's step: rms, layer or None."},
+    )
+    svd: SVDOptions | dict[str, Any] = field(default_factory=SVDOptions, metadata={"help": "How the basis is found."})
+    save_basis: str = field(
+        default="auto",
+        metadata={
+            "help": "Embed the basis in the file: always, never (rebuild it on load), or auto (only where needed)."
+        },
+    )
+
+    target_modules: set[str] | list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Module names, a regex, or 'all-linear'. None: the usual ones of the architecture."},
+    )
+    exclude_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, or a regex, that are left alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, with layers_to_transform."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Another r for layers matching a name."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained in full and saved with the adapter, such as a classifier."},
+    )
+    bias: Literal["none", "all", "spectune_only"] = field(
+        default="none", metadata={"help": "Train no biases, all, or those of the adapted layers."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: the update starts at exactly zero. False: small random numbers (for tests)."},
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Layout of the adapter file; leave it alone."}
+    )
+
+    loaded_from: ClassVar[str | None] = None
+    """The folder or repository that this config was read from; not part of the file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.svd, dict):
+            self.svd = _svd_options(self.svd)
+        if isinstance(self.columns, (list, tuple)):
+            self.columns = list(self.columns)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._fill_method_options()
+        self._check_choices()
+
+    def _fill_method_options(self) -> None:
+        method = self.build_method()
+        for option in method.options():
+            if option in METHOD_OPTIONS:
+                value = getattr(method, option)
+                setattr(self, option, list(value) if isinstance(value, tuple) else value)
+
+    @property
+    def svd_options(self) -> SVDOptions:
+        """How the basis is found."""
+        assert isinstance(self.svd, SVDOptions)
+        return self.svd
+
+    def build_method(self, r: int | None = None) -> Method:
+        """Get the method with its options; `r` in place of this config's for one layer (rank_pattern)."""
+        given = {name: getattr(self, name) for name in METHOD_OPTIONS if getattr(self, name) is not None}
+        if isinstance(given.get("columns"), list):
+            given["columns"] = tuple(given["columns"])
+        if r is not None:
+            given["r"] = r
+        return build_method(self.method, given)
+
+    def _check_choices(self) -> None:
+        for option, value, known in (
+            ("save_basis", self.save_basis, SAVE_BASIS),
+            ("grad_norm", self.grad_norm, (None, "rms", "layer")),
+            ("bias", self.bias, ("none", "all", "spectune_only")),
+        ):
+            if value not in known:
+                words = [str(word) for word in known]
+                raise OptionError(f"{option}={value!r} does not exist. {nearest(str(value), words)}")
+        if self.rank_pattern and "r" not in METHODS[self.method].options():
+            raise OptionError(
+                f"method {self.method!r} has no option 'r', so rank_pattern cannot be used. Leave it out."
+            )
+        if self.singular_decay < 0:
+            raise OptionError(f"singular_decay={self.singular_decay} must not be negative.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise OptionError(
+                "layers_to_transform cannot be used when target_modules is a regex. Write it in the regex."
+            )
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise OptionError("layers_pattern cannot be used when target_modules is a regex. Write it in the regex.")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise OptionError("layers_pattern needs layers_to_transform: say which layers, or leave it out.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> SpectralConfig:  # type: ignore[override]
+        """Read the config of a saved adapter; a local folder's tensor file is checked before any work."""
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if (folder / "adapter_model.safetensors").exists():
+            read_adapter_folder(folder)
+        config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config.__dict__["loaded_from"] = pretrained_model_name_or_path
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Get the config as JSON can hold it; sets are sorted, so that equal configs are equal files."""
+        values = asdict(self)
+        for name, value in values.items():
+            if isinstance(value, set):
+                values[name] = sorted(value)
+        return values
+
+
+def _svd_options(given: dict[str, Any]) -> SVDOptions:
+    known = [f.name for f in fields(SVDOptions)]
+    for name in given:
+        if name not in known:
+            raise OptionError(f"svd has no option {name!r}. {nearest(name, known)}")
+    return SVDOptions(**given)
+
+
+def _with_checked_keywords(init: Any) -> Any:
+    """Wrap a dataclass __init__ so that a wrong keyword lists its near misses, and a newer file is refused.
+
+    The words "got an unexpected keyword argument" are what PEFT looks for before it drops unknown keys.
+    """
+    known = [f.name for f in fields(SpectralConfig)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise AdapterError(
+                f"adapter_config.json: the file has format {version!r}, this release reads up to {FORMAT_VERSION}. "
+                f"Upgrade spectune."
+            )
+        for name in kwargs:
+            if name not in known:
+                raise UnknownOptionError(
+                    f"SpectralConfig got an unexpected keyword argument {name!r}. {nearest(name, known)}"
+                )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+SpectralConfig.__init__ = _with_checked_keywords(SpectralConfig.__init__)  # type: ignore[method-assign]

@@ -1,0 +1,233 @@
+"""The adapted layer: base output plus the updates of its active adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ..algebra import dense
+from ..errors import WeightError
+from ..methods import Dynamics, Method, SpectralModule
+from ..records import Spectrum, Weight
+from ..spectrum import decompose
+from .base_weight import Layout, backend_of, layout_of
+from .config import SpectralConfig
+
+# Below this gap at the cut (a fraction of S[0]) save_basis="auto" embeds the basis: another solver may
+# then return other directions altogether. 1e-6 is ten times float32 roundoff.
+EMBED_BELOW_GAP = 1e-6
+
+
+class SpectralLayer(BaseTunerLayer):
+    """What every adapted layer shares: adapters by name, merge, unmerge, the update in the base's layout.
+
+    The base weight is never changed while unmerged. A merge keeps the original, and unmerging puts that
+    very tensor back, so nothing is ever subtracted.
+    """
+
+    adapter_layer_names = ("spectune_adapter",)
+    spectune_adapter: nn.ModuleDict
+    spectune_original: torch.Tensor | None
+    layout: Layout
+    stored_shape: torch.Size
+    get_base_layer: Callable[[], Any]
+    _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    _get_embed_scale: Callable[[], torch.Tensor | None]
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        self.base_layer = base_layer
+        self.module_name = name
+        self.quantization_backend = backend_of(self.get_base_layer())
+        self.layout = layout_of(self.get_base_layer(), name, self.quantization_backend)
+        self.spectune_adapter = nn.ModuleDict()
+        self.register_buffer("spectune_original", None, persistent=False)
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
+        self.stored_shape = self._original().shape
+        self.out_features, self.in_features = self.original_matrix().shape
+
+    def original_matrix(self) -> torch.Tensor:
+        """Get the pretrained W_OI, also while adapters are merged into the base."""
+        return self.layout.to_matrix(self._original())
+
+    def _original(self) -> torch.Tensor:
+        if self.spectune_original is not None:
+            return self.spectune_original
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(self.get_base_layer())
+        stored: torch.Tensor = getattr(self.get_base_layer(), self.layout.attribute).data
+        return stored
+
+    def _store(self, weight: torch.Tensor) -> None:
+        getattr(self.get_base_layer(), self.layout.attribute).data = weight
+
+    def active_modules(self) -> list[SpectralModule]:
+        """Get the modules of the active adapters that this layer has; adapters may target layers unevenly."""
+        return [self.module(name) for name in self.active_adapters if name in self.spectune_adapter]
+
+    def module(self, adapter_name: str) -> SpectralModule:
+        """Get the module of one adapter."""
+        return cast(SpectralModule, self.spectune_adapter[adapter_name])
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: SpectralConfig,
+        name: str,
+        r: int | None = None,
+        owner: SpectralModule | None = None,
+    ) -> None:
+        """Decompose the weight and attach a new adapter; nothing is attached when anything is wrong."""
+        method = config.build_method(r)
+        W_OI = self.original_matrix()
+        if W_OI.is_meta:
+            raise WeightError(
+                f"{name}: the base weight is on the meta device, there is nothing to decompose. "
+                f"Load the base model with its weights first."
+            )
+        rank, _ = method.basis(*W_OI.shape)
+        in_file = config.save_basis == "always" and config.loaded_from is not None
+        if rank == 0 or in_file:
+            spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name).to(W_OI.device)
+        else:
+            spectrum = _find_basis(name, W_OI, method, config)
+        unstable = spectrum.quality.gap < EMBED_BELOW_GAP
+        embed = rank > 0 and (config.save_basis == "always" or (config.save_basis == "auto" and unstable))
+        module = SpectralModule(method, spectrum, embed_basis=embed, random_start=not config.init_weights, owner=owner)
+        module.dynamics = Dynamics(config.singular_decay, config.grad_norm)
+        if W_OI.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            # PEFT's rule: adapters begin in the base's dtype, and PEFT lifts half precision to float32
+            # afterwards unless autocast_adapter_dtype=False. The frozen basis stays as it was found.
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(W_OI.dtype)
+        self.spectune_adapter[adapter_name] = module
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base's device. PEFT also casts here, which would round a basis to bfloat16."""
+        module = self.module(adapter_name) if adapter_name in self.spectune_adapter else None
+        target = device if device is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if module is None or target is None or any(parameter.is_meta for parameter in module.parameters()):
+            return
+        module.to(target)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """Get the update of one adapter in the layout of the base weight, in the dtype of the basis."""
+        with torch.no_grad():
+            update_OI = dense(self.module(adapter_name).delta())
+            return self.layout.from_matrix(update_OI, self.stored_shape)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the base weight in float32, with one rounding; the original is kept aside."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spectune_adapter]
+        if not names:
+            return
+        if self.quantization_backend is not None:
+            raise WeightError(
+                f"{self.module_name}: the base weight is quantised; merging would round the update away. "
+                f"Export to LoRA and serve it beside the base, or merge into the unquantised checkpoint."
+            )
+        original = self._original()
+        merged = self._with_updates(original, [*self.merged_adapters, *names])
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self.spectune_original = original
+        self._store(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if not self.merged:
+            import warnings
+
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self.spectune_original is not None
+        self._store(self.spectune_original)
+        self.spectune_original = None
+        self.merged_adapters.clear()
+
+    def _with_updates(self, original: torch.Tensor, names: list[str]) -> torch.Tensor:
+        total = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
+        for name in names:
+            total += self.get_delta_weight(name).to(total.device)
+        return total.to(original.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Every method is additive, so PEFT's convert_to_lora serves linear layers (by dense SVD; ours is exact)."""
+        return self.layout.kind == "linear"
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the strength of one adapter: 1 is as trained, 0 is none. A rotation is turned by less, not mixed."""
+        if adapter in self.merged_adapters:
+            raise ValueError(f"{self.module_name}: adapter {adapter!r} is merged. Call unmerge_adapter first.")
+        if adapter in self.spectune_adapter:
+            self.module(adapter).strength = float(scale)
+
+
+class SpectralAdapted(nn.Module, SpectralLayer):
+    """The forward of an adapted layer; a kind of layer only says what one adapter adds to the output."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SpectralConfig,
+        name: str,
+        r: int | None = None,
+        owner: SpectralModule | None = None,
+    ) -> None:
+        super().__init__()
+        SpectralLayer.__init__(self, base_layer, name)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, name, r, owner)
+
+    def update(self, module: SpectralModule, x: torch.Tensor) -> torch.Tensor:
+        """Get what one adapter adds to the output of the base layer."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for module in self.active_modules():
+            result = result + self.update(module, x).to(result.dtype)
+        return result
+
+    def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Give every row of the batch its own adapter; `__base__` is none."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.spectune_adapter:
+                rows_B = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+                added = self.update(self.module(name), x[rows_B]).to(result.dtype)
+                result = result.index_add(0, rows_B, added)
+        return result
+
+    def __repr__(self) -> str:
+        return "spectune." + super().__repr__()
+
+
+def _find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
+    rank, columns = method.basis(*W_OI.shape)
+    svd = config.svd_options
+    spectrum = decompose(
+        Weight(name, W_OI.detach()), rank, columns=columns, solver=svd.solver, tolerance=svd.tolerance, seed=svd.seed
+    )
+    method.check(spectrum)
+    return spectrum

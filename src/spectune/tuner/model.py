@@ -1,0 +1,189 @@
+"""The tuner: finds the layers, adapts them, and reads and writes their part of an adapter file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import AdapterError, OptionError, SpectuneError, WeightError, nearest
+from ..methods import SpectralModule, spectral_modules
+from .base_weight import backend_of, layout_of
+from .config import SpectralConfig
+from .kinds import KINDS, SpectralAttentionLinear
+from .layer import SpectralLayer
+
+
+class SpectralTuner(BaseTuner):
+    """Spectral adapters in a model, as PEFT's `get_peft_model` and `inject_adapter_in_model` make them."""
+
+    prefix = "spectune_"
+    tuner_layer_cls = SpectralLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
+        refuse_unmatched_targets(self.peft_config[adapter_name], model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except SpectuneError:
+            self._take_back(model, adapter_name)
+            raise
+
+    def _create_and_replace(
+        self,
+        peft_config: SpectralConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if parameter_name is not None:
+            raise OptionError(f"{current_key}: target_parameters is not supported. Name modules in target_modules.")
+        r = rank_for(peft_config, current_key)
+        owner = self._owner_of_shared(peft_config, adapter_name)
+        if isinstance(target, SpectralLayer):
+            target.update_layer(adapter_name, peft_config, current_key, r, owner)
+            if isinstance(target, SpectralAttentionLinear):
+                target.get_base_layer().out_proj.update_layer(
+                    adapter_name, peft_config, f"{current_key}.out_proj", r, owner
+                )
+            return
+        refuse_output_of_attention(parent, target_name, current_key)
+        innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kind = KINDS[layout_of(innermost, current_key, backend_of(innermost)).kind]
+        adapted = kind(target, adapter_name, peft_config, current_key, r, owner)
+        if kind is SpectralAttentionLinear:
+            name = f"{current_key}.out_proj"
+            innermost.out_proj = KINDS["linear"](innermost.out_proj, adapter_name, peft_config, name, r, owner)
+        if adapter_name not in self.active_adapters:
+            adapted.requires_grad_(False)
+        self._replace_module(parent, target_name, adapted, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass `adapter_names` of a forward call on to every layer, for batches whose rows use different adapters."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        self._refuse_unknown_adapters(names)
+        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        hooks = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, names), with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _refuse_unknown_adapters(self, names: list[str]) -> None:
+        for name in names:
+            if name != "__base__" and name not in self.peft_config:
+                raise ValueError(
+                    f"Trying to infer with non-existing adapter(s): {name}. {nearest(name, list(self.peft_config))}"
+                )
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the strength of one adapter in every layer: 1 is as trained, 0 is none."""
+        for module in self.model.modules():
+            if isinstance(module, SpectralLayer):
+                module.set_scale(adapter_name, scale)
+
+    def _owner_of_shared(self, config: SpectralConfig, adapter_name: str) -> SpectralModule | None:
+        """Get the first adapted weight, which holds the tensors that all weights of an adapter share."""
+        if not config.build_method().shared_shapes():
+            return None
+        return next((module for _, name, module in spectral_modules(self.model) if name == adapter_name), None)
+
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, SpectralLayer) or adapter_name not in layer.spectune_adapter:
+                continue
+            layer.delete_adapter(adapter_name)
+            if not layer.spectune_adapter:
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], layer.base_layer)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:
+        for _, _, module in spectral_modules(model):
+            module.settle()
+        tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(model=model, **kwargs)
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SpectralConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Check the file against the model, tensor by tensor, before anything is loaded."""
+        in_file = {key.removeprefix("base_model.model.") for key in state_dict}
+        for layer_name, name, module in spectral_modules(model):
+            if name == adapter_name:
+                _expect_what_the_file_has(layer_name.removeprefix("base_model.model."), module, in_file)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return remapped
+
+
+def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def refuse_output_of_attention(parent: nn.Module, target_name: str, key: str) -> None:
+    """Raise `WeightError` for the out_proj of torch's MultiheadAttention, whose forward torch never calls."""
+    if isinstance(parent, nn.MultiheadAttention):
+        raise WeightError(
+            f"{key}: torch's MultiheadAttention reads the weight of its {target_name} and never calls it, so an "
+            f"adapter there would do nothing. Target the attention module itself."
+        )
+
+
+def rank_for(config: SpectralConfig, key: str) -> int | None:
+    """Get the r that rank_pattern gives a layer, or None."""
+    for pattern, r in config.rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return r
+    return None
+
+
+def refuse_unmatched_targets(config: SpectralConfig, model: nn.Module) -> None:
+    """Raise `OptionError` for a name in target_modules that is the end of no module's path."""
+    if not isinstance(config.target_modules, set):
+        return
+    paths = [name.replace(".base_layer", "") for name, _ in model.named_modules() if ".spectune_" not in name]
+    for target in sorted(config.target_modules):
+        if not any(path == target or path.endswith("." + target) for path in paths):
+            leaves = sorted(
+                {path.rpartition(".")[2] for path in paths if path and not path.rpartition(".")[2].isdigit()}
+            )
+            raise OptionError(
+                f"target_modules: no module of {type(model).__name__} is called {target!r}. {nearest(target, leaves)}"
+            )
+
+
+def _expect_what_the_file_has(layer_name: str, module: SpectralModule, in_file: set[str]) -> None:
+    stem = f"{layer_name}.spectune_adapter."
+    module.embed_basis(stem + "U_OR" in in_file)
+    for tensor in module.state_dict():
+        if stem + tensor not in in_file:
+            raise AdapterError(
+                f"{layer_name}: the adapter file has no tensor {stem + tensor!r}: it is incomplete, or it was not "
+                f"written for this model and method. Export or copy the adapter again."
+            )

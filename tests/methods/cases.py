@@ -1,0 +1,39 @@
+"""The methods under contract: one line here for every option that changes the form of an update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spectune.records import Weight
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "spectral_a": ("spectral_a", {"r": 3}),
+    "spectral_a-bottom": ("spectral_a", {"r": 2, "columns": "bottom"}),
+    "spectral_a-start": ("spectral_a", {"r": 2, "columns": 3}),
+    "spectral_a-list": ("spectral_a", {"r": 2, "columns": (0, 4)}),
+    "svft-plain": ("svft", {}),
+    "svft-plain-truncated": ("svft", {"basis_rank": 4}),
+    "svft-banded": ("svft", {"pattern": "banded", "off_diagonals": 1}),
+    "svft-random": ("svft", {"pattern": "random", "off_diagonals": 2}),
+    "svft-top_k": ("svft", {"pattern": "top_k", "off_diagonals": 1}),
+    "svft-banded-full": ("svft", {"pattern": "banded", "off_diagonals": 2, "full_basis": True}),
+    "svft-random-full": ("svft", {"pattern": "random", "off_diagonals": 2, "full_basis": True}),
+    "spectral_r": ("spectral_r", {"r": 4}),
+    "spectral_r-scaled": ("spectral_r", {"r": 3, "train_singular_values": True}),
+    "specadapt": ("specadapt", {"r": 2}),
+    "specadapt-own": ("specadapt", {"r": 2, "basis_rank": 4, "shared_core": False}),
+    "svdiff": ("svdiff", {}),
+    "svdiff-truncated": ("svdiff", {"basis_rank": 3}),
+    "lidb": ("lidb", {"r": 2, "output_width": 5, "input_width": 6}),
+    "orthogonal_adaptation": ("orthogonal_adaptation", {"r": 2, "concept": 1}),
+    "svft-gate": ("svft", {"pattern": "banded", "gate": True}),
+}
+
+
+def weight_for(case: str) -> Weight:
+    """A 9x7 weight, or a square one where the pattern asks for it, in float64."""
+    shape = (8, 8) if case == "svft-top_k" else (9, 7)
+    generator = torch.Generator().manual_seed(1)
+    return Weight("layer", torch.randn(shape, generator=generator, dtype=torch.float64))
