@@ -50,25 +50,30 @@ def __dir__() -> list[str]:
 
 
 class _RegisterWithPeft(importlib.abc.MetaPathFinder):
-    """Runs `spectune.tuner.register` right after somebody imports `peft`, once.
+    """Runs the registration right after somebody imports `peft`, once.
 
     PEFT has no plugin discovery, and importing it here would make `spectune --help` wait for torch.
     """
 
+    asking = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != "peft":
+        # Libraries also ask for the spec without importing, to see whether peft is installed.
+        if fullname != "peft" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self.asking = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def execute_and_register(module: Any) -> None:
-            execute(module)
-            _register()
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                _register()
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

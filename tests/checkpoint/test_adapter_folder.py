@@ -25,7 +25,8 @@ def folder(tmp_path):
 def refused(path):
     with pytest.raises(AdapterError) as caught:
         read_adapter_folder(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -44,7 +45,7 @@ def test_an_adapter_of_another_kind_is_named(folder):
 
 
 @pytest.mark.parametrize(
-    "content, found",
+    ("content", "found"),
     [
         ("{", "no valid JSON"),
         ("[]", "found a list"),

@@ -36,7 +36,8 @@ def refused(path):
     with pytest.raises(AdapterError) as caught:
         open_checkpoint(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message
+    assert str(path) in message
+    assert "\n" not in message
     return message
 
 

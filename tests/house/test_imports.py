@@ -30,6 +30,7 @@ DOORS: dict[str, set[str]] = {
     "typer": {"cli"},
     "jinja2": {"reports"},
     "accelerate": {"recipes"},
+    "django": set(),
 }
 FORBIDDEN_FILES = {"utils.py", "common.py", "other.py", "helpers.py", "misc.py"}
 LONGEST_FILE = 400

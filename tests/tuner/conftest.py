@@ -36,7 +36,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 def config_for(tiny: Tiny, method: str, **more: Any) -> SpectralConfig:
-    return SpectralConfig(method=method, target_modules=list(tiny.targets), **{**OPTIONS[method], **more})
+    return SpectralConfig(**{"method": method, "target_modules": list(tiny.targets), **OPTIONS[method], **more})
 
 
 def train(model: nn.Module, scale: float = 0.1, seed: int = 0) -> None:

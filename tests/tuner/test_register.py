@@ -24,6 +24,7 @@ CHECK = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as M; print(M['SPE
         "import peft, spectune",
         "import spectune; from peft import PeftModel",
         "from spectune import SpectralConfig",
+        "import spectune; from transformers.utils import is_peft_available; is_peft_available()",
         "import spectune, importlib; importlib.reload(spectune); import peft; importlib.reload(spectune)",
     ],
 )

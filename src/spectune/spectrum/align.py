@@ -21,17 +21,18 @@ SKETCH_SEED = 20240522
 # bfloat16 keeps 8 binary digits: rounding changes an entry by at most 2^-9 of it. The largest change of
 # the base that turning may explain; float16 rounds 8 times finer.
 BFLOAT16_ROUNDING = 2.0**-9
-# Small turns after the first, gross one; the update stands still after these. Measured, as above.
+# Small turns after the first, gross one. Measured, as below: two are enough for top directions, but left
+# one bfloat16 copy's bottom directions at 0.11, above its tolerance of 0.04; with four it is at 0.011.
 SMALL_TURNS = 4
 # Up to this R a sketch resolves any rotation of all R directions by itself; above, the closeness of
 # the singular values says which neighbours matter: 10 probes a side reach 20 of them. Measured.
 FULLY_RESOLVED = 16
 SPARE_COLUMNS = 4
 WIDE_WIDTH = 10
-# When a base is refused. Measured on 12 weights of all-MiniLM-L6-v2, R = 4 ... 384: a bfloat16 copy leaves
-# at most 0.005 of the sketch of top directions unexplained (float16 0.0006), 5% noise at least 0.023, a
-# random weight 0.69. Where the gap is small, rounding mixes in directions that were not kept: up to 2.9
-# times `change / gap / sqrt(R)`. The ceiling is half of what the closest foreign weight left.
+# When a base is refused. Measured on 12 weights of all-MiniLM-L6-v2, R = 4 ... 384, top directions: a
+# bfloat16 copy leaves at most 0.0051 of the sketch unexplained (float16 0.0006), 5% noise at least 0.029,
+# a random weight 0.98. Where the gap is small, rounding mixes in directions that were not kept: up to 2.9
+# times `change / gap / sqrt(R)` (0.08 for random columns). The ceiling is a third of a foreign weight's.
 ALWAYS_ALLOWED = 0.01
 ALLOWED_PER_MIXING = 3.0
 NEVER_ALLOWED = 0.35
@@ -53,7 +54,7 @@ def sketch(spectrum: Spectrum, width: int, seed: int = SKETCH_SEED) -> torch.Ten
 
 def _probe(spectrum: Spectrum, width: int, seed: int) -> torch.Tensor:
     random = np.random.RandomState(seed)
-    O, I, _ = spectrum.shape  # noqa: E741
+    O, I, _ = spectrum.shape
     G_Ow, H_Iw = (torch.from_numpy(random.standard_normal((side, width))) for side in (O, I))
     U_OR, Vh_RI = spectrum.U_OR.detach().double().cpu(), spectrum.Vh_RI.detach().double().cpu()
     probes_RT: torch.Tensor = torch.cat([U_OR.mT @ G_Ow, Vh_RI @ H_Iw], dim=1)
@@ -74,7 +75,7 @@ def align(
     so these are the spreads of a Gaussian prior, and each row of Q is its best estimate given the
     sketch (ridge regression). Close values turn freely, far ones hardly: U diag(S) Vh moves by
     about e. U and Vh turn apart only where s is near zero. The unexplained share is
-    |stored - sketch(result)|_F / |stored|_F: ~0.001 for a rounded base, 0.5 to 1.2 for a foreign one.
+    |stored - sketch(result)|_F / |stored|_F: ~0.002 for a rounded base, about 1.2 for a foreign one.
     Does not find more than 2 width directions of one exactly repeated value. Raises `AdapterError`.
     """
     stored_RT = _checked(spectrum, stored_RT)
@@ -110,7 +111,7 @@ def _checked(spectrum: Spectrum, stored_RT: torch.Tensor) -> torch.Tensor:
 def _turn(probe_RT: torch.Tensor, Q_U_RR: torch.Tensor, Q_V_RR: torch.Tensor) -> torch.Tensor:
     """Get the sketch of the turned basis without touching the basis."""
     left_Rw, right_Rw = probe_RT.chunk(2, dim=1)
-    return torch.cat([Q_U_RR.mT @ left_Rw, Q_V_RR.mT @ right_Rw], dim=1)
+    return torch.cat([Q_U_RR.mT.double() @ left_Rw, Q_V_RR.mT.double() @ right_Rw], dim=1)
 
 
 def _turned(spectrum: Spectrum, Q_U_RR: torch.Tensor, Q_V_RR: torch.Tensor) -> Spectrum:

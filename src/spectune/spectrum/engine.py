@@ -26,10 +26,10 @@ class Solver(Protocol):
 SOLVERS: dict[str, Solver] = {"exact": exact, "gram": gram, "randomized": randomized}
 
 # `auto` takes block Krylov where this many blocks fit into K, and gives it up when the basis reaches
-# K / GIVE_UP_SHARE. Measured: 384^2, r=16 (16 blocks) and 2048^2, r=64 (28 blocks, flat) are about as
-# fast either way; real spectra take 6 to 10 blocks, each dearer than the last.
-BLOCKS_IN_K = 20
-GIVE_UP_SHARE = 3
+# K / GIVE_UP_SHARE. Measured: a real 384^2 weight (24 blocks at r = 8) needs 9 blocks, more than a third of
+# K; real and power-law spectra at 2048^2 take 5 to 9, a flat one 28 at r = 8.
+BLOCKS_IN_K = 24
+GIVE_UP_SHARE = 2
 # The Gram matrix saves the SVD's work on the longer side. Measured (two cores): at aspect 1 exact is
 # faster, from about 1.5 on gram is.
 GRAM_ASPECT = 1.5

@@ -20,7 +20,7 @@ def exact(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) ->
     """
     try:
         U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI, full_matrices=False)
-    except RuntimeError:  # torch.linalg.LinAlgError is one
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not name it in __all__
         U_OK, S_K, Vh_KI = _second_driver(W_OI)
     places = list(choice.places)
     return Found(U_OK[:, places], S_K[places], Vh_KI[places], S_K.double().cpu(), "exact")

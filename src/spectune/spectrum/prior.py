@@ -9,6 +9,9 @@ from ..records import Spectrum
 # Change of a sketch row that the model leaves to chance (directions outside the kept ones, second
 # order), for rows of length 1. Measured on all-MiniLM-L6-v2, r = 8, 32, 384: best of 3e-4, 3e-3, 3e-2.
 SKETCH_NOISE = 3e-3
+# A turn beyond three standard deviations is not the rounding that the prior describes. The usual bound
+# of a Gaussian; chosen, and the figures at `align.ALWAYS_ALLOWED` are measured with it.
+MOST_SPREADS = 3.0
 # Neighbours closer than this many expected changes are one cluster: their rotation may be of any size.
 # Chosen: the prior angle between neighbours is then at least 1/10 rad, beyond which first order fails.
 CLUSTER_SPACING = 10.0
@@ -19,6 +22,7 @@ class Prior:
 
     def __init__(self, spectrum: Spectrum, tolerance: float) -> None:
         S_R = spectrum.S_R.detach().double().cpu()
+        self.dtype = S_R.dtype if spectrum.U_OR.dtype == torch.float64 else torch.float32
         change = max(change_of_base(spectrum, tolerance), torch.finfo(torch.float64).tiny)
         # Variances of the joint and of the opposite turn; 1 is "anything", half of it for each.
         self.joint_RR = _variance(S_R[:, None] - S_R, change)
@@ -39,14 +43,15 @@ class Prior:
         for cluster_r in self.clusters:
             left_rr, _, right_rr = torch.linalg.svd(X_RR[cluster_r[:, None], cluster_r])
             Q_RR[cluster_r[:, None], cluster_r] = left_rr @ right_rr
-        return Q_RR.mT
+        return Q_RR.mT.to(self.dtype)
 
     def small_turn(self, stored_RT: torch.Tensor, turned_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Get the turns that are left, between all pairs: Cayley's orthogonal matrix of the skew estimate."""
         joint_RR = self.joint_RR.clone().fill_diagonal_(0)
         opposite_RR = self.opposite_RR.clone().fill_diagonal_(0)
         X_RR, Y_RR = self._estimate(stored_RT - turned_RT, turned_RT, joint_RR, opposite_RR)
-        return _cayley((X_RR.mT - X_RR) / 4), _cayley((Y_RR.mT - Y_RR) / 4)
+        half_U_RR, half_V_RR = ((turn_RR.mT - turn_RR).to(self.dtype) / 4 for turn_RR in (X_RR, Y_RR))
+        return _cayley(half_U_RR), _cayley(half_V_RR)
 
     def _estimate(
         self,
@@ -69,13 +74,19 @@ class Prior:
         )
         noise_TT = SKETCH_NOISE**2 / T * torch.eye(T, dtype=probe_RT.dtype)
         z_RT = torch.linalg.solve(spread_RTT + noise_TT, wanted_RT[:, :, None]).squeeze(2)
-        joint_turn_RR = joint_RR * (z_RT @ probe_RT.mT)
-        opposite_turn_RR = opposite_RR * (z_RT @ mirror_RT.mT)
+        joint_turn_RR = _limited(joint_RR * (z_RT @ probe_RT.mT), joint_RR)
+        opposite_turn_RR = _limited(opposite_RR * (z_RT @ mirror_RT.mT), opposite_RR)
         return joint_turn_RR + opposite_turn_RR, joint_turn_RR - opposite_turn_RR
 
 
 def _variance(distance_RR: torch.Tensor, change: float) -> torch.Tensor:
     return (change / distance_RR).square().clamp_max(1.0) / 2
+
+
+def _limited(turn_RR: torch.Tensor, variance_RR: torch.Tensor) -> torch.Tensor:
+    """Get the turns cut to MOST_SPREADS: a foreign sketch would stretch the prior as far as it needs."""
+    limit_RR = MOST_SPREADS * variance_RR.sqrt()
+    return turn_RR.clamp(-limit_RR, limit_RR)
 
 
 def _cayley(half_RR: torch.Tensor) -> torch.Tensor:
@@ -91,7 +102,7 @@ def change_of_base(spectrum: Spectrum, tolerance: float) -> float:
     size is |W|_F / sqrt(O I). The values left out are not known: below a leading choice each is at most
     the least kept one; for another choice the spectrum is taken to fall in a straight line (chosen).
     """
-    O, I, R = spectrum.shape  # noqa: E741
+    O, I, R = spectrum.shape
     S_R = spectrum.S_R.detach().double()
     K, least = min(O, I), float(S_R.min())
     energy = float(S_R.square().sum()) + (K - R) * least**2

@@ -3,6 +3,7 @@
 from . import register as register
 from .attach import attach as attach
 from .attach import load_attached as load_attached
+from .attach import swap_adapter as swap_adapter
 from .config import SpectralConfig as SpectralConfig
 from .config import SVDOptions as SVDOptions
 from .kinds import SpectralLinear as SpectralLinear

@@ -66,6 +66,8 @@ def layout_of(layer: nn.Module, name: str, backend: QuantizationBackend | None =
 
 def backend_of(layer: nn.Module) -> QuantizationBackend | None:
     """Get what knows how to dequantise a layer's weight, or None where it is stored as plain numbers."""
+    if type(layer) in LAYOUTS and type(getattr(layer, "weight", None)) is nn.Parameter:
+        return None  # without importing the quantisation libraries to find that out
     # PEFT asks for the re-quantising function of torchao models here. Spectune never merges into a
     # quantised weight, so that function is never called.
     backend: QuantizationBackend | None = resolve_quantization_backend(layer, get_apply_tensor_subclass=_never)

@@ -25,13 +25,12 @@ EMBED_BELOW_GAP = 1e-6
 class SpectralLayer(BaseTunerLayer):
     """What every adapted layer shares: adapters by name, merge, unmerge, the update in the base's layout.
 
-    The base weight is never changed while unmerged. A merge keeps the original, and unmerging puts that
-    very tensor back, so nothing is ever subtracted.
+    The base weight is never changed. A merge puts another parameter in its place, and unmerging puts the
+    very same one back, so nothing is ever subtracted.
     """
 
     adapter_layer_names = ("spectune_adapter",)
     spectune_adapter: nn.ModuleDict
-    spectune_original: torch.Tensor | None
     layout: Layout
     stored_shape: torch.Size
     get_base_layer: Callable[[], Any]
@@ -45,7 +44,8 @@ class SpectralLayer(BaseTunerLayer):
         self.quantization_backend = backend_of(self.get_base_layer())
         self.layout = layout_of(self.get_base_layer(), name, self.quantization_backend)
         self.spectune_adapter = nn.ModuleDict()
-        self.register_buffer("spectune_original", None, persistent=False)
+        # The pretrained parameter itself while updates are merged; in a list, so that it is not registered twice.
+        self._replaced: list[nn.Parameter] = []
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
@@ -57,15 +57,21 @@ class SpectralLayer(BaseTunerLayer):
         return self.layout.to_matrix(self._original())
 
     def _original(self) -> torch.Tensor:
-        if self.spectune_original is not None:
-            return self.spectune_original
+        if self._replaced:
+            return self._replaced[0].data
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
         stored: torch.Tensor = getattr(self.get_base_layer(), self.layout.attribute).data
         return stored
 
-    def _store(self, weight: torch.Tensor) -> None:
-        getattr(self.get_base_layer(), self.layout.attribute).data = weight
+    def _exchange(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Put another parameter in the base layer's place for it, and get the one that stood there.
+
+        The parameter is exchanged and not overwritten: a weight that is tied to another layer's stays as it is there.
+        """
+        present: nn.Parameter = getattr(self.get_base_layer(), self.layout.attribute)
+        setattr(self.get_base_layer(), self.layout.attribute, parameter)
+        return present
 
     def active_modules(self) -> list[SpectralModule]:
         """Get the modules of the active adapters that this layer has; adapters may target layers unevenly."""
@@ -137,8 +143,8 @@ class SpectralLayer(BaseTunerLayer):
         merged = self._with_updates(original, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        self.spectune_original = original
-        self._store(merged)
+        present = self._exchange(nn.Parameter(merged, requires_grad=False))
+        self._replaced = self._replaced or [present]
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -148,9 +154,10 @@ class SpectralLayer(BaseTunerLayer):
 
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self.spectune_original is not None
-        self._store(self.spectune_original)
-        self.spectune_original = None
+        (pretrained,) = self._replaced
+        merged = self._exchange(pretrained)
+        pretrained.data = pretrained.data.to(merged.device, merged.dtype)  # the model may have moved since
+        self._replaced = []
         self.merged_adapters.clear()
 
     def _with_updates(self, original: torch.Tensor, names: list[str]) -> torch.Tensor:

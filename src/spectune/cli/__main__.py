@@ -1,0 +1,5 @@
+"""`python -m spectune.cli`."""
+
+from .app import main
+
+main()

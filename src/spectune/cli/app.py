@@ -1,0 +1,57 @@
+"""The app that holds the verbs, and the one place where an error becomes a line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import typer
+
+from ..errors import SpectuneError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+app = typer.Typer(
+    name="spectune",
+    help="Fine-tune pretrained models in the singular space of their own weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in ("demo", "export", "env"):
+    app.command(name=verb)(getattr(import_module(f".{verb}", __package__), verb))
+
+# Typer brings a Click of its own; this is the base class of every complaint about the words of a command.
+WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main() -> None:
+    """Run the command line: exit 0 when all went well, 1 for a refused request, 2 for wrong usage, 130 for Ctrl-C.
+
+    A failure is one line on stderr. SPECTUNE_DEBUG=1 shows where it came from.
+    """
+    try:
+        status = app(standalone_mode=False) or 0
+        if status == INTERRUPTED:  # Typer has already turned Ctrl-C into this status
+            _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
+        raise SystemExit(status)
+    except WrongUsage as error:
+        complaint: Any = error
+        complaint.show()
+        raise SystemExit(complaint.exit_code) from None
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
+    except SpectuneError as error:
+        _fail(str(error), 1)
+    except Exception as error:
+        line = " ".join(str(error).split()) or "no message"
+        _fail(f"unexpected {type(error).__name__}: {line[:500]}. SPECTUNE_DEBUG=1 shows where.", 1)
+
+
+def _fail(line: str, status: int) -> None:
+    if os.environ.get("SPECTUNE_DEBUG", "") not in ("", "0"):
+        raise
+    print(f"spectune: {line}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,33 @@
+"""Progress bars for long work: what is done, how fast, how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} steps/s" if task.speed else "", style="progress.data.speed")
+
+
+class Stages(Progress):
+    """One bar for each stage of a run, on one console."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+        super().__init__(*columns, TextColumn("{task.fields[said]}"), console=console)
+
+    def begin(self, name: str, steps: int) -> Callable[[int, int, float], None]:
+        """Start a bar, and get what must be called after each step with (step, steps, loss)."""
+        bar = self.add_task(name, total=steps, said="")
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            self.update(bar, completed=step, said=f"loss {loss:.3f}")
+
+        return on_step

@@ -1,0 +1,6 @@
+"""Delta -> what others load: exact where the algebra allows, proven before the folder appears."""
+
+from .lora import LoraExport as LoraExport
+from .lora import export_lora as export_lora
+from .verify import Proof as Proof
+from .verify import verify_lora as verify_lora

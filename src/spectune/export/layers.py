@@ -1,0 +1,111 @@
+"""What an export reads from a live model: its adapted layers, and the modules that were trained in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ExportError, nearest
+from ..methods import SpectralModule, spectral_modules
+from ..records import Delta, SparseCore
+
+# What PEFT puts before the path of every module of the base model, in a PeftModel and in its files.
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedLayer:
+    """One layer that carries the adapter: its path in the base model, and the update as it stands."""
+
+    name: str
+    module: SpectralModule
+    fan_in_fan_out: bool
+    """True where the layer stores its weight in x out (transformers' Conv1D)."""
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
+    """Get the layers that carry an adapter; `ExportError` where one of them has no exact LoRA."""
+    found = []
+    for path, name, module in spectral_modules(model):
+        if name == adapter_name:
+            layer = model.get_submodule(path)
+            base = _base_of(layer)
+            _refuse_inexact(base_path(model, path), layer, base)
+            found.append(AdaptedLayer(base_path(model, path), module, isinstance(base, Conv1D)))
+    return found
+
+
+def choose_adapter(model: nn.Module, asked: str | None) -> str:
+    """Get the name of the spectral adapter to export: the one asked for, or the only one."""
+    names = sorted({name for _, name, _ in spectral_modules(model)})
+    kind = type(model).__name__
+    if not names:
+        raise ExportError(f"{kind}: the model carries no spectral adapter. Attach or load one first.")
+    if asked is not None and asked not in names:
+        raise ExportError(f"{kind}: the model carries no spectral adapter {asked!r}. {nearest(asked, names)}")
+    if asked is None and len(names) > 1:
+        raise ExportError(f"{kind}: the model carries several spectral adapters: {', '.join(names)}. Name one.")
+    return names[0] if asked is None else asked
+
+
+def fully_trained(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Get the tensors of modules_to_save, named as PEFT names them in a file."""
+    tensors = {}
+    for path, wrapper in model.named_modules():
+        # PEFT's ModulesToSaveWrapper, known by its two parts.
+        copies = wrapper._modules.get("modules_to_save")
+        if isinstance(copies, nn.ModuleDict) and "original_module" in wrapper._modules and adapter_name in copies:
+            stem = PEFT_PREFIX + base_path(model, path)
+            for name, tensor in copies[adapter_name].state_dict().items():
+                tensors[f"{stem}.{name}"] = tensor
+    return tensors
+
+
+def base_path(model: nn.Module, path: str) -> str:
+    """Get the path of a module in the base model, without what PEFT and torch.compile add to it."""
+    path = path.removeprefix("_orig_mod.").replace(".base_layer", "")
+    return path.removeprefix(PEFT_PREFIX) if hasattr(model, "get_base_model") else path
+
+
+def base_paths(model: nn.Module) -> Iterator[str]:
+    """Get the path of every module of the base model, whatever is wrapped around it."""
+    for path, _ in model.named_modules():
+        if ".spectune_adapter" not in path:
+            yield base_path(model, path)
+
+
+def inner_model(model: Any) -> nn.Module:
+    """Get the base model inside a PeftModel; any other model is its own."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
+
+
+def in_double(delta: Delta) -> Delta:
+    """Get the same update in float64, so that what is computed from it rounds once, at the end."""
+    core = delta.core
+    wide = replace(core, values_C=core.values_C.double()) if isinstance(core, SparseCore) else core.double()
+    return Delta(delta.left_OP.double(), wide, delta.right_QI.double())
+
+
+def _base_of(layer: nn.Module) -> nn.Module:
+    while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
+        layer = inner
+    return layer
+
+
+def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module) -> None:
+    if not isinstance(base, (nn.Linear, Conv1D)):
+        raise ExportError(
+            f"{path}: asked for an exact LoRA, found a {type(base).__name__}; only linear layers and "
+            f"Conv1D have one. Merge the adapter instead."
+        )
+    merged = getattr(layer, "merged_adapters", [])
+    if merged:
+        raise ExportError(
+            f"{path}: asked for an update, found {', '.join(merged)} merged into the base. Unmerge first."
+        )

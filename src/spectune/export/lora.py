@@ -1,0 +1,130 @@
+"""`export_lora`: a spectral adapter as an ordinary LoRA folder, exact and proven."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..algebra import to_factors
+from ..checkpoint import fresh_folder, save_tensors, write_atomically
+from ..errors import ExportError
+from .layers import PEFT_PREFIX, AdaptedLayer, adapted_layers, in_double
+from .lora_config import lora_config, refuse_trained_biases
+from .source import Source, open_source, refuse_to_replace_the_source
+from .verify import Proof, verify_lora
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The only values that vLLM's --max-lora-rank takes (vllm-project/vllm#26461).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What was exported: where it stands, the rank of every layer, and the proof that it is exact."""
+
+    path: Path
+    adapter_name: str
+    ranks: dict[str, int] = field(repr=False)
+    """Layer -> rank of its two factors."""
+    proof: Proof = field(repr=False)
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of all layers; a server must allow it."""
+        return max(self.ranks.values())
+
+    @property
+    def vllm_max_lora_rank(self) -> int | None:
+        """What to give vLLM as --max-lora-rank; None when the rank is above all that it serves."""
+        return next((allowed for allowed in VLLM_RANKS if allowed >= self.max_rank), None)
+
+
+def export_lora(
+    adapter: nn.Module | str | Path,
+    output_dir: str | Path,
+    *,
+    base_model: nn.Module | str | Path | None = None,
+    adapter_name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+    pad_to: int | None = None,
+    inputs: Mapping[str, Any] | torch.Tensor | None = None,
+    check_logits: bool = True,
+) -> LoraExport:
+    """Write a spectral adapter as a LoRA folder that PEFT, diffusers and vLLM load without Spectune.
+
+    dW_OI = B_OP A_PI, by the algebra of the update and never by an SVD of it; scaling alpha / r = 1.
+
+    `adapter` is a model that carries spectral adapters, or a saved adapter's folder, which is put on
+    `base_model` (a model, which is copied; a folder or repository; default: what the config names).
+    `dtype` is that of the factors: anything below float32 rounds them, and the proof allows for no more
+    than that. `pad_to` gives every layer this one rank, with zeros. `inputs` are what the logits are
+    compared on (default: a seeded random batch); `check_logits=False` leaves that out.
+
+    The folder appears only when it is complete and its proof holds. `OutputError` for an output that
+    holds something, `ExportError` for what has no exact LoRA, `AdapterError` for a damaged adapter.
+    """
+    if dtype not in DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise ExportError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
+    refuse_to_replace_the_source(adapter, output_dir)
+    with fresh_folder(output_dir, overwrite=overwrite) as partial:
+        source = open_source(adapter, base_model, adapter_name)
+        layers = adapted_layers(source.model, source.adapter_name)
+        refuse_trained_biases(source.model, source.adapter_name)
+        ranks = _write(source, layers, partial, dtype, pad_to)
+        proof = verify_lora(source.model, source.adapter_name, partial, inputs, check_logits=check_logits)
+    return LoraExport(Path(output_dir), source.adapter_name, ranks, proof)
+
+
+def _write(
+    source: Source, layers: list[AdaptedLayer], folder: Path, dtype: torch.dtype, pad_to: int | None
+) -> dict[str, int]:
+    """Write tensors and config; get layer -> rank."""
+    tensors = dict(source.carried)
+    ranks = {}
+    for layer in layers:
+        B_OP, A_PI = lora_factors(layer, dtype, pad_to)
+        tensors[f"{PEFT_PREFIX}{layer.name}.lora_A.weight"] = A_PI
+        tensors[f"{PEFT_PREFIX}{layer.name}.lora_B.weight"] = B_OP
+        ranks[layer.name] = A_PI.shape[0]
+    transposed = any(layer.fan_in_fan_out for layer in layers)
+    config = lora_config(source.model, source.adapter_name, ranks, transposed, source.base)
+    save_tensors(folder / "adapter_model.safetensors", tensors)
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return ranks
+
+
+@torch.no_grad()
+def lora_factors(
+    layer: AdaptedLayer, dtype: torch.dtype = torch.float32, pad_to: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get (B_OP, A_PI) on the CPU with B A = dW: computed in float64, rounded once to `dtype`.
+
+    P is at least 1 and at most min(O, I), or `pad_to`; `ExportError` where the update does not fit.
+    """
+    B_OP, A_PI = to_factors(in_double(layer.module.delta()))
+    rows_O, cols_I, P = B_OP.shape[0], A_PI.shape[1], A_PI.shape[0]
+    if min(rows_O, cols_I) < P:
+        # Wider than the weight itself: dW and an identity hold it in less room.
+        dW_OI = B_OP @ A_PI
+        one = torch.eye(min(rows_O, cols_I), dtype=dW_OI.dtype, device=dW_OI.device)
+        B_OP, A_PI = (one, dW_OI) if rows_O <= cols_I else (dW_OI, one)
+        P = one.shape[0]
+    if pad_to is not None and pad_to < P:
+        raise ExportError(f"{layer.name}: asked to pad to rank {pad_to}, the update has {P}. Pad to {P} or more.")
+    missing = max(pad_to or 1, P) - P
+    B_OP, A_PI = nn.functional.pad(B_OP, (0, missing)), nn.functional.pad(A_PI, (0, 0, 0, missing))
+    factors = B_OP.to("cpu", dtype), A_PI.to("cpu", dtype)
+    if not all(torch.isfinite(factor).all() for factor in factors):
+        raise ExportError(
+            f"{layer.name}: asked for the update in {str(dtype).removeprefix('torch.')}, found NaN or "
+            f"infinity in it. Train again with a lower learning rate, or export in float32."
+        )
+    return factors

@@ -1,0 +1,109 @@
+"""The adapter_config.json of an exported LoRA: every layer's scaling alpha / r is exactly 1."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import ExportError
+from .layers import base_paths, inner_model
+
+# What the config of the spectral adapter and that of the LoRA mean in the same way.
+SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
+
+
+def lora_config(
+    model: nn.Module,
+    adapter_name: str,
+    ranks: Mapping[str, int],
+    fan_in_fan_out: bool,
+    base: str | None = None,
+) -> dict[str, Any]:
+    """Get the config with which PEFT puts factors of these ranks (layer -> rank) on exactly these layers.
+
+    `r` is the most common rank, the others stand in `rank_pattern`; alpha equals the rank everywhere.
+    `base` is the name or folder of the base model, should the adapter's own config not know it.
+    """
+    ours = adapter_config(model, adapter_name)
+    shared = {name: _plain(getattr(ours, name, None)) for name in SHARED_FIELDS}
+    inner = inner_model(model)
+    name = shared["base_model_name_or_path"] or base or getattr(inner, "name_or_path", None)
+    r, pattern = rank_pattern(ranks)
+    return {
+        "peft_type": "LORA",
+        **shared,
+        "base_model_name_or_path": name or None,
+        "auto_mapping": None if shared["task_type"] else _class_of(inner),
+        "target_modules": target_modules(list(ranks), base_paths(model), shared["modules_to_save"] or []),
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> Any:
+    """Get the PEFT config of an adapter in a live model, or None where the model keeps none."""
+    return (getattr(model, "peft_config", None) or {}).get(adapter_name)
+
+
+def refuse_trained_biases(model: nn.Module, adapter_name: str) -> None:
+    """Raise `ExportError` when the adapter trains biases, which belong to the base and not to a LoRA."""
+    bias = getattr(adapter_config(model, adapter_name), "bias", "none")
+    if bias != "none":
+        raise ExportError(
+            f"adapter {adapter_name!r}: asked for an exact LoRA, found bias={bias!r}: trained biases are no "
+            f"part of one. Train with bias='none', or merge the adapter instead."
+        )
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Get (most common rank, the other ranks by pattern); of equally common ranks the larger is taken.
+
+    A pattern is the last part of the name where all layers of that name agree, else the whole name.
+    """
+    counts = Counter(ranks.values())
+    r = max(counts, key=lambda rank: (counts[rank], rank))
+    pattern: dict[str, int] = {}
+    for name, rank in sorted(ranks.items()):
+        leaf = name.rpartition(".")[2]
+        agree = {other for path, other in ranks.items() if path.rpartition(".")[2] == leaf} == {rank}
+        if rank != r:
+            # PEFT reads a pattern as a regex for the end of a name; ^ and the escape make it this name alone.
+            pattern[leaf if agree else f"^{re.escape(name)}"] = rank
+    return r, pattern
+
+
+def target_modules(adapted: list[str], all_paths: Iterable[str], modules_to_save: list[str]) -> list[str] | str:
+    """Get the shortest target_modules by which PEFT finds the adapted layers and no other module.
+
+    The last parts of the names if they suffice, else whole names, else a regex.
+    """
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in modules_to_save]
+    paths = {path for path in all_paths if not any(pattern.match(path) for pattern in saved)}
+    leaves = sorted({name.rpartition(".")[2] for name in adapted})
+    for targets in (leaves, sorted(adapted)):
+        ends = tuple("." + target for target in targets)
+        if {path for path in paths if path in targets or path.endswith(ends)} == set(adapted):
+            return targets
+    return "|".join(re.escape(name) for name in sorted(adapted))
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return sorted(value) if isinstance(value, (set, tuple, list)) else value
+
+
+def _class_of(inner: nn.Module) -> dict[str, str]:
+    return {"base_model_class": type(inner).__name__, "parent_library": type(inner).__module__}

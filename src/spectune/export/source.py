@@ -1,0 +1,170 @@
+"""Where an export begins: a live model, or a saved adapter put on its base model."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..checkpoint import AdapterFolder, read_adapter_folder
+from ..errors import AdapterError, ExportError, OutputError, SpectuneError
+from ..methods import SpectralModule, spectral_modules
+from .layers import PEFT_PREFIX, base_path, choose_adapter, fully_trained
+
+# PEFT's task types and the Auto class that PEFT's own AutoPeftModel* loads for each (peft/auto.py).
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# Heads whose first side is the number of labels (transformers' classification models).
+HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A live model with the adapter to export on it."""
+
+    model: nn.Module = field(repr=False)
+    adapter_name: str
+    carried: dict[str, torch.Tensor] = field(repr=False)
+    """Tensors trained in full (modules_to_save), under PEFT's names in a file."""
+    base: str | None = None
+    """Name or folder of the base model, where it was loaded here."""
+
+
+def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: str | None) -> Source:
+    """Get the model behind an export.
+
+    A live model is used as it is. For a folder the base is loaded, or `base_model` copied, and the
+    adapter loaded onto it by transformers; the trained numbers are those of the file, unrounded.
+    `ExportError` or `AdapterError` names what is missing.
+    """
+    if isinstance(adapter, nn.Module):
+        if base_model is not None:
+            raise ExportError("base_model: given together with a live model, which has its base already. Leave it out.")
+        name = choose_adapter(adapter, adapter_name)
+        return Source(adapter, name, fully_trained(adapter, name))
+    if adapter_name is not None:
+        raise ExportError(
+            f"adapter_name: {adapter_name!r} was asked of a folder, which holds one adapter. Leave it out."
+        )
+    folder = read_adapter_folder(adapter).require("SPECTUNE")
+    model, base = _base_model(folder, base_model)
+    _load(model, folder)
+    carried = {name: folder.tensor(name) for name in folder.names if ".spectune_adapter." not in name}
+    return Source(model, ADAPTER_NAME, carried, base)
+
+
+def refuse_to_replace_the_source(adapter: nn.Module | str | Path, output_dir: str | Path) -> None:
+    """Raise `OutputError` when the output is the adapter's folder or holds it: replacing would delete it."""
+    if isinstance(adapter, nn.Module):
+        return
+    source, goal = Path(os.path.realpath(adapter)), Path(os.path.realpath(output_dir))
+    if goal in (source, *source.parents):
+        raise OutputError(f"{goal}: the output would replace the adapter {source} itself. Choose another folder.")
+
+
+def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | None]:
+    if isinstance(base_model, nn.Module):
+        if getattr(base_model, "peft_config", None) or not hasattr(base_model, "load_adapter"):
+            found = "adapters on it already" if getattr(base_model, "peft_config", None) else "no load_adapter"
+            raise ExportError(
+                f"base_model: asked for a plain transformers model, this {type(base_model).__name__} has "
+                f"{found}. Load the adapter onto the model and pass that model instead of the folder."
+            )
+        return copy.deepcopy(base_model), None
+    name = str(base_model or folder.config.get("base_model_name_or_path") or "")
+    if not name:
+        raise ExportError(f"{folder.path}: the config does not name its base model. Pass base_model.")
+    options: dict[str, Any] = {}
+    if base_model is None and folder.config.get("revision"):
+        options["revision"] = folder.config["revision"]
+    if folder.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and (labels := _label_count(folder)):
+        options["num_labels"] = labels
+    loader = _model_class(folder)
+    try:
+        model: nn.Module = loader.from_pretrained(name, **options)
+        return model, name
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{name}: the base model cannot be loaded: {_first_line(error)} Pass base_model.") from error
+
+
+def _model_class(folder: AdapterFolder) -> Any:
+    task = folder.config.get("task_type")
+    if task in AUTO_CLASSES:
+        return getattr(transformers, AUTO_CLASSES[task])
+    mapping = folder.config.get("auto_mapping") or {}
+    library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
+    # The file may come from anybody: only transformers' own modules are imported on its word.
+    if library.split(".")[0] == "transformers":
+        try:
+            found = getattr(importlib.import_module(library), name, None)
+        except ImportError:
+            found = None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    raise ExportError(
+        f"{folder.path}: the config does not say which transformers model it belongs to (task_type {task!r}, "
+        f"class {name or None!r}). Pass the model itself as base_model."
+    )
+
+
+def _label_count(folder: AdapterFolder) -> int | None:
+    for name, shape in folder.shapes.items():
+        if len(shape) == 2 and name.endswith(HEADS):
+            return shape[0]
+    return None
+
+
+def _load(model: nn.Module, folder: AdapterFolder) -> None:
+    try:
+        model.load_adapter(str(folder.path), adapter_name=ADAPTER_NAME)  # type: ignore[operator]
+    except SpectuneError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise AdapterError(
+            f"{folder.path}: the adapter does not fit {type(model).__name__}: {_first_line(error)} Check base_model."
+        ) from error
+    left = {name for name in folder.names if ".spectune_adapter." in name}
+    for path, name, module in spectral_modules(model):
+        if name == ADAPTER_NAME:
+            left -= _load_unrounded(module, folder, f"{PEFT_PREFIX}{base_path(model, path)}.spectune_adapter.")
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise AdapterError(
+            f"{folder.path}: {type(model).__name__} has no place for the tensor {min(left)!r}{more}. Check base_model."
+        )
+
+
+def _load_unrounded(module: SpectralModule, folder: AdapterFolder, stem: str) -> set[str]:
+    """Put the tensors of the file into one module as they are; get the names of those that were used.
+
+    transformers has loaded them already, but rounds them where the base is in half precision.
+    """
+    used = {name for name in folder.names if name.startswith(stem)}
+    part = {name.removeprefix(stem): folder.tensor(name).to(module.S_R.device) for name in used}
+    module.embed_basis("U_OR" in part)
+    try:
+        module.load_state_dict(part, assign=True)
+    except RuntimeError as error:
+        raise AdapterError(
+            f"{module.name}: the adapter file does not fit this layer: {' '.join(str(error).split())} Check base_model."
+        ) from error
+    return used
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    return f"{line}."

@@ -1,0 +1,99 @@
+"""The command line from outside: the journey in small, one line for each failure, help at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def spectune(*words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spectune.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **more}, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    folder = tmp_path_factory.mktemp("journey")
+    done = spectune("demo", "--steps", "4", "--sentences", "64", "--output", "out", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out", json.loads(done.stdout)
+
+
+def test_the_demo_reloads_exports_and_reports(journey: tuple[Path, dict[str, object]]) -> None:
+    folder, figures = journey
+    assert figures["reload_agreement"] == 1.0 and figures["lora_agreement"] == 1.0
+    assert 0 < figures["lora_max_relative_error"] < 1e-5
+    page = (folder / "report.html").read_text()
+    assert "spectral_a" in page and "<svg" in page
+    assert json.loads((folder / "run.json").read_text())["seed"] == 0
+    assert (folder / "adapter" / "adapter_config.json").exists() and (folder / "lora" / "adapter_config.json").exists()
+
+
+def test_the_same_seed_gives_the_same_adapter(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    folder, figures = journey
+    done = spectune("demo", "--steps", "4", "--sentences", "64", "--output", "again", "--json", cwd=tmp_path)
+    again = json.loads(done.stdout)
+    assert {**again, "report": ""} == {**figures, "report": ""}
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_export_prints_the_proof(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    folder, _ = journey
+    done = spectune("export", str(folder / "adapter"), "-o", str(tmp_path / "lora"))
+    assert done.returncode == 0, done.stderr
+    assert "--max-lora-rank 16" in done.stdout and "max |logit difference|" in done.stdout
+    as_json = spectune("export", str(folder / "adapter"), "-o", str(tmp_path / "lora2"), "--json")
+    assert json.loads(as_json.stdout)["max_rank"] == 16
+
+
+FAILURES = [
+    (["demo", "--method", "spectral_b"], 1, "unknown method 'spectral_b'. Did you mean"),
+    (["demo", "--method", "svft", "--r", "4"], 1, "method 'svft' has no option 'r'"),
+    (["demo", "--steps", "0"], 1, "steps=0: at least 1 is needed"),
+    (["demo", "--output", "full"], 1, "full"),
+    (["export", "nowhere", "-o", "out"], 1, "nowhere: asked for an adapter folder, found nothing"),
+    (["export", "full", "-o", "out"], 1, "adapter_config.json"),
+    (["demmo"], 2, "No such command 'demmo'"),
+    (["demo", "--stepz", "3"], 2, "No such option"),
+]
+
+
+@pytest.mark.parametrize(("words", "status", "line"), FAILURES, ids=[" ".join(w) for w, _, _ in FAILURES])
+def test_failures_are_one_line_and_a_status(words: list[str], status: int, line: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    done = spectune(*words, cwd=tmp_path)
+    assert done.returncode == status and line in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["full"] and len(list((tmp_path / "full").iterdir())) == 1
+
+
+def test_debugging_shows_where_a_failure_came_from(tmp_path: Path) -> None:
+    done = spectune("export", "nowhere", "-o", "out", cwd=tmp_path, SPECTUNE_DEBUG="1")
+    assert "Traceback" in done.stderr and "AdapterError" in done.stderr
+
+
+def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spectune.cli", "demo", "--steps", "400", "--sentences", "64", "--output", "out"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any(tmp_path.iterdir()):
+        time.sleep(0.2)
+        assert running.poll() is None, running.stderr
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env_lists_the_packages_that_matter() -> None:
+    found = json.loads(spectune("env", "--json").stdout)
+    assert {"python", "spectune", "torch", "peft", "transformers", "cuda"} <= set(found) | {"spectune"}
