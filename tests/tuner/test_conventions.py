@@ -203,6 +203,14 @@ def test_the_basis_is_embedded_when_asked_or_when_it_is_not_determined(tmp_path:
     assert saved("never") == {"A_U", "A_Vh", "sketch"}
 
 
+@pytest.mark.parametrize("options", [{"save_basis": "always"}, {"columns": "bottom"}, {"columns": [3, 7, 1]}])
+def test_an_embedded_basis_of_another_base_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    adapted(LLAMA, "spectral_a", **options).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(LLAMA.fresh().to(torch.bfloat16), tmp_path)
+    with pytest.raises(SpectuneError, match="trained on another base weight: its singular vectors leave a residual"):
+        PeftModel.from_pretrained(LLAMA.fresh(seed=1), tmp_path)
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lidb", "orthogonal_adaptation")])
 def test_an_embedded_basis_needs_no_decomposition_on_load(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +15,15 @@ from torch import nn
 from ..algebra import apply
 from ..errors import AdapterError
 from ..records import Delta, Spectrum
-from ..spectrum import align, sketch, sketch_width
+from ..spectrum import align, sketch, sketch_tolerance, sketch_width
 from .contract import Method
 
 # The attribute under which a layer keeps {adapter name: SpectralModule}. Exports and dynamics look
 # for it, so they need not know the layer classes.
 ADAPTERS_ATTRIBUTE = "spectune_adapter"
-# A sketch that differs by more than this after turning belongs to another weight. Birthplace: on real
-# 384x384 weights a float16 or bfloat16 copy of the base leaves at most 0.01, a base that was fine-tuned
-# by 5% leaves more than 0.04, another model 1 (measured by tests/spectrum/test_align.py's procedure).
-SKETCH_TOLERANCE = 0.03
+# |W Vh^T - U S| of an embedded basis, as a fraction of what a foreign basis of that size gives (|W|_F sqrt(R / K)):
+# rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
+FOREIGN_RESIDUAL = 0.03
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class SpectralModule(nn.Module):
         self.columns, self.quality = spectrum.columns, spectrum.quality
         self.strength = 1.0
         self._dynamics = Dynamics()
+        self.base_matrix: Callable[[], torch.Tensor] | None = None
+        """Gives W_OI, so that an embedded basis can be checked against it; set by the layer."""
         device = spectrum.S_R.device
         for buffer in ("U_OR", "S_R", "Vh_RI"):
             self.register_buffer(buffer, getattr(spectrum, buffer).contiguous())
@@ -151,21 +152,38 @@ class SpectralModule(nn.Module):
 
     def settle(self) -> None:
         """Turn the basis onto the sketch that came from a file; `AdapterError` if it belongs to another weight."""
-        if self.sketch.numel():
-            turned, unexplained = align(self._basis(), self.sketch)
-            if not unexplained <= SKETCH_TOLERANCE:
+        if self.sketch.numel() and "sketch" not in self._non_persistent_buffers_set:
+            basis = self._basis()
+            turned, unexplained = align(basis, self.sketch)
+            allowed = sketch_tolerance(basis)
+            if not unexplained <= allowed:
                 raise AdapterError(
                     f"{self.name}: the adapter was trained on another base weight: the sketch of its singular "
-                    f"vectors differs by {unexplained:.1%} from this base's, at most {SKETCH_TOLERANCE:.0%} is "
-                    f"rounding. Load it on the base model that it was trained on."
+                    f"vectors differs by {unexplained:.1%} from this base's, rounding explains at most {allowed:.1%}. "
+                    f"Load it on the base model that it was trained on."
                 )
             self.U_OR, self.S_R, self.Vh_RI = turned.U_OR, turned.S_R, turned.Vh_RI
+        elif len(self.columns):
+            self._refuse_foreign_basis()
         self._settled_on = self.sketch
 
-    def rebase(self, spectrum: Spectrum) -> None:
-        """Take another basis of the same shape in place of the present one, keeping the trained numbers."""
-        self.U_OR, self.S_R, self.Vh_RI = spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI
-        self.columns, self.quality = spectrum.columns, replace(spectrum.quality)
+    def _refuse_foreign_basis(self) -> None:
+        """Raise `AdapterError` when an embedded basis is missing, or is not one of this base weight."""
+        if not bool(self.S_R.any()) and not math.isfinite(self.quality.residual):
+            raise AdapterError(
+                f"{self.name}: save_basis='always', but the file brought no basis. Export or copy the adapter again."
+            )
+        if self.base_matrix is None:
+            return
+        W_OI = self.base_matrix().to(self.S_R)
+        residual = torch.linalg.vector_norm(W_OI @ self.Vh_RI.mT - self.U_OR * self.S_R)
+        foreign = torch.linalg.vector_norm(W_OI) * (len(self.columns) / min(W_OI.shape)) ** 0.5
+        if not float(residual) <= FOREIGN_RESIDUAL * float(foreign):
+            raise AdapterError(
+                f"{self.name}: the adapter was trained on another base weight: its singular vectors leave a residual "
+                f"of {float(residual / foreign):.1%} here, at most {FOREIGN_RESIDUAL:.0%} is rounding. Load it on the "
+                f"base model that it was trained on."
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -173,7 +191,7 @@ class SpectralModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + "sketch" in state_dict:
+        if prefix + "sketch" in state_dict or prefix + "U_OR" in state_dict:
             self.settle()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralModule:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorWithPadding
 
 
 def main(job: dict[str, Any], answer: Path) -> None:
@@ -21,7 +21,7 @@ def main(job: dict[str, Any], answer: Path) -> None:
         importlib.import_module("spectune")
     peft = importlib.import_module("peft")
     torch.set_num_threads(job["threads"])
-    base = AutoModelForSequenceClassification.from_pretrained(job["base"], num_labels=job["labels"])
+    base = AutoModelForTokenClassification.from_pretrained(job["base"], num_labels=job["labels"])
     model = peft.PeftModel.from_pretrained(base, job["adapter"]).eval()
     if not job["with_spectune"] and "spectune" in sys.modules:
         raise SystemExit("spectune was imported, so this proves nothing")
@@ -33,7 +33,8 @@ def main(job: dict[str, Any], answer: Path) -> None:
         places = order[start : start + 64]
         with torch.no_grad():
             batch = collate([{"input_ids": rows[i]} for i in places])
-            labels = model(**batch).logits.argmax(-1).tolist()
+            mask = batch["attention_mask"][..., None]
+            labels = ((model(**batch).logits * mask).sum(1) / mask.sum(1)).argmax(-1).tolist()
         for place, label in zip(places, labels, strict=True):
             found[place] = label
     answer.write_text(json.dumps(found))

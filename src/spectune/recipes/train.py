@@ -19,6 +19,7 @@ def fit(
     model: nn.Module,
     rows: Sequence[dict[str, Any]],
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    loss: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor],
     *,
     steps: int,
     batch_size: int,
@@ -47,7 +48,8 @@ def fit(
             dataloader_pin_memory=False,
             remove_unused_columns=False,
         )
-        trainer = Trainer(
+        trainer = _Trainer(
+            loss,
             model=model,
             args=arguments,
             train_dataset=list(rows),
@@ -61,6 +63,19 @@ def fit(
         )
         trainer.train()
     return watch.losses
+
+
+class _Trainer(Trainer):
+    """The Trainer with a loss of the recipe's own."""
+
+    def __init__(self, loss: Callable[..., torch.Tensor], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._loss = loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        return self._loss(model, inputs)
 
 
 class _Watch(TrainerCallback):
