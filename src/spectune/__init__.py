@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dynamics import attach_dynamics as attach_dynamics
     from .errors import SpectuneError as SpectuneError
     from .export import export_lora as export_lora
+    from .export import merge_checkpoint as merge_checkpoint
     from .methods import METHODS as METHODS
     from .records import Delta as Delta
     from .records import Spectrum as Spectrum
@@ -34,6 +35,7 @@ _HOME = {
     "METHODS": "methods",
     "attach_dynamics": "dynamics",
     "export_lora": "export",
+    "merge_checkpoint": "export",
     "SpectuneError": "errors",
 }
 __all__ = ["__version__", *_HOME]

@@ -100,6 +100,21 @@ def singular_values(delta: Delta) -> torch.Tensor:
     return torch.linalg.svdvals(R_left @ R_right.T)
 
 
+def truncate(B_OP: torch.Tensor, A_PI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Get the best factors of lower rank, and |B A - best|_F as a fraction of |B A|_F.
+
+    QR of both factors, then the SVD of the small P x P middle (Eckart-Young); never an SVD of B A itself. The
+    singular values are shared evenly between the two factors.
+    """
+    Q_OP, R_left = torch.linalg.qr(B_OP)
+    Q_IP, R_right = torch.linalg.qr(A_PI.T)
+    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.T)
+    total = float(torch.linalg.vector_norm(S_P))
+    lost = float(torch.linalg.vector_norm(S_P[rank:])) / total if total else 0.0
+    root_R = S_P[:rank].sqrt()
+    return Q_OP @ X_PP[:, :rank] * root_R, root_R[:, None] * (Yh_PP[:rank] @ Q_IP.T), lost
+
+
 def fix_signs(U_OR: torch.Tensor, Vh_RI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same singular directions with canonical signs: each u's largest entry is positive.
 

@@ -54,6 +54,22 @@ def test_export_prints_the_proof(journey: tuple[Path, dict[str, object]], tmp_pa
     assert json.loads(as_json.stdout)["max_rank"] == 16
 
 
+def test_export_merges_into_the_base_checkpoint(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    folder, _ = journey
+    done = spectune("export", str(folder / "adapter"), "-o", str(tmp_path / "merged"), "--to", "merged")
+    assert done.returncode == 0 and "36 weights merged" in done.stdout, done.stderr
+    assert (tmp_path / "merged" / "model.safetensors").exists() and (tmp_path / "merged" / "config.json").exists()
+
+
+def test_a_lower_rank_needs_the_word(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+    folder, _ = journey
+    command = ["export", str(folder / "adapter"), "-o", str(tmp_path / "lora"), "--max-rank", "2"]
+    refused = spectune(*command)
+    assert refused.returncode == 1 and "pass --allow-lossy" in refused.stderr and not (tmp_path / "lora").exists()
+    allowed = spectune(*command, "--allow-lossy")
+    assert allowed.returncode == 0 and "lossy: --max-rank cut off at most" in allowed.stdout, allowed.stderr
+
+
 FAILURES = [
     (["demo", "--method", "spectral_b"], 1, "unknown method 'spectral_b'. Did you mean"),
     (["demo", "--method", "svft", "--r", "4"], 1, "method 'svft' has no option 'r'"),
@@ -61,6 +77,7 @@ FAILURES = [
     (["demo", "--output", "full"], 1, "full"),
     (["export", "nowhere", "-o", "out"], 1, "nowhere: asked for an adapter folder, found nothing"),
     (["export", "full", "-o", "out"], 1, "adapter_config.json"),
+    (["export", "full", "-o", "out", "--to", "merged", "--max-rank", "2"], 1, "belong to --to lora"),
     (["demmo"], 2, "No such command 'demmo'"),
     (["demo", "--stepz", "3"], 2, "No such option"),
 ]

@@ -1,41 +1,84 @@
-"""`spectune export`: a spectral adapter as an ordinary LoRA folder, with the proof."""
+"""`spectune export`: a spectral adapter in a form that other software loads, with the proof."""
 
 from __future__ import annotations
 
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import OptionError
+
 if TYPE_CHECKING:
-    from ..export import LoraExport
+    from ..export import LoraExport, Merged
 
 
 class Target(str, Enum):
     """What the adapter becomes."""
 
     lora = "lora"
+    merged = "merged"
 
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved spectral adapter.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    to: Annotated[Target, typer.Option("--to", help="What to write.")] = Target.lora,
+    to: Annotated[Target, typer.Option("--to", help="A LoRA folder, or the base checkpoint merged.")] = Target.lora,
     base: Annotated[
         str | None, typer.Option("--base", help="Base model folder or repository; default: what the adapter names.")
     ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (lora).")] = None,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose something.")] = False,
+    pad_to: Annotated[int | None, typer.Option(help="Give every layer this rank, with zeros (lora).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write an adapter in a form that other software loads, and print the proof that it is the same update."""
+    if to is Target.merged:
+        if max_rank is not None or pad_to is not None or allow_lossy:
+            raise OptionError("--max-rank, --pad-to and --allow-lossy belong to --to lora. Leave them out.")
+        _show(_merge(adapter, output, base), as_json)
+        return
     from ..export import export_lora
 
-    done = export_lora(adapter, output, base_model=base)
+    done = export_lora(adapter, output, base_model=base, max_rank=max_rank, allow_lossy=allow_lossy, pad_to=pad_to)
     if as_json:
-        print(json.dumps({"path": str(done.path), "max_rank": done.max_rank, "proof": done.proof.to_json()}, indent=2))
+        proof = {"path": str(done.path), "max_rank": done.max_rank, "lost": done.lost, "proof": done.proof.to_json()}
+        print(json.dumps(proof, indent=2))
     else:
         _print_proof(done)
+
+
+def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
+    from rich.console import Console
+
+    from ..checkpoint import read_adapter_folder
+    from ..export import merge_checkpoint
+    from .progress import Stages
+
+    folder = base or read_adapter_folder(adapter).config.get("base_model_name_or_path")
+    if not folder:
+        raise OptionError(f"{adapter}: the adapter does not name its base. Pass --base FOLDER.")
+    with Stages(Console(stderr=True)) as stages:
+        step: Any = None
+
+        def on_tensor(done: int, total: int, name: str) -> None:
+            nonlocal step
+            step = step or stages.begin("merging", total)
+            step(done, total, None)
+
+        return merge_checkpoint(folder, adapter, output, on_tensor=on_tensor)
+
+
+def _show(done: Merged, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    print(f"{len(done.tensors)} weights merged into {done.path}, in float32, rounded once")
+    print(f"rounding took at most {done.worst_rounding:.2%} of an update (its Frobenius norm)")
+    if done.copied:
+        print(f"trained in full and copied: {', '.join(done.copied)}")
 
 
 def _print_proof(done: LoraExport) -> None:
@@ -52,6 +95,8 @@ def _print_proof(done: LoraExport) -> None:
         console.print(f"logits not compared: {logits.skipped}")
     else:
         console.print(f"max |logit difference| {logits.error:.1e}, the largest logit is {logits.largest:.1e}")
+    if any(done.lost.values()):
+        console.print(f"lossy: --max-rank cut off at most {max(done.lost.values()):.1%} of an update")
     served = done.vllm_max_lora_rank
     console.print(f"vLLM: --max-lora-rank {served}" if served else f"rank {done.max_rank} is more than vLLM serves")
-    console.print(f"LoRA written to {done.path}")
+    console.print(f"LoRA written to {done.path}", soft_wrap=True)

@@ -23,11 +23,11 @@ class Stages(Progress):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
         super().__init__(*columns, TextColumn("{task.fields[said]}"), console=console)
 
-    def begin(self, name: str, steps: int) -> Callable[[int, int, float], None]:
-        """Start a bar, and get what must be called after each step with (step, steps, loss)."""
+    def begin(self, name: str, steps: int) -> Callable[[int, int, float | None], None]:
+        """Start a bar, and get what must be called after each step with (step, steps, loss or None)."""
         bar = self.add_task(name, total=steps, said="")
 
-        def on_step(step: int, steps: int, loss: float) -> None:
-            self.update(bar, completed=step, said=f"loss {loss:.3f}")
+        def on_step(step: int, steps: int, loss: float | None) -> None:
+            self.update(bar, completed=step, said="" if loss is None else f"loss {loss:.3f}")
 
         return on_step

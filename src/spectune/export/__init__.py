@@ -2,5 +2,7 @@
 
 from .lora import LoraExport as LoraExport
 from .lora import export_lora as export_lora
+from .merged import Merged as Merged
+from .merged import merge_checkpoint as merge_checkpoint
 from .verify import Proof as Proof
 from .verify import verify_lora as verify_lora

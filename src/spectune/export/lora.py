@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algebra import to_factors
+from ..algebra import to_factors, truncate
 from ..checkpoint import fresh_folder, save_tensors, write_atomically
 from ..errors import ExportError
 from .layers import PEFT_PREFIX, AdaptedLayer, adapted_layers, in_double
@@ -33,6 +33,8 @@ class LoraExport:
     ranks: dict[str, int] = field(repr=False)
     """Layer -> rank of its two factors."""
     proof: Proof = field(repr=False)
+    lost: dict[str, float] = field(default_factory=dict, repr=False)
+    """Layer -> share of its update (Frobenius norm) that `max_rank` cut off; empty when nothing was cut."""
 
     @property
     def max_rank(self) -> int:
@@ -54,6 +56,8 @@ def export_lora(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     pad_to: int | None = None,
+    max_rank: int | None = None,
+    allow_lossy: bool = False,
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
     check_logits: bool = True,
 ) -> LoraExport:
@@ -67,6 +71,9 @@ def export_lora(
     than that. `pad_to` gives every layer this one rank, with zeros. `inputs` are what the logits are
     compared on (default: a seeded random batch); `check_logits=False` leaves that out.
 
+    `max_rank` cuts wider updates to their best approximation of that rank, by QR of the factors. That loses
+    something, so it needs `allow_lossy=True`, and `LoraExport.lost` says how much for every layer.
+
     The folder appears only when it is complete and its proof holds. `OutputError` for an output that
     holds something, `ExportError` for what has no exact LoRA, `AdapterError` for a damaged adapter.
     """
@@ -78,19 +85,47 @@ def export_lora(
         source = open_source(adapter, base_model, adapter_name)
         layers = adapted_layers(source.model, source.adapter_name)
         refuse_trained_biases(source.model, source.adapter_name)
-        ranks = _write(source, layers, partial, dtype, pad_to)
-        proof = verify_lora(source.model, source.adapter_name, partial, inputs, check_logits=check_logits)
-    return LoraExport(Path(output_dir), source.adapter_name, ranks, proof)
+        lost = _losses(layers, max_rank, allow_lossy)
+        ranks = _write(source, layers, partial, dtype, pad_to, max_rank)
+        proof = verify_lora(
+            source.model, source.adapter_name, partial, inputs, check_logits=check_logits, exact=not any(lost.values())
+        )
+    return LoraExport(Path(output_dir), source.adapter_name, ranks, proof, lost)
+
+
+@torch.no_grad()
+def _losses(layers: list[AdaptedLayer], max_rank: int | None, allow_lossy: bool) -> dict[str, float]:
+    """Get layer -> share of the update that cutting to `max_rank` loses; `ExportError` when that was not allowed."""
+    if max_rank is None:
+        return {}
+    if max_rank < 1:
+        raise ExportError(f"max_rank: asked for {max_rank}, a LoRA has at least rank 1.")
+    lost = {layer.name: truncate(*to_factors(in_double(layer.module.delta())), max_rank)[2] for layer in layers}
+    # Below this nothing is lost but float64's roundoff.
+    lost = {name: share if share > 1e-12 else 0.0 for name, share in lost.items()}
+    worst = max(lost, key=lambda name: lost[name])
+    if lost[worst] and not allow_lossy:
+        cut = sum(share > 0 for share in lost.values())
+        raise ExportError(
+            f"{worst}: asked for rank {max_rank} at most, which loses {lost[worst]:.1%} of this update and something "
+            f"in {cut} of {len(lost)} layers. Leave max_rank out for the exact LoRA, or pass --allow-lossy."
+        )
+    return lost
 
 
 def _write(
-    source: Source, layers: list[AdaptedLayer], folder: Path, dtype: torch.dtype, pad_to: int | None
+    source: Source,
+    layers: list[AdaptedLayer],
+    folder: Path,
+    dtype: torch.dtype,
+    pad_to: int | None,
+    max_rank: int | None,
 ) -> dict[str, int]:
     """Write tensors and config; get layer -> rank."""
     tensors = dict(source.carried)
     ranks = {}
     for layer in layers:
-        B_OP, A_PI = lora_factors(layer, dtype, pad_to)
+        B_OP, A_PI = lora_factors(layer, dtype, pad_to, max_rank)
         tensors[f"{PEFT_PREFIX}{layer.name}.lora_A.weight"] = A_PI
         tensors[f"{PEFT_PREFIX}{layer.name}.lora_B.weight"] = B_OP
         ranks[layer.name] = A_PI.shape[0]
@@ -103,13 +138,15 @@ def _write(
 
 @torch.no_grad()
 def lora_factors(
-    layer: AdaptedLayer, dtype: torch.dtype = torch.float32, pad_to: int | None = None
+    layer: AdaptedLayer, dtype: torch.dtype = torch.float32, pad_to: int | None = None, max_rank: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Get (B_OP, A_PI) on the CPU with B A = dW: computed in float64, rounded once to `dtype`.
 
     P is at least 1 and at most min(O, I), or `pad_to`; `ExportError` where the update does not fit.
     """
     B_OP, A_PI = to_factors(in_double(layer.module.delta()))
+    if max_rank is not None and max_rank < A_PI.shape[0]:
+        B_OP, A_PI, _ = truncate(B_OP, A_PI, max_rank)
     rows_O, cols_I, P = B_OP.shape[0], A_PI.shape[1], A_PI.shape[0]
     if min(rows_O, cols_I) < P:
         # Wider than the weight itself: dW and an identity hold it in less room.

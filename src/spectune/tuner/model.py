@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from torch import nn
 
 from ..errors import AdapterError, OptionError, SpectuneError, WeightError, nearest
-from ..methods import SpectralModule, spectral_modules
+from ..methods import SpectralModule, rank_for, spectral_modules
 from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
 from .kinds import KINDS, SpectralAttentionLinear
@@ -50,7 +49,7 @@ class SpectralTuner(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise OptionError(f"{current_key}: target_parameters is not supported. Name modules in target_modules.")
-        r = rank_for(peft_config, current_key)
+        r = rank_for(peft_config.rank_pattern, current_key)
         owner = self._owner_of_shared(peft_config, adapter_name)
         if isinstance(target, SpectralLayer):
             target.update_layer(adapter_name, peft_config, current_key, r, owner)
@@ -153,14 +152,6 @@ def refuse_output_of_attention(parent: nn.Module, target_name: str, key: str) ->
             f"{key}: torch's MultiheadAttention reads the weight of its {target_name} and never calls it, so an "
             f"adapter there would do nothing. Target the attention module itself."
         )
-
-
-def rank_for(config: SpectralConfig, key: str) -> int | None:
-    """Get the r that rank_pattern gives a layer, or None."""
-    for pattern, r in config.rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return r
-    return None
 
 
 def refuse_unmatched_targets(config: SpectralConfig, model: nn.Module) -> None:

@@ -1,0 +1,171 @@
+"""Rules of merging a whole checkpoint, and of cutting a LoRA to a rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from spectune import METHODS, SpectralConfig, SpectuneError, export_lora, merge_checkpoint
+from spectune.algebra import truncate
+from spectune.methods import spectral_modules
+
+from ..models import MODELS, Tiny, output
+from ..tuner.conftest import adapted, config_for, train
+
+
+def saved_base(tiny: Tiny, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
+    tiny.fresh().to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def reopened(tiny: Tiny, folder: Path) -> torch.nn.Module:
+    return type(tiny.fresh()).from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_a_merged_checkpoint_computes_what_the_adapter_computes(name: str, method: str, tmp_path: Path) -> None:
+    tiny = MODELS[name]
+    base, model = saved_base(tiny, tmp_path / "base"), adapted(tiny, method)
+    model.save_pretrained(tmp_path / "adapter")
+    done = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = reopened(tiny, tmp_path / "merged")
+    torch.testing.assert_close(output(merged, tiny.inputs()), output(model, tiny.inputs()), rtol=0, atol=2e-5)
+    assert len(done.tensors) == len(list(spectral_modules(model))) and done.worst_rounding < 1e-5
+
+
+def test_shards_index_and_other_files_stand_where_they_stood(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base", shard="20KB")
+    (base / "tokenizer.json").write_text("{}")
+    model = adapted(tiny, "spectral_a")
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(p.name for p in base.iterdir()) == sorted(p.name for p in (tmp_path / "merged").iterdir())
+    assert len(list(base.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(
+        output(reopened(tiny, tmp_path / "merged"), tiny.inputs()), output(model, tiny.inputs()), rtol=0, atol=2e-5
+    )
+
+
+def test_a_half_precision_checkpoint_is_rounded_once_and_the_loss_is_told(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base", torch.bfloat16)
+    model = adapted(tiny, "spectral_a")
+    model.save_pretrained(tmp_path / "adapter")
+    done = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    for layer, _, module in spectral_modules(model):
+        name = f"{layer.removeprefix('base_model.model.')}.weight"
+        half = model.get_submodule(layer).base_layer.weight.to(torch.bfloat16)
+        exact = half.float() + (module.delta().left_OP * module.delta().core) @ module.delta().right_QI
+        # Within one unit of bfloat16 (2^-8) of the exact sum, entry by entry, and the alignment's 1e-2 of the update.
+        assert ((stored[name].float() - exact).abs() <= exact.abs() * 2**-8 + 2e-2 * exact.abs().max()).all()
+    assert 1e-4 < done.worst_rounding < 0.2
+
+
+def test_modules_trained_in_full_are_merged_too(tmp_path: Path) -> None:
+    tiny = MODELS["bert"]
+    base, model = saved_base(tiny, tmp_path / "base"), adapted(tiny, "svft", modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path / "adapter")
+    done = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    assert done.copied == ("classifier",)
+    merged = reopened(tiny, tmp_path / "merged")
+    torch.testing.assert_close(output(merged, tiny.inputs()), output(model, tiny.inputs()), rtol=0, atol=2e-5)
+
+
+def test_a_base_checkpoint_without_the_bodys_name_is_understood(tmp_path: Path) -> None:
+    tiny = MODELS["bert"]
+    model = adapted(tiny, "spectral_a")
+    model.save_pretrained(tmp_path / "adapter")
+    tiny.fresh().bert.save_pretrained(tmp_path / "body")
+    done = merge_checkpoint(tmp_path / "body", tmp_path / "adapter", tmp_path / "merged")
+    assert all(t.name.startswith("encoder.layer.") for t in done.tensors)
+
+
+def test_another_base_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    adapted(tiny, "spectral_a").save_pretrained(tmp_path / "adapter")
+    tiny.fresh(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(SpectuneError, match="trained on another base weight"):
+        merge_checkpoint(tmp_path / "other", tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "other"]
+
+
+def test_a_quantised_base_is_refused_before_any_work(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base")
+    adapted(tiny, "spectral_a").save_pretrained(tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(SpectuneError, match=r"the base is quantised \(bitsandbytes\)"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_checkpoint_that_transformers_renames_on_load_is_refused_with_another_way(tmp_path: Path) -> None:
+    tiny = MODELS["vit"]
+    base = saved_base(tiny, tmp_path / "base")
+    adapted(tiny, "spectral_a").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SpectuneError, match=r"transformers may rename them on load. Merge in memory then"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base")
+    adapted(tiny, "spectral_a").save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(name for name in tensors if name.endswith("A_U")))
+    save_file(tensors, path)
+    with pytest.raises(SpectuneError, match="has no tensor 'A_U'"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_truncation_is_the_best_of_its_rank() -> None:
+    B_OP, A_PI = torch.randn(9, 5, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(B_OP @ A_PI)
+    for rank in range(1, 6):
+        B, A, lost = truncate(B_OP, A_PI, rank)
+        torch.testing.assert_close(B @ A, U[:, :rank] * S[:rank] @ Vh[:rank], rtol=1e-9, atol=1e-9)
+        assert lost == pytest.approx(float(S[rank:].norm() / S.norm()), abs=1e-12)
+
+
+def test_a_lower_rank_must_be_allowed_and_its_loss_is_told(tmp_path: Path) -> None:
+    model = adapted(MODELS["llama"], "spectral_a")
+    with pytest.raises(SpectuneError, match=r"asked for rank 4 at most, which loses .*%.*--allow-lossy"):
+        export_lora(model, tmp_path / "lora", max_rank=4)
+    assert list(tmp_path.iterdir()) == []
+    done = export_lora(model, tmp_path / "lora", max_rank=4, allow_lossy=True)
+    assert done.max_rank == 4 and all(0 < lost < 1 for lost in done.lost.values())
+    exact = export_lora(model, tmp_path / "exact", max_rank=6)
+    assert not any(exact.lost.values()) and exact.proof.max_relative_error < 1e-6
+
+
+@pytest.mark.parametrize("pad_to", [8, 16])
+def test_padding_reaches_the_ranks_that_servers_take(pad_to: int, tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    model = get_peft_model(tiny.fresh(), config_for(tiny, "spectral_a"))
+    train(model)
+    done = export_lora(model, tmp_path / "lora", pad_to=pad_to)
+    assert set(done.ranks.values()) == {pad_to} and done.vllm_max_lora_rank == pad_to
+    lora: Any = PeftModel.from_pretrained(tiny.fresh(), tmp_path / "lora").eval()
+    torch.testing.assert_close(output(lora, tiny.inputs()), output(model.eval(), tiny.inputs()), rtol=0, atol=1e-5)
+
+
+def test_rank_pattern_survives_the_merge(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base")
+    config = SpectralConfig(r=2, rank_pattern={"v_proj": 5}, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(tiny.fresh(), config)
+    train(model)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = reopened(tiny, tmp_path / "merged")
+    torch.testing.assert_close(output(merged, tiny.inputs()), output(model.eval(), tiny.inputs()), rtol=0, atol=2e-5)
