@@ -52,12 +52,12 @@ def flipped(W_OI: torch.Tensor, method: Method) -> Spectrum:
 
 
 def rotated(W_OI: torch.Tensor, method: Method) -> Spectrum:
-    """Turn neighbours whose singular values differ by less than a thousandth into each other, by any angle."""
+    """Turn neighbours whose singular values are equal to 1e-5 of the largest, by any angle."""
     basis = found_again(W_OI, method)
     U_OR, Vh_RI, S_R = basis.U_OR.clone(), basis.Vh_RI.clone(), basis.S_R
     stream, place = torch.Generator().manual_seed(2), 0
     while place + 1 < len(S_R):
-        if S_R[place] - S_R[place + 1] > 1e-3 * S_R[0]:
+        if S_R[place] - S_R[place + 1] > 1e-5 * S_R[0]:
             place += 1
             continue
         angle = 6.3 * torch.rand(1, generator=stream)
@@ -73,10 +73,17 @@ CHANGES: dict[str, Callable[[torch.Tensor, Method], Spectrum]] = {
     "another solver": lambda W, m: found_again(W, m, "gram" if m.basis(*W.shape)[0] > 64 else "exact"),
     "bfloat16 copy": lambda W, m: found_again(W.bfloat16(), m),
     "float16 copy": lambda W, m: found_again(W.half(), m),
-    "rotated near-equal values": rotated,
+    "turned inside equal values": rotated,
     "5% fine-tuned base": lambda W, m: found_again(W + 0.05 * W.std() * noise(W), m),
     "another model": lambda W, m: found_again(W.std() * noise(W), m),
 }
+
+
+def tied(W_OI: torch.Tensor) -> torch.Tensor:
+    """Make the singular values equal in pairs; no two of the real ones are."""
+    U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI, full_matrices=False)
+    S_K[1::2] = S_K[0 : len(S_K) - 1 : 2]
+    return U_OK * S_K @ Vh_KI
 
 
 def noise(W_OI: torch.Tensor) -> torch.Tensor:
@@ -111,7 +118,7 @@ def main() -> None:
         method = build_method(name, options)
         for change, find in CHANGES.items():
             errors = []
-            for place, W_OI in enumerate(weights):
+            for place, W_OI in enumerate(map(tied, weights) if find is rotated else weights):
                 torch.manual_seed(place)
                 module = SpectralModule(method, found_again(W_OI, method), embed_basis=False)
                 for parameter in module.parameters():

@@ -32,17 +32,31 @@ def export(
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (lora).")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose something.")] = False,
     pad_to: Annotated[int | None, typer.Option(help="Give every layer this rank, with zeros (lora).")] = None,
+    diffusers: Annotated[
+        str | None,
+        typer.Option(help="Also write diffusers' names for this part: unet, transformer, text_encoder (lora)."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write an adapter in a form that other software loads, and print the proof that it is the same update."""
     if to is Target.merged:
-        if max_rank is not None or pad_to is not None or allow_lossy:
-            raise OptionError("--max-rank, --pad-to and --allow-lossy belong to --to lora. Leave them out.")
+        if max_rank is not None or pad_to is not None or allow_lossy or diffusers:
+            raise OptionError(
+                "--max-rank, --allow-lossy, --pad-to and --diffusers belong to --to lora. Leave them out."
+            )
         _show(_merge(adapter, output, base), as_json)
         return
     from ..export import export_lora
 
-    done = export_lora(adapter, output, base_model=base, max_rank=max_rank, allow_lossy=allow_lossy, pad_to=pad_to)
+    done = export_lora(
+        adapter,
+        output,
+        base_model=base,
+        max_rank=max_rank,
+        allow_lossy=allow_lossy,
+        pad_to=pad_to,
+        diffusers=diffusers,
+    )
     if as_json:
         proof = {"path": str(done.path), "max_rank": done.max_rank, "lost": done.lost, "proof": done.proof.to_json()}
         print(json.dumps(proof, indent=2))

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from ..algebra import to_factors, truncate
-from ..checkpoint import fresh_folder, save_tensors, write_atomically
-from ..errors import ExportError
+from ..checkpoint import TensorFile, fresh_folder, save_tensors, write_atomically
+from ..errors import ExportError, nearest
 from .layers import PEFT_PREFIX, AdaptedLayer, adapted_layers, in_double
 from .lora_config import lora_config, refuse_trained_biases
 from .source import Source, open_source, refuse_to_replace_the_source
 from .verify import Proof, verify_lora
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DIFFUSERS_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # The only values that vLLM's --max-lora-rank takes (vllm-project/vllm#26461).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -58,6 +59,7 @@ def export_lora(
     pad_to: int | None = None,
     max_rank: int | None = None,
     allow_lossy: bool = False,
+    diffusers: str | None = None,
     inputs: Mapping[str, Any] | torch.Tensor | None = None,
     check_logits: bool = True,
 ) -> LoraExport:
@@ -73,6 +75,9 @@ def export_lora(
 
     `max_rank` cuts wider updates to their best approximation of that rank, by QR of the factors. That loses
     something, so it needs `allow_lossy=True`, and `LoraExport.lost` says how much for every layer.
+
+    `diffusers` names the part of a pipeline that the model is (`unet`, `transformer`, `text_encoder`): a second file,
+    `pytorch_lora_weights.safetensors`, then holds the same factors under the names that its pipelines load.
 
     The folder appears only when it is complete and its proof holds. `OutputError` for an output that
     holds something, `ExportError` for what has no exact LoRA, `AdapterError` for a damaged adapter.
@@ -90,7 +95,19 @@ def export_lora(
         proof = verify_lora(
             source.model, source.adapter_name, partial, inputs, check_logits=check_logits, exact=not any(lost.values())
         )
+        if diffusers is not None:
+            _write_for_diffusers(partial, diffusers)
     return LoraExport(Path(output_dir), source.adapter_name, ranks, proof, lost)
+
+
+def _write_for_diffusers(folder: Path, part: str) -> None:
+    """Write the factors once more as diffusers' pipelines name them; without an alpha they scale by one."""
+    if part not in DIFFUSERS_PARTS:
+        raise ExportError(f"diffusers={part!r} is no part of a pipeline. {nearest(part, DIFFUSERS_PARTS)}")
+    lora = TensorFile.open(folder / "adapter_model.safetensors")
+    factors = [name for name in lora.names if ".lora_" in name]
+    tensors = {f"{part}.{name.removeprefix(PEFT_PREFIX)}": lora.tensor(name) for name in factors}
+    save_tensors(folder / "pytorch_lora_weights.safetensors", tensors)
 
 
 @torch.no_grad()
