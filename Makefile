@@ -31,7 +31,7 @@ $(VENV)/%.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
 	@touch $@
 
 demo: $(VENV)/demo.stamp  ## Fine-tune a small real model, look at the report (about two minutes)
-	@$(BIN)/spectune demo
+	@$(BIN)/spectune demo --output spectune-demo --overwrite
 
 test: $(VENV)/test.stamp  ## Format, lint, types, then all tests
 	@$(MAKE) --no-print-directory lint
