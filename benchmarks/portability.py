@@ -4,7 +4,7 @@
 
 Four kinds of layers of all-MiniLM-L6-v2 (24 real matrices). An adapter with random numbers is described by its sketch;
 then the basis is found again on a changed weight and turned onto the sketch. Writes benchmarks/results/portability.json
-and prints the table of docs/portability.md.
+from which benchmarks/tables.py makes the table of docs/portability.md.
 """
 
 from __future__ import annotations
@@ -147,25 +147,6 @@ def main() -> None:
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(rows))
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| method | change of the base | as found | turned, median | turned, worst | refused |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        turned = (f"{row[k]:.1e}" if row[k] is not None else "–" for k in ("turned_median", "turned_max"))
-        cells = [
-            row["method"],
-            row["change"],
-            f"{row['raw_median']:.1e}",
-            *turned,
-            f"{row['refused']}/{row['weights']}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

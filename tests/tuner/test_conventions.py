@@ -78,6 +78,25 @@ def test_strength_moves_from_the_base_to_the_trained_adapter(method: str) -> Non
     assert torch.equal(output(model, inputs), tuned)
 
 
+@pytest.mark.parametrize("method", ["svft", "orthogonal_adaptation"])
+def test_a_weighted_adapter_is_the_weighted_sum_of_updates(method: str) -> None:
+    model = with_two_adapters(LLAMA, method, method)
+    layer = next(m for m in model.modules() if hasattr(m, "spectune_adapter"))
+    model.base_model.add_weighted_adapter(["default", "second"], [0.7, -0.2], "both")
+    expected = 0.7 * layer.get_delta_weight("default") - 0.2 * layer.get_delta_weight("second")
+    torch.testing.assert_close(layer.get_delta_weight("both"), expected, rtol=1e-5, atol=1e-6)
+    model.base_model.add_weighted_adapter(["default"], [1.0], "same")
+    torch.testing.assert_close(layer.get_delta_weight("same"), layer.get_delta_weight("default"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["spectral_a", "spectral_r", "specadapt", "svdiff", "lidb"])
+def test_updates_that_do_not_add_up_are_refused_with_another_way(method: str) -> None:
+    model = with_two_adapters(LLAMA, method, method)
+    with pytest.raises(SpectuneError, match="weigh them with set_scale"):
+        model.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    assert "both" not in model.peft_config
+
+
 def test_an_adapter_is_swapped_in_place(method: str, tmp_path: Path) -> None:
     first, second = adapted(LLAMA, method), get_peft_model(LLAMA.fresh(), config_for(LLAMA, method))
     train(second, seed=9)

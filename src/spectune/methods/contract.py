@@ -66,6 +66,10 @@ class Method:
         """Get the frozen tensors that `delta` needs next to the basis, such as a sparsity pattern."""
         return {}
 
+    def is_linear(self) -> bool:
+        """Ask whether dW is linear in the trained numbers, so that adding numbers adds updates."""
+        return False
+
     def saves_frozen(self) -> bool:
         """Ask whether the frozen tensors must travel in the file, because they cannot be found again."""
         return False

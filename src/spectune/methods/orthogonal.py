@@ -123,6 +123,9 @@ class OrthogonalAdaptation(Method):
             )
         return {"A": orthogonal_rows(last, cols_I, self.basis_seed)[last - self.r :].contiguous()}
 
+    def is_linear(self) -> bool:
+        return True
+
     def gradient_axes(self) -> dict[str, int]:
         return {"B": 0}
 

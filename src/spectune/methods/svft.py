@@ -108,6 +108,9 @@ class SVFT(Method):
         # Near ties in |U^T Vh^T| may fall the other way on another machine, so the places travel.
         return self.pattern == "top_k"
 
+    def is_linear(self) -> bool:
+        return not self.gate
+
     def gradient_axes(self) -> dict[str, int]:
         return {"M": 0}
 

@@ -30,8 +30,7 @@ SOLVERS: dict[str, Solver] = {"exact": exact, "gram": gram, "randomized": random
 # K; real and power-law spectra at 2048^2 take 5 to 9, a flat one 28 at r = 8.
 BLOCKS_IN_K = 24
 GIVE_UP_SHARE = 2
-# The Gram matrix saves the SVD's work on the longer side. Measured (two cores): at aspect 1 exact is
-# faster, from about 1.5 on gram is.
+# The Gram matrix saves the SVD's work on the longer side, so from some aspect on it is the faster one. Chosen.
 GRAM_ASPECT = 1.5
 # Squares of entries must neither overflow nor vanish in float32 (3e38, 1e-38). Derived.
 PLAIN_RANGE = (1e-12, 1e12)

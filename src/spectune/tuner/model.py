@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -104,6 +105,32 @@ class SpectralTuner(BaseTuner):
             if isinstance(module, SpectralLayer):
                 module.set_scale(adapter_name, scale)
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose update is sum_i weights_i dW_i, exactly.
+
+        Possible where updates are linear in the trained numbers and share one basis: svft without a gate, and
+        orthogonal_adaptation of one concept. For every other method `OptionError`: activate several adapters with
+        `set_adapter([...])` and weigh them with `set_scale`, which is exact as well.
+        """
+        if combination_type != "linear":
+            raise OptionError(f"combination_type={combination_type!r} does not exist here, only 'linear'.")
+        if len(adapters) != len(weights) or not adapters:
+            raise OptionError(f"asked to weigh {len(adapters)} adapters with {len(weights)} weights. Give one each.")
+        self._refuse_unknown_adapters(adapters)
+        methods = [self.peft_config[name].build_method() for name in adapters]
+        if any(method != methods[0] for method in methods) or not methods[0].is_linear():
+            raise OptionError(
+                f"{', '.join(adapters)}: updates of {methods[0].name} do not add up by adding their numbers, or the "
+                f"options differ. Activate them together with set_adapter({adapters}) and weigh them with set_scale."
+            )
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self.model.modules():
+            if isinstance(layer, SpectralLayer) and adapter_name in layer.spectune_adapter:
+                _add_up(layer, adapters, weights, adapter_name)
+
     def _owner_of_shared(self, config: SpectralConfig, adapter_name: str) -> SpectralModule | None:
         """Get the first adapted weight, which holds the tensors that all weights of an adapter share."""
         if not config.build_method().shared_shapes():
@@ -139,6 +166,18 @@ class SpectralTuner(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         return remapped
+
+
+@torch.no_grad()
+def _add_up(layer: SpectralLayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    target = layer.module(adapter_name)
+    for name in target.own_names:
+        parts = [
+            weight * getattr(layer.module(source), name)
+            for source, weight in zip(adapters, weights, strict=True)
+            if source in layer.spectune_adapter
+        ]
+        getattr(target, name).copy_(torch.stack(parts).sum(0))
 
 
 def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
