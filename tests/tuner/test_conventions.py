@@ -222,6 +222,14 @@ def test_the_basis_is_embedded_when_asked_or_when_it_is_not_determined(tmp_path:
     assert saved("never") == {"A_U", "A_Vh", "sketch"}
 
 
+def test_an_embedded_thin_basis_is_completed_to_the_full_one_on_load(tmp_path: Path) -> None:
+    options = {"pattern": "banded", "off_diagonals": 9, "full_basis": True, "save_basis": "always"}
+    model = adapted(LLAMA, "svft", **options)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path).eval()
+    torch.testing.assert_close(output(loaded, LLAMA.inputs()), output(model, LLAMA.inputs()), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{"save_basis": "always"}, {"columns": "bottom"}, {"columns": [3, 7, 1]}])
 def test_an_embedded_basis_of_another_base_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     adapted(LLAMA, "spectral_a", **options).save_pretrained(tmp_path)

@@ -165,6 +165,7 @@ class SpectralModule(nn.Module):
             self.U_OR, self.S_R, self.Vh_RI = turned.U_OR, turned.S_R, turned.Vh_RI
         elif len(self.columns):
             self._refuse_foreign_basis()
+            self._complete_frozen()
         self._settled_on = self.sketch
 
     def _refuse_foreign_basis(self) -> None:
@@ -184,6 +185,13 @@ class SpectralModule(nn.Module):
                 f"of {float(residual / foreign):.1%} here, at most {FOREIGN_RESIDUAL:.0%} is rounding. Load it on the "
                 f"base model that it was trained on."
             )
+
+    def _complete_frozen(self) -> None:
+        """Find the frozen tensors again that follow from the basis, now that a file has brought it."""
+        if not self.method.saves_frozen():
+            for name, tensor in self.method.frozen(self._basis()).items():
+                if tensor.is_floating_point():
+                    setattr(self, name, tensor.to(self.S_R))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
