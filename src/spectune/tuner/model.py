@@ -19,6 +19,7 @@ from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
 from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
+from .progress import decomposing
 
 
 class SpectralTuner(BaseTuner):
@@ -32,10 +33,13 @@ class SpectralTuner(BaseTuner):
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         refuse_unmatched_targets(self.peft_config[adapter_name], model)
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with decomposing() as self._tick:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except SpectuneError:
             self._take_back(model, adapter_name)
             raise
+        finally:
+            del self._tick
 
     def _create_and_replace(
         self,
@@ -50,6 +54,7 @@ class SpectralTuner(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise OptionError(f"{current_key}: target_parameters is not supported. Name modules in target_modules.")
+        self._tick(current_key)
         r = rank_for(peft_config.rank_pattern, current_key)
         owner = self._owner_of_shared(peft_config, adapter_name)
         if isinstance(target, SpectralLayer):

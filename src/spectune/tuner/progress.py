@@ -1,0 +1,36 @@
+"""What a terminal shows while the weights of a large model are decomposed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Small models are done before anybody could read a bar. Chosen.
+SILENT_SECONDS = 2.0
+
+
+@contextmanager
+def decomposing() -> Iterator[Callable[[str], None]]:
+    """Get what must be called with each layer's name; a bar appears on a terminal when it takes a while."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("decomposed {task.completed} weights"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
+    job = bar.add_task("", total=None)
+    started, shown = time.monotonic(), False
+
+    def tick(layer: str) -> None:
+        nonlocal shown
+        if not shown and console.is_terminal and time.monotonic() - started > SILENT_SECONDS:
+            bar.start()
+            shown = True
+        bar.update(job, advance=1, description=layer)
+
+    try:
+        yield tick
+    finally:
+        if shown:
+            bar.stop()

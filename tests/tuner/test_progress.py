@@ -1,0 +1,49 @@
+"""Progress of a long decomposition: on a terminal only, and only when it takes a while."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from spectune.tuner.progress import decomposing
+
+CODE = """
+from spectune.tuner import progress
+progress.SILENT_SECONDS = {silent}
+with progress.decomposing() as tick:
+    for layer in ("layers.0.q", "layers.0.v"):
+        tick(layer)
+"""
+
+
+def on_a_terminal(silent: float) -> str:
+    leader, follower = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", CODE.format(silent=silent)], stderr=follower, timeout=120)
+    os.close(follower)
+    assert done.returncode == 0
+    os.set_blocking(leader, False)
+    try:
+        return os.read(leader, 65536).decode()
+    except BlockingIOError:
+        return ""
+    finally:
+        os.close(leader)
+
+
+def test_long_work_is_shown_on_a_terminal_with_the_layers_name() -> None:
+    said = on_a_terminal(-1.0)
+    assert "decomposed" in said and "layers.0.v" in said
+
+
+def test_short_work_is_silent() -> None:
+    assert "decomposed" not in on_a_terminal(1e9)
+
+
+def test_nothing_is_written_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with decomposing() as tick:
+        tick("layers.0.q")
+    assert capfd.readouterr() == ("", "")
