@@ -66,8 +66,23 @@ def portability_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"Time of a training step as a multiple of LoRA's in the same round ({record['what']}, "
+        f"{record['machine']['cpus']} CPU cores; median, quartiles):",
+        "",
+        "| method | trained numbers | step time / LoRA's |",
+        "| --- | ---: | ---: |",
+    ]
+    for row in record["methods"]:
+        low, high = row["quartiles"]
+        lines.append(f"| {row['method']} | {row['trained']:,} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("README.md", demo_table),
+    "step": ("README.md", step_table),
     "portability": ("docs/portability.md", portability_table),
 }
 

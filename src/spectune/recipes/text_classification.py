@@ -100,7 +100,7 @@ class TextClassification:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         head = [p for name, p in trained if self.setting.head in name]
         adapter = [p for name, p in trained if self.setting.head not in name]
-        rows = [{**row, "labels": target} for row, target in zip(self._tokens(texts), targets, strict=True)]
+        rows = [{**row, "labels": target} for row, target in zip(self.tokens(texts), targets, strict=True)]
         losses = fit(
             model,
             rows,
@@ -114,14 +114,15 @@ class TextClassification:
         )
         return Outcome(model.eval(), losses)
 
-    def _tokens(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+    def tokens(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """Get the tokens of every text, without padding."""
         found = self.tokenizer(list(texts), truncation=True, max_length=self.setting.max_tokens)
         return [{name: values[i] for name, values in found.items()} for i in range(len(texts))]
 
     @torch.no_grad()
     def predict(self, model: nn.Module, texts: Sequence[str]) -> list[int]:
         """Get the most probable label of every text."""
-        rows = self._tokens(texts)
+        rows = self.tokens(texts)
         # Texts of one length together: padding is most of the work otherwise.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         found = [0] * len(rows)
