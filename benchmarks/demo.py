@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
+from provenance import provenance
 
 from spectune import SpectralConfig
 from spectune.recipes.demo import OPTIONS, TARGETS, base_folder
@@ -56,11 +53,6 @@ def run(method: str, rate: float, seed: int, steps: int, task: LanguageTask) -> 
     return {"method": method, "rate": rate, "seed": seed, "seconds": seconds, "trained": trained, **figures}
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return done.stdout.strip()
-
-
 def save(runs: list[dict[str, Any]], steps: int) -> None:
     chosen = {}
     for method in GRIDS:
@@ -79,8 +71,7 @@ def save(runs: list[dict[str, Any]], steps: int) -> None:
     record = {
         "what": "24 languages, all-MiniLM-L6-v2; rate chosen on validation with seed 0, test accuracy over the seeds",
         "steps": steps,
-        "commit": commit(),
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "torch": torch.__version__},
+        **provenance(),
         "chosen": chosen,
         "runs": runs,
     }

@@ -10,15 +10,13 @@ from which benchmarks/tables.py makes the table of docs/portability.md.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from safetensors.torch import load_file
 
 from spectune import decompose
@@ -140,10 +138,8 @@ def main() -> None:
             print(rows[-1], flush=True)
         trained = sum(p.numel() for p in module.parameters())
         rows[-1]["trained"], rows[-1]["sketch"] = trained, module.sketch.numel()
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     record = {
-        "commit": done.stdout.strip(),
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "torch": torch.__version__},
+        **provenance(),
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")

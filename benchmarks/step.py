@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from provenance import provenance
 
 from spectune import SpectralConfig
 from spectune.recipes.demo import TARGETS, base_folder
@@ -71,11 +69,9 @@ def main() -> None:
         spread = [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
         found.append({"method": name, "trained": trained, "ratio": statistics.median(ratios), "quartiles": spread})
         print(found[-1], flush=True)
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     record = {
         "what": f"all-MiniLM-L6-v2, {batch['input_ids'].numel()} tokens a step, float32, AdamW, {repeats} rounds",
-        "commit": done.stdout.strip(),
-        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "torch": torch.__version__},
+        **provenance(),
         "methods": found,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")

@@ -48,7 +48,7 @@ def test_a_pickled_config_opens_in_a_fresh_process() -> None:
 
 
 def test_registering_twice_does_nothing() -> None:
-    from spectune.tuner import register
+    from spectune.tuner import peft_type, register
 
     register.register()
-    assert register.extend_peft_type() is register.PEFT_TYPE
+    assert peft_type.extend_peft_type() is peft_type.PEFT_TYPE

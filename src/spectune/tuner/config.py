@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from ..checkpoint import read_adapter_folder
 from ..errors import AdapterError, OptionError, UnknownOptionError, nearest
 from ..methods import METHODS, Method, build_method
-from .register import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 
 # The layout of the adapter file. A file of a higher number is refused, never half-read.
 FORMAT_VERSION = 1
