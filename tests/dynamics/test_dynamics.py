@@ -77,7 +77,7 @@ def test_specadapts_decay_is_the_official_formula() -> None:
     for p in trainable(model):
         p.grad = torch.zeros_like(p)
     torch.optim.SGD(trainable(model), lr=0.01).step()
-    # METHODS: a_i <- a_i (1 - lr e wd (1 - s_i / s_max)), e = 1.3, wd = 0.3.
+    # The official code: a_i <- a_i (1 - lr e wd (1 - s_i / s_max)), e = 1.3, wd = 0.3.
     expected = torch.stack([a * (1 - 0.01 * 1.3 * 0.3 * (1 - s / S_D[0])) for a, s in zip(A_DR, S_D, strict=True)])
     torch.testing.assert_close(module.A.detach(), expected)
     assert torch.equal(module.A.detach()[0], A_DR[0])

@@ -39,7 +39,7 @@ def test_specadapt_starts_as_the_official_code_does() -> None:
 
 
 def test_specadapt_counts_follow_the_formula() -> None:
-    # METHODS.md 4: 2 d r for each tensor, r^2 once; a ViT-B block's attention (four 768x768) takes 6144 r.
+    # The official code: 2 d r for each tensor, r^2 once; a ViT-B block's attention (four 768x768) takes 6144 r.
     assert 4 * SpecAdapt(r=16).trainable_count(768, 768) == 6144 * 16
     assert SpecAdapt(r=16).shared_shapes() == {"H": (16, 16)}
     assert SpecAdapt(r=16, shared_core=False).trainable_count(768, 768) == 2 * 768 * 16 + 256
@@ -47,7 +47,7 @@ def test_specadapt_counts_follow_the_formula() -> None:
 
 @pytest.mark.parametrize(("r", "total"), [(2, 704), (8, 11_264), (32, 180_224)])
 def test_spectral_r_trains_half_of_what_the_official_code_stores(r: int, total: int) -> None:
-    """METHODS.md 2: over 176 layers the minimal count is 704, 11,264, 180,224 with the r scales."""
+    """Over the 176 layers of the diffusion experiment the minimal count is 704, 11,264, 180,224 with the r scales."""
     assert 176 * SpectralR(r=r, train_singular_values=True).trainable_count(768, 768) == total
     assert SpectralR(r=r).trainable_count(768, 768) == r * (r - 1)
 
