@@ -1,4 +1,4 @@
-"""What the papers prove, as properties of the code: Spectral Adapter, Lemmas 3.1 and 4.1; SVFT, its lemma (a) to (c)."""
+"""What the papers prove, as properties of the code: Spectral Adapter 3.1 and 4.1, SVFT (a) to (c)."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def test_update_is_the_papers_formula() -> None:
     assert rank(delta) == 6
 
 
-# The settings of the official scripts: DeBERTaV3-base r=24 on query, key, value of 12 layers; Mistral-7B r=8 on q, k, v, o, gate
-# of 32 layers; Llama-3-8B r=8 on q, k, v, up, down, gate. The paper's trainable percentages follow from these.
+# The official scripts: DeBERTaV3-base r=24 on query, key, value of 12 layers; Mistral-7B r=8 on q, k, v, o, gate of
+# 32 layers; Llama-3-8B r=8 on q, k, v, up, down, gate. The paper's trainable percentages follow from these.
 PUBLISHED = {
     "deberta": (24, [((768, 768), 36)], 1_327_104),
     "mistral": (8, [((4096, 4096), 64), ((1024, 4096), 64), ((14336, 4096), 32)], 11_534_336),
