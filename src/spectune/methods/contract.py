@@ -34,8 +34,6 @@ class Method:
     """Title and arXiv number."""
     learning_rate: ClassVar[float]
     """A first guess for AdamW; where it comes from stands beside it in the subclass."""
-    diagonal: ClassVar[bool] = False
-    """True when signs of the singular vectors cannot change the update."""
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         """Get how many singular directions of an O x I weight this method wants, and which."""

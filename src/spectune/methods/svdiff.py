@@ -29,7 +29,6 @@ class SVDiff(Method):
     paper: ClassVar[str] = "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning, arXiv 2303.11305"
     # As the Spectral Adapter's comparison set it for the text encoder (its UNet rate was 1e-4).
     learning_rate: ClassVar[float] = 1e-3
-    diagonal: ClassVar[bool] = True
 
     basis_rank: int | None = None
     """How many top singular values may shift; None is all K = min(O, I)."""

@@ -49,8 +49,9 @@ class SpectralLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
-        self.stored_shape = self._original().shape
-        self.out_features, self.in_features = self.original_matrix().shape
+        stored = self._original()  # once: a quantised weight is dequantised by this
+        self.stored_shape = stored.shape
+        self.out_features, self.in_features = self.layout.to_matrix(stored).shape
 
     def original_matrix(self) -> torch.Tensor:
         """Get the pretrained W_OI, also while adapters are merged into the base."""
