@@ -80,10 +80,36 @@ def step_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gradient_fusion_table(record: dict[str, Any]) -> str:
+    names = {
+        "closed form": "closed form (default)",
+        "closed form, eps 0": "closed form, minimum change (eps 0)",
+        "closed form, float32, eps 1e-5": "closed form, sums in float32, eps 1e-5",
+        "L-BFGS 500": "L-BFGS, 500 iterations, float32",
+    }
+    rows = record["rows"]
+    real = sum(row["width"] == 384 for row in rows)
+    lines = [
+        f"Measured on {len(rows)} layers ({real} of 384 x 384 from all-MiniLM-L6-v2 with real activations, "
+        f"{len(rows) - real} of 768 x 768), {record['what'].split(',')[0]}, one thread "
+        "(`python benchmarks/gradient_fusion.py`). The residual is what is left of `Σ |dW_i X_i|²`; it is not zero "
+        "because there are more inputs than features.",
+        "",
+        "| solver | all layers, seconds | mean residual | layers no worse than L-BFGS |",
+        "|---|---:|---:|---:|",
+    ]
+    for key, name in names.items():
+        residual = sum(row[key]["residual"] for row in rows) / len(rows)
+        better = f"{record['layers_no_worse'][key]} of {len(rows)}"
+        lines.append(f"| {name} | {record['seconds'][key]:.2f} | {residual:.5f} | {better} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("README.md", demo_table),
     "step": ("README.md", step_table),
     "portability": ("docs/portability.md", portability_table),
+    "gradient_fusion": ("docs/fusion.md", gradient_fusion_table),
 }
 
 

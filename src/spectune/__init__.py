@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .errors import SpectuneError as SpectuneError
     from .export import export_lora as export_lora
     from .export import merge_checkpoint as merge_checkpoint
+    from .fusion import collect_grams as collect_grams
+    from .fusion import fuse as fuse
     from .methods import METHODS as METHODS
     from .records import Delta as Delta
     from .records import Spectrum as Spectrum
@@ -36,6 +38,8 @@ _HOME = {
     "attach_dynamics": "dynamics",
     "export_lora": "export",
     "merge_checkpoint": "export",
+    "fuse": "fusion",
+    "collect_grams": "fusion",
     "SpectuneError": "errors",
 }
 __all__ = ["__version__", *_HOME]

@@ -44,6 +44,8 @@ class Quality:
     """Block Krylov steps taken; 0 for a direct solver."""
     converged: bool = True
     """False when the solver stopped before the wanted subspace stood still."""
+    cached: bool = False
+    """True when it was read from the cache on disk, and checked, instead of solved here."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,3 +96,16 @@ def test_exact_falls_back_to_a_second_driver(monkeypatch):
     assert calls == [torch.float32, torch.float64]
     assert found.S_R.dtype == torch.float32
     torch.testing.assert_close((found.U_OR * found.S_R) @ found.Vh_RI, W_OI)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (48, 48)])
+def test_a_few_eigenvectors_alone_are_those_of_the_whole_problem(shape):
+    W_OI = power_law(*shape)
+    few, all_of_them = choose("top", 5, min(shape)), choose("top", 30, min(shape))
+    found = gram(W_OI, few, tolerance=1e-4, seed=0)
+    whole = gram(W_OI, all_of_them, tolerance=1e-4, seed=0)
+    assert len(found.values_N) == 6 and len(whole.values_N) == min(shape)
+    torch.testing.assert_close(found.values_N, whole.values_N[:6])
+    torch.testing.assert_close(
+        found.U_OR * found.S_R @ found.Vh_RI, whole.U_OR[:, :5] * whole.S_R[:5] @ whole.Vh_RI[:5], atol=1e-5, rtol=0
+    )

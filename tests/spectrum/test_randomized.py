@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import spectune.spectrum.engine as engine
 import spectune.spectrum.randomized as subject
 from spectune import spectrum as room
-from spectune.spectrum.randomized import Basis, _Small, gaussian
+from spectune.records import Weight
+from spectune.spectrum.basis import Basis, gaussian
+from spectune.spectrum.columns import choose
+from spectune.spectrum.randomized import randomized_batch
+from spectune.spectrum.ritz import Ritz
 
 from .weights import largest_angle, power_law, with_values, worst_value
 
@@ -91,9 +96,48 @@ def test_a_space_that_the_block_does_not_divide_is_completed():
 def test_the_angle_bound_is_the_least_over_the_splits_and_distrusts_unfinished_values():
     empty = torch.empty(0)
     values_k, residuals_k = (torch.tensor(row, dtype=torch.float64) for row in ([4, 3, 2.9, 1], [0, 1e-3, 2e-3, 0.1]))
-    small = _Small(empty, values_k, empty, residuals_k, False)
-    # Wedin, m = 2: 1e-3 / (3 - 2.9 - 2e-3) = 1.02e-2; m = 3: 1e-3 / (3 - 1 - 0.1) * (1 + 2e-3 / 0.1) = 5.37e-4.
-    assert small.angle_bound(2) == pytest.approx(1e-3 / 1.9 * 1.02, rel=1e-9)
+    ritz = Ritz(values_k, empty, residuals_k, count=2, whole=False)
+    # Wedin, m = 2: c = 2.902, 3 * 1e-3 / (9 - c^2) = 5.2e-3; m = 3: c = 1.1, 3 * 1e-3 / (9 - c^2) * (1 + 2e-3 / 0.1).
+    assert ritz.angle_bound() == pytest.approx(3e-3 / (9 - 1.1**2) * 1.02, rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_what_is_certified_is_true(decay, tolerance):
+    W_OI = power_law(240, 200, decay) if decay else torch.randn(240, 200, generator=torch.Generator().manual_seed(3))
+    found = decompose(W_OI, 6, tolerance=tolerance)
+    assert found.quality.converged
+    assert largest_angle(W_OI, found) <= tolerance
+
+
+def test_weights_solved_together_are_the_weights_solved_alone():
+    # One decays fast, one slowly, one has rank 2: they are done at different steps, and one needs rows of its own.
+    thin = power_law(120, 2, 0.5) @ power_law(2, 90, 0.5)
+    weights = [power_law(120, 90, 2.0), power_law(120, 90, 0.3), thin]
+    choice = choose("top", 5, 90)
+    together = randomized_batch(torch.stack(weights), choice, tolerance=1e-4, seed=0)
+    assert len({one.steps for one in together}) > 1
+    for W_OI, one in zip(weights, together, strict=True):
+        (alone,) = randomized_batch(W_OI[None], choice, tolerance=1e-4, seed=0)
+        assert (alone.steps, alone.converged) == (one.steps, True)
+        torch.testing.assert_close(
+            one.U_OR * one.S_R @ one.Vh_RI, alone.U_OR * alone.S_R @ alone.Vh_RI, atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(one.U_OR.mT @ one.U_OR, torch.eye(5), atol=1e-5, rtol=0)
+
+
+def test_weights_are_batched_by_shape_and_come_back_in_their_order():
+    weights = [Weight(f"w{i}", power_law(*shape)) for i, shape in enumerate([(60, 50), (50, 60), (60, 50)])]
+    names = []
+    spectra = room.decompose_many(weights, room.Request(rank=3), lambda weight: names.append(weight.name))
+    assert [found.name for found in spectra] == ["w0", "w1", "w2"] and names == ["w0", "w2", "w1"]
+    for weight, found in zip(weights, spectra, strict=True):
+        torch.testing.assert_close(found.S_R, room.decompose(weight, 3).S_R)
+
+
+def test_a_batch_stays_within_its_bytes(monkeypatch):
+    monkeypatch.setattr(engine, "BATCH_BYTES", 2 * 60 * 50 * 4)
+    assert list(engine.batches([(60, 50)] * 5 + [(900, 900)], torch.float32)) == [[0, 1], [2, 3], [4], [5]]
 
 
 def test_giving_up_warns_with_name_residual_and_gap(monkeypatch):
@@ -116,18 +160,19 @@ def test_the_same_seed_gives_the_same_bits_and_the_global_state_is_untouched():
 
 def test_the_start_block_is_the_same_for_ever():
     # Golden: numpy's RandomState(0).standard_normal(3), whose stream numpy froze.
-    found = gaussian(np.random.RandomState(0), 1, 3, torch.empty(0, dtype=torch.float64))
+    found = gaussian(0, 1, 3, torch.empty(0, dtype=torch.float64))
     torch.testing.assert_close(
         found, torch.tensor([[1.764052345967664, 0.4001572083672233, 0.9787379841057392]], dtype=torch.float64)
     )
 
 
 def test_a_basis_stays_orthonormal_when_a_block_brings_nothing_new():
-    basis = Basis(torch.empty(0), 40, np.random.RandomState(0))
+    basis = Basis(torch.empty(1), 40, seed=0)
     random = torch.Generator().manual_seed(0)
     first_bN = torch.randn(6, 40, generator=random)
-    basis.extend(first_bN, 1e-6)
+    basis.extend(first_bN[None], torch.tensor([1e-6]))
     second_bN = torch.cat([first_bN[:3] * 2, torch.zeros(2, 40), torch.randn(1, 40, generator=random)])
-    Q_bN, old_bk, new_bb = basis.extend(second_bN, 1e-6)
-    torch.testing.assert_close(basis.rows_kN @ basis.rows_kN.mT, torch.eye(12), atol=1e-5, rtol=0)
-    torch.testing.assert_close(old_bk @ basis.rows_kN[:6] + new_bb @ Q_bN, second_bN, atol=1e-5, rtol=0)
+    Q_BbN, old_Bbk, new_Bbb = basis.extend(second_bN[None], torch.tensor([1e-6]))
+    rows_kN = basis.rows_BkN[0]
+    torch.testing.assert_close(rows_kN @ rows_kN.mT, torch.eye(12), atol=1e-5, rtol=0)
+    torch.testing.assert_close((old_Bbk @ rows_kN[:6] + new_Bbb @ Q_BbN)[0], second_bN, atol=1e-5, rtol=0)

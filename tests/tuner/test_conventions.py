@@ -244,6 +244,6 @@ def test_an_embedded_basis_needs_no_decomposition_on_load(
 ) -> None:
     model = adapted(LLAMA, method, save_basis="always")
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("spectune.tuner.layer.decompose", lambda *a, **k: pytest.fail("decomposed again"))
+    monkeypatch.setattr("spectune.tuner.bases.obtain", lambda *a, **k: pytest.fail("decomposed again"))
     loaded = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path).eval()
     torch.testing.assert_close(output(loaded, LLAMA.inputs()), output(model, LLAMA.inputs()), rtol=0, atol=1e-5)

@@ -3,8 +3,12 @@
 from .adapter_folder import AdapterFolder as AdapterFolder
 from .adapter_folder import read_adapter_folder as read_adapter_folder
 from .fingerprint import fingerprint as fingerprint
+from .lora_file import LoraFile as LoraFile
+from .lora_file import read_lora as read_lora
 from .reader import Checkpoint as Checkpoint
 from .reader import open_checkpoint as open_checkpoint
+from .targets import Target as Target
+from .targets import find_targets as find_targets
 from .tensor_file import TensorFile as TensorFile
 from .writer import fresh_folder as fresh_folder
 from .writer import save_tensors as save_tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
     `AdapterError` for what is missing, damaged or of another kind; pickled adapters are refused.
     """
     path = Path(path)
-    if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
+    if not os.path.isdir(path):
+        found = "a file" if os.path.exists(path) else "nothing"
         raise AdapterError(f"{path}: asked for an adapter folder, found {found}. Check the path.")
     if not (path / CONFIG_FILE).exists():
         raise AdapterError(f"{path}: asked for an adapter folder, found no {CONFIG_FILE} in it. {_whose_folder(path)}")

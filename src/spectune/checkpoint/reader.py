@@ -6,14 +6,16 @@ Nothing here unpickles: a `.bin` or `.pt` file is refused, since reading one run
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import AdapterError, nearest
+from .gguf_file import GgufFile
 from .tensor_file import HEADER_LIMIT, TensorFile
 
 # Names under which transformers and diffusers store a model, in the order in which they are looked for.
@@ -21,12 +23,24 @@ STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
+class LazyFile(Protocol):
+    """What the names, shapes and dtypes of are known and the tensors of which wait on the disk."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]: ...
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model in one or several safetensors files, read one at a time."""
+    """The tensors of a model in one or several files, read one at a time."""
 
     path: Path
-    files: dict[str, TensorFile] = field(repr=False)
+    files: dict[str, LazyFile] = field(repr=False)
     """Tensor name -> the file that holds it."""
 
     @property
@@ -57,37 +71,42 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Get the tensors of a model folder (single file or shards with an index) or of one safetensors file.
+    """Get the tensors of a model folder (single file or shards with an index), of one safetensors or one GGUF file.
 
-    Only headers are read. `AdapterError` says what was found where a model was expected, which names an
-    index promises and no file holds, and that a pickle is not read.
+    Only headers are read; GGUF goes by transformers' names, and its tensors are dequantised when asked for.
+    `AdapterError` says what was found where a model was expected, which names an index promises and no file holds,
+    and that a pickle is not read.
     """
     path = Path(path)
     if path.suffix in PICKLES:
         raise AdapterError(f"{path}: {_why_no_pickle(path.name)}")
-    if path.is_file():
-        return _of_one_file(path, path)
-    if not path.is_dir():
+    if os.path.isfile(path):
+        return _of_gguf(path, path) if path.suffix == ".gguf" else _of_one_file(path, path)
+    if not os.path.isdir(path):
         raise AdapterError(f"{path}: asked for a model folder or a safetensors file, found nothing. Check the path.")
     for stem in STEMS:
         if (path / f"{stem}.safetensors").exists():
             return _of_one_file(path, path / f"{stem}.safetensors")
         if (path / f"{stem}.safetensors.index.json").exists():
             return _of_shards(path, path / f"{stem}.safetensors.index.json")
+    if not any(path.glob("*.safetensors")) and len(ggufs := sorted(path.glob("*.gguf"))) == 1:
+        return _of_gguf(path, ggufs[0])
     return _of_one_file(path, _only_file(path))
 
 
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Get the object in a JSON file of at most `limit` bytes; `AdapterError` for anything else."""
-    if not path.is_file():
-        found = "found something that is not a file" if path.exists() else "there is no such file"
+    if not os.path.isfile(path):
+        found = "found something that is not a file" if os.path.exists(path) else "there is no such file"
         raise AdapterError(f"{path}: asked for a JSON file, {found}. Check the path.")
     size = path.stat().st_size
     if size > limit:
         raise AdapterError(f"{path}: the file is {size:,} bytes, a file of this kind has at most {limit:,}. Check it.")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except OSError as error:
+        raise AdapterError(f"{path}: the file cannot be read: {error.strerror}. Check its permissions.") from error
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: the file is no valid JSON: {error}. Copy it again.") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: asked for a JSON object, found a {type(content).__name__}. Copy it again.")
@@ -99,13 +118,18 @@ def _of_one_file(path: Path, file_path: Path) -> Checkpoint:
     return Checkpoint(path, dict.fromkeys(file.shapes, file))
 
 
+def _of_gguf(path: Path, file_path: Path) -> Checkpoint:
+    gguf = GgufFile.open(file_path)
+    return Checkpoint(path, dict.fromkeys(gguf.shapes, gguf))
+
+
 def _of_shards(path: Path, index: Path) -> Checkpoint:
     weight_map = read_json(index, HEADER_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise AdapterError(f"{index}: the index has no weight_map from tensor names to files. Copy it again.")
     for shard in set(weight_map.values()):
         place = PurePosixPath(shard.replace("\\", "/"))
-        if place.is_absolute() or ".." in place.parts or ":" in shard or not shard:
+        if place.is_absolute() or ".." in place.parts or ":" in shard or not shard or not shard.isprintable():
             raise AdapterError(
                 f"{index}: the index names the file {shard!r}, which is outside its folder. Do not use it."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from ..errors import AdapterError, nearest
 
 # The limit of the safetensors format itself (its README, "Format").
 HEADER_LIMIT = 100_000_000
+# Names are paths of modules; the longest of transformers' and diffusers' are about 120 letters. Chosen.
+NAME_LIMIT = 500
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,16 +64,23 @@ class TensorFile:
         try:
             with safe_open(str(self.path), framework="pt", device=str(device)) as file:
                 tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+            # RuntimeError: the file is gone. The others: numbers beyond what torch can address.
             raise AdapterError(
                 f"{self.path}: the tensor {name!r} cannot be read: {error}. Copy the file again."
             ) from error
+        if tuple(tensor.shape) != self.shapes[name] or tensor.dtype != self.dtypes[name]:
+            raise AdapterError(
+                f"{self.path}: the tensor {name!r} is not what the header said: its keys stand twice, or the file was "
+                f"exchanged. Copy the file again."
+            )
+        return tensor
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "found something else" if path.exists() else "there is no such file"
+    # os.path, unlike pathlib, takes a name that no disk can hold for a file that is not there.
+    if not os.path.isfile(path):
+        found = "found something else" if os.path.exists(path) else "there is no such file"
         raise AdapterError(f"{path}: asked for a safetensors file, {found}. Check the path.")
     size = path.stat().st_size
     try:
@@ -79,12 +89,12 @@ def _read_header(path: Path) -> dict[str, Any]:
             length = int.from_bytes(start, "little")
             _check_start(path, size, start, length)
             header = json.loads(file.read(length))
-        promised = 8 + length + _bytes_of_tensors(header)
+        promised = 8 + length + _bytes_of_tensors(header, size)
     except AdapterError:
         raise
     except OSError as error:
         raise AdapterError(f"{path}: the file cannot be read: {error.strerror}. Check its permissions.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise AdapterError(_foreign(path, size)) from error
     if size < promised:
         raise AdapterError(_cut_short(path, size, f"its header promises {promised:,}"))
@@ -101,21 +111,34 @@ def _check_start(path: Path, size: int, start: bytes, length: int) -> None:
         raise AdapterError(_cut_short(path, size, f"its header alone would be {length:,}"))
 
 
-def _bytes_of_tensors(header: Any) -> int:
+def _bytes_of_tensors(header: Any, size: int) -> int:
     """Get where the last tensor ends; `ValueError`, or what a wrong type raises, for nonsense."""
     end = 0
+    _check_metadata(header.get("__metadata__", {}))
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         start, stop = entry["data_offsets"]
         sides = entry["shape"]
+        if not isinstance(sides, list) or any(type(number) is not int for number in (start, stop, *sides)):
+            raise ValueError("an offset or a side is no integer")
         if min([start, *sides]) < 0:
             raise ValueError("negative offset or side")
+        # No byte stands behind a side of an empty tensor, and who counts by it would allocate without end.
+        if 0 in sides and max(sides) > size:
+            raise ValueError("an empty tensor has a side longer than the file")
+        if len(name) > NAME_LIMIT or not name.isprintable():
+            raise ValueError("a name is no name")
         known = DTYPES.get(entry["dtype"])
         if known is not None and stop - start != math.prod(sides) * known.itemsize:
             raise ValueError("shape and offsets disagree")
         end = max(end, stop)
     return end
+
+
+def _check_metadata(metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the metadata are no texts")
 
 
 def _check_dtypes(path: Path, header: dict[str, Any]) -> None:

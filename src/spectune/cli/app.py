@@ -20,7 +20,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in ("demo", "export", "env"):
+for verb in (
+    "demo", "export", "extract", "resize",
+    "inspect", "decompose", "cache", "fuse", "schedule", "env",
+):  # fmt: skip
     app.command(name=verb)(getattr(import_module(f".{verb}", __package__), verb))
 
 # Typer brings a Click of its own; this is the base class of every complaint about the words of a command.

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 
@@ -31,3 +41,17 @@ class Stages(Progress):
             self.update(bar, completed=step, said="" if loss is None else f"loss {loss:.3f}")
 
         return on_step
+
+
+class Bytes(Progress):
+    """One bar that counts bytes: GiB done, GiB a second, time left, what was done last."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        more = (TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+        super().__init__(*columns, *more, console=console)
+
+    def begin(self, name: str, total: int) -> Callable[[int, str], None]:
+        """Start the bar, and get what must be called with (bytes just done, what they were)."""
+        bar = self.add_task(name, total=total, said="")
+        return lambda size, said: self.update(bar, advance=size, said=said)

@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import AdapterFolder, Checkpoint
 from ..errors import AdapterError, OptionError, nearest
 from ..records import Spectrum, Weight
-from ..spectrum import decompose
+from ..spectrum import Request, obtain, open_cache
 from .contract import Method
 from .modules import ADAPTERS_ATTRIBUTE, SpectralModule
 from .table import METHODS, build_method
@@ -128,7 +128,7 @@ def _module(
         svd = {
             name: value for name, value in (config.get("svd") or {}).items() if name in ("solver", "tolerance", "seed")
         }
-        spectrum = decompose(weight, rank, columns=columns, **svd)
+        (spectrum,) = obtain([weight], Request(rank, columns, **svd), open_cache())
     module = SpectralModule(method, spectrum, embed_basis=embedded, owner=owner)
     module.base_matrix = lambda: weight.W_OI
     missing = [name for name in module.state_dict() if name not in tensors]

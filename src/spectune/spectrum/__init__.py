@@ -4,5 +4,16 @@ from .align import align as align
 from .align import sketch as sketch
 from .align import sketch_tolerance as sketch_tolerance
 from .align import sketch_width as sketch_width
+from .cache import BasisCache as BasisCache
+from .cache import default_folder as default_folder
+from .cache import open_cache as open_cache
+from .cache import parse_bytes as parse_bytes
+from .distributed import processes as processes
 from .engine import SOLVERS as SOLVERS
+from .engine import Request as Request
 from .engine import decompose as decompose
+from .engine import decompose_many as decompose_many
+from .entry import Key as Key
+from .obtain import obtain as obtain
+from .stream import Done as Done
+from .stream import fill_cache as fill_cache

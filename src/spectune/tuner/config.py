@@ -30,6 +30,15 @@ class SVDOptions:
         default=1e-4, metadata={"help": "Largest wanted angle to the true singular subspace, in radians."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the randomized solver and of random columns."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of bases to read and to fill, or 'off'. None: read what `spectune decompose` has stored."
+        },
+    )
+    share: bool = field(
+        default=True, metadata={"help": "Share the work over the processes of a distributed run; all must attach."}
+    )
 
 
 @dataclass
@@ -189,6 +198,7 @@ class SpectralConfig(PeftConfig):
         for name, value in values.items():
             if isinstance(value, set):
                 values[name] = sorted(value)
+        values["svd"]["cache_dir"] = None  # a place on this machine is nothing to send with a file
         return values
 
 

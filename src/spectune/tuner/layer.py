@@ -11,10 +11,10 @@ from torch import nn
 
 from ..algebra import dense
 from ..errors import WeightError
-from ..methods import Dynamics, Method, SpectralModule
-from ..records import Spectrum, Weight
-from ..spectrum import decompose
+from ..methods import Dynamics, SpectralModule
+from ..records import Spectrum
 from .base_weight import Layout, backend_of, layout_of
+from .bases import find_basis, plain_weight
 from .config import SpectralConfig
 
 # Below this gap at the cut (a fraction of S[0]) another solver may return other directions altogether, and
@@ -62,8 +62,7 @@ class SpectralLayer(BaseTunerLayer):
             return self._replaced[0].data
         if self.quantization_backend is not None:
             return self.quantization_backend.get_base_weight(self.get_base_layer())
-        stored: torch.Tensor = getattr(self.get_base_layer(), self.layout.attribute).data
-        return stored
+        return plain_weight(self.get_base_layer(), self.layout.attribute, self.module_name)
 
     def _exchange(self, parameter: nn.Parameter) -> nn.Parameter:
         """Put another parameter in the base layer's place for it, and get the one that stood there.
@@ -89,11 +88,12 @@ class SpectralLayer(BaseTunerLayer):
         name: str,
         r: int | None = None,
         owner: SpectralModule | None = None,
+        basis: Spectrum | None = None,
     ) -> None:
-        """Decompose the weight and attach a new adapter; nothing is attached when anything is wrong."""
+        """Attach a new adapter, on this basis or on one found here; nothing is attached when anything is wrong."""
         method = config.build_method(r)
         W_OI = self.original_matrix()
-        if W_OI.is_meta:
+        if W_OI.is_meta and basis is None:
             raise WeightError(
                 f"{name}: the base weight is on the meta device, there is nothing to decompose. "
                 f"Load the base model with its weights first."
@@ -103,7 +103,8 @@ class SpectralLayer(BaseTunerLayer):
         if rank == 0 or in_file:
             spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name).to(W_OI.device)
         else:
-            spectrum = _find_basis(name, W_OI, method, config)
+            spectrum = find_basis(name, W_OI, method, config) if basis is None else basis
+            method.check(spectrum)
         # Away from the top, rounding the base mixes in directions that were not kept: 2% (bottom) to 10% (random)
         # of the update on MiniLM's weights in bfloat16, which no turning undoes (tests/spectrum/test_align.py's way).
         leading = spectrum.columns == tuple(range(rank))
@@ -194,11 +195,12 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         name: str,
         r: int | None = None,
         owner: SpectralModule | None = None,
+        basis: Spectrum | None = None,
     ) -> None:
         super().__init__()
         SpectralLayer.__init__(self, base_layer, name)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name, r, owner)
+        self.update_layer(adapter_name, config, name, r, owner, basis)
 
     def update(self, module: SpectralModule, x: torch.Tensor) -> torch.Tensor:
         """Get what one adapter adds to the output of the base layer."""
@@ -233,13 +235,3 @@ class SpectralAdapted(nn.Module, SpectralLayer):
 
     def __repr__(self) -> str:
         return "spectune." + super().__repr__()
-
-
-def _find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
-    rank, columns = method.basis(*W_OI.shape)
-    svd = config.svd_options
-    spectrum = decompose(
-        Weight(name, W_OI.detach()), rank, columns=columns, solver=svd.solver, tolerance=svd.tolerance, seed=svd.seed
-    )
-    method.check(spectrum)
-    return spectrum

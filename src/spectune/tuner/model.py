@@ -9,13 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import AdapterError, OptionError, SpectuneError, WeightError, nearest
 from ..methods import SpectralModule, rank_for, spectral_modules
+from ..records import Spectrum
 from .base_weight import backend_of, layout_of
+from .bases import find_bases
 from .config import SpectralConfig
 from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
@@ -33,13 +35,21 @@ class SpectralTuner(BaseTuner):
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         refuse_unmatched_targets(self.peft_config[adapter_name], model)
         try:
+            self._bases: dict[str, Spectrum] = {}
             with decomposing() as self._tick:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except SpectuneError:
             self._take_back(model, adapter_name)
             raise
         finally:
-            del self._tick
+            del self._tick, self._bases
+
+    def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:
+        """Find all bases before the first layer is replaced: PEFT calls this when the config is complete."""
+        complete = _maybe_include_all_linear_layers(peft_config, model)
+        self._bases = find_bases(
+            model, complete, lambda path: self._check_target_module_exists(complete, path), self._tick
+        )
 
     def _create_and_replace(
         self,
@@ -54,11 +64,13 @@ class SpectralTuner(BaseTuner):
     ) -> None:
         if parameter_name is not None:
             raise OptionError(f"{current_key}: target_parameters is not supported. Name modules in target_modules.")
-        self._tick(current_key)
+        basis = self._bases.pop(current_key, None)
+        if basis is None:
+            self._tick(current_key)
         r = rank_for(peft_config.rank_pattern, current_key)
         owner = self._owner_of_shared(peft_config, adapter_name)
         if isinstance(target, SpectralLayer):
-            target.update_layer(adapter_name, peft_config, current_key, r, owner)
+            target.update_layer(adapter_name, peft_config, current_key, r, owner, basis)
             if isinstance(target, SpectralAttentionLinear):
                 target.get_base_layer().out_proj.update_layer(
                     adapter_name, peft_config, f"{current_key}.out_proj", r, owner
@@ -67,7 +79,7 @@ class SpectralTuner(BaseTuner):
         refuse_output_of_attention(parent, target_name, current_key)
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = KINDS[layout_of(innermost, current_key, backend_of(innermost)).kind]
-        adapted = kind(target, adapter_name, peft_config, current_key, r, owner)
+        adapted = kind(target, adapter_name, peft_config, current_key, r, owner, basis)
         if kind is SpectralAttentionLinear:
             name = f"{current_key}.out_proj"
             innermost.out_proj = KINDS["linear"](innermost.out_proj, adapter_name, peft_config, name, r, owner)

@@ -1,0 +1,214 @@
+"""`read_lora`: the updates of a plain LoRA file, whoever wrote it, as `Delta`s that are read one at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError, nearest
+from ..records import Delta
+from .adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter_folder
+from .patterns import names_layer
+from .tensor_file import TensorFile
+
+PEFT_PREFIX = "base_model.model."
+# How PEFT, diffusers (new and old) and kohya's trainer end the names of the two factors: A first, then B.
+ENDINGS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_embedding_A", ".lora_embedding_B"),
+    (".lora.down.weight", ".lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+)
+# Tensors and options that make an update something else than B A, and what to say of them.
+FOREIGN = {
+    "lora_magnitude_vector": "DoRA rescales the merged weight, so its update is not B A",
+    "dora_scale": "DoRA rescales the merged weight, so its update is not B A",
+    "lora_B.bias": "it has a bias beside B A",
+    "hada_": "LoHa's update is a product of entries and not B A",
+    "lokr_": "LoKr's update is a Kronecker product and not B A",
+    "lora_mid": "its kernels are a Tucker product of three factors and not B A",
+}
+# PEFT's initialisations that move part of the base weight into the factors: the file alone is not the update.
+MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of float32, in which updates are computed.
+LARGEST_ALPHA = torch.finfo(torch.float32).max
+# Where diffusers keeps PEFT's options in the header of a file, each behind the name of its part: unet.lora_alpha.
+DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """Where one layer's factors stand in the file: dW = scaling B_OP A_PI."""
+
+    name: str
+    """The layer's path in the base model, as the file gives it, without PEFT's prefix."""
+    A_name: str
+    B_name: str
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA: its layers by name, the tensors still on the disk."""
+
+    path: Path
+    file: TensorFile = field(repr=False)
+    layers: dict[str, LoraLayer] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    """PEFT's adapter_config.json; empty for the files of others."""
+
+    @property
+    def trained_count(self) -> int:
+        """How many numbers the factors hold."""
+        used = (name for layer in self.layers.values() for name in (layer.A_name, layer.B_name))
+        return sum(math.prod(self.file.shapes[name]) for name in used)
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Tensors that belong to no update: modules trained in full (modules_to_save)."""
+        used = {name for layer in self.layers.values() for name in (layer.A_name, layer.B_name)}
+        return tuple(name for name in self.file.names if name not in used and not name.endswith(".alpha"))
+
+    def factors(self, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get (B_OP, A_PI) as stored, without the scaling; the kernels of a convolution are flattened."""
+        if layer not in self.layers:
+            raise AdapterError(f"{self.path}: asked for the layer {layer!r}. {nearest(layer, list(self.layers))}")
+        place = self.layers[layer]
+        return self.file.tensor(place.B_name).flatten(1), self.file.tensor(place.A_name).flatten(1)
+
+    def delta(self, layer: str, dtype: torch.dtype = torch.float32) -> Delta:
+        """Get the layer's update dW_OI = B_OP diag(scaling) A_PI."""
+        B_OP, A_PI = self.factors(layer)
+        scaling_P = torch.full((A_PI.shape[0],), self.layers[layer].scaling, dtype=dtype)
+        return Delta(B_OP.to(dtype), scaling_P, A_PI.to(dtype))
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """Get a LoRA from PEFT's folder, or from one safetensors file as diffusers and kohya's trainer write them.
+
+    Only headers (and the scalars named alpha) are read. scaling = alpha / r, or alpha / sqrt(r) with rsLoRA, by
+    PEFT's alpha_pattern where there is one (also as diffusers keeps these in the header); 1 for a file that names
+    no alpha and is not PEFT's. `AdapterError` for what is no LoRA, for DoRA, LoHa, LoKr, trained biases and
+    target_parameters, and for PiSSA-like files that also change the base weight.
+    """
+    path = Path(path)
+    if path.name == TENSOR_FILE and (path.parent / CONFIG_FILE).exists():
+        path = path.parent  # the scaling of PEFT's file stands in the config beside it
+    config: dict[str, Any] = {}
+    if path.is_dir() and (path / CONFIG_FILE).exists():
+        folder = read_adapter_folder(path).require("LORA")
+        file, config = folder.file, folder.config
+        _refuse_moved_base(path, config)
+    else:
+        file = TensorFile.open(_only_lora(path))
+    _refuse_foreign(path, file, config)
+    options = {"": config} if config else _diffusers_options(path, file)
+    layers: dict[str, LoraLayer] = {}
+    for name in file.names:
+        for A_end, B_end in ENDINGS:
+            if name.endswith(A_end):
+                stem = name.removesuffix(A_end)
+                layer = _layer(path, file, options, stem, name, stem + B_end)
+                if layer.name in layers:
+                    raise AdapterError(f"{path}: the layer {layer.name!r} has two pairs of factors. Copy it again.")
+                layers[layer.name] = layer
+    if not layers:
+        raise AdapterError(f"{path}: asked for a LoRA, found no pair of factors in {file.path.name}. Check the path.")
+    return LoraFile(path, file, layers, config)
+
+
+def _only_lora(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise AdapterError(f"{path}: asked for a LoRA, found {len(found)} safetensors files. Name one of them.")
+    return found[0]
+
+
+def _diffusers_options(path: Path, file: TensorFile) -> dict[str, dict[str, Any]]:
+    """Get the part of the pipeline -> PEFT's options for it, from the header of a file that diffusers wrote."""
+    parts: dict[str, dict[str, Any]] = {}
+    try:
+        for key, value in json.loads(file.metadata.get(DIFFUSERS_METADATA, "{}")).items():
+            part, option = key.split(".", 1)
+            parts.setdefault(part + ".", {})[option] = value
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: the {DIFFUSERS_METADATA} in its header is damaged. Copy it again.") from error
+    return parts
+
+
+def _layer(
+    path: Path, file: TensorFile, options: Mapping[str, Mapping[str, Any]], stem: str, A: str, B: str
+) -> LoraLayer:
+    if B not in file.shapes:
+        raise AdapterError(f"{path}: the factor {A!r} has no partner {B!r}: the file is incomplete. Copy it again.")
+    (rank, *_), B_shape = file.shapes[A] or (0,), file.shapes[B]
+    fits = len(file.shapes[A]) >= 2 and len(B_shape) >= 2 and rank > 0 and B_shape[1] == rank
+    if not fits or any(side != 1 for side in B_shape[2:]):
+        raise AdapterError(
+            f"{path}: the factors {A!r} {file.shapes[A]} and {B!r} {B_shape} are no B A. Copy the file again."
+        )
+    name = stem.removeprefix(PEFT_PREFIX)
+    if f"{stem}.alpha" in file.shapes:
+        alpha = file.tensor(f"{stem}.alpha")
+        scaling = _number(path, name, alpha.item() if alpha.numel() == 1 else None) / rank
+    else:
+        part = next((part for part in options if name.startswith(part)), None)
+        if part is None and stem.startswith(PEFT_PREFIX):
+            raise AdapterError(
+                f"{path}: {name!r} is named as PEFT does, whose scaling stands in {CONFIG_FILE}; there is none "
+                f"here. Pass PEFT's folder."
+            )
+        scaling = 1.0 if part is None else _peft_scaling(path, options[part], name.removeprefix(part), rank)
+    return LoraLayer(name, A, B, rank, scaling)
+
+
+def _peft_scaling(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
+    alpha = config.get("lora_alpha", 8)  # PEFT's default
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{path}: alpha_pattern={patterns!r} is no map from layers to alphas. Repair the config.")
+    for pattern, value in patterns.items():
+        if names_layer(pattern, layer):
+            alpha = value
+            break
+    alpha = _number(path, layer, alpha)
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _number(path: Path, layer: str, alpha: object) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA:
+        raise AdapterError(f"{path}: the alpha of {layer!r} must be a finite number, found {alpha!r}. Copy it again.")
+    return float(alpha)
+
+
+def _refuse_foreign(path: Path, file: TensorFile, config: Mapping[str, Any]) -> None:
+    for name in file.names:
+        for part, reason in FOREIGN.items():
+            if part in name:
+                raise AdapterError(f"{path}: {name!r} says that this is no plain LoRA: {reason}. Merge it instead.")
+    if config.get("target_parameters"):
+        raise AdapterError(
+            f"{path}: target_parameters={config['target_parameters']!r}: factors of stacked parameters (experts) are "
+            f"no B A of one weight. Merge it instead."
+        )
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{path}: bias={config['bias']!r}: trained biases are no part of B A. Merge it instead.")
+
+
+def _refuse_moved_base(path: Path, config: Mapping[str, Any]) -> None:
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(MOVED_BASE):
+        raise AdapterError(
+            f"{path}: init_lora_weights={start!r} takes part of the base weight into the factors, so the file alone is "
+            f"not the update. Save it with path_initial_model_for_weight_conversion (PEFT) first."
+        )

@@ -1,0 +1,133 @@
+"""`spectune extract`: an adapter out of a full fine-tune."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from ..export import Extracted
+
+
+class Form(str, Enum):
+    """What the change becomes."""
+
+    lora = "lora"
+    spectral_a = "spectral_a"
+
+
+class Dtype(str, Enum):
+    """How factors are stored."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def extract(
+    base: Annotated[Path, typer.Argument(help="Folder (or safetensors file) of the pretrained model.")],
+    tuned: Annotated[Path, typer.Argument(help="The same of the fully fine-tuned model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+    to: Annotated[Form, typer.Option("--to", help="What the change becomes.")] = Form.lora,
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank, or directions; default 8.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Keep this share of |dW|^2 in each layer, such as 0.99 (lora).")
+    ] = None,
+    frobenius: Annotated[
+        float | None, typer.Option(help="Lose at most this share of |dW| in each layer, such as 0.1 (lora).")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Which directions: top, bottom, random, a start index, or a list 0,2,5 (spectral_a)."),
+    ] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also adapt embeddings and output heads.")] = False,
+    save_rest: Annotated[
+        bool,
+        typer.Option("--save-rest", help="Save what changed elsewhere (norms, heads, …) whole, beside the adapter."),
+    ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Leave out modules or tensors of this name; repeatable.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="How the factors are stored (lora).")] = Dtype.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
+) -> None:
+    """Write an adapter that turns BASE into TUNED, and measure how much of the change it holds."""
+    chosen = _columns(columns)
+    import torch
+    from rich.console import Console
+
+    from ..export import extract_adapter
+    from .progress import Stages
+
+    with Stages(Console(stderr=True)) as stages:
+        bars: dict[str, Any] = {}
+
+        def on_weight(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = stages.begin(stage, total)
+            bars[stage](done, total, None)
+
+        found = extract_adapter(
+            base,
+            tuned,
+            output,
+            to=to.value,
+            rank=rank,
+            energy=energy,
+            frobenius=frobenius,
+            columns=chosen,
+            embeddings=embeddings,
+            save_rest=save_rest,
+            exclude=exclude or (),
+            dtype=getattr(torch, dtype.value),
+            on_weight=on_weight,
+        )
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        _show(found)
+
+
+def _columns(words: str | None) -> str | int | list[int] | None:
+    if words is None or words.isidentifier():
+        return words
+    try:
+        places = [int(word) for word in words.split(",")]
+    except ValueError:
+        raise OptionError(f"--columns {words}: give top, bottom, random, a start index, or a list 0,2,5.") from None
+    return places if "," in words else places[0]
+
+
+def _show(found: Extracted) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(
+        "layer", "rank", "|dW| / |W|", "|dW|² kept", "|dW| lost", title=f"{found.form} against the tuned model"
+    )
+    for layer in found.layers:
+        table.add_row(layer.name, str(layer.rank), f"{layer.relative:.1e}", f"{layer.kept:.2%}", f"{layer.lost:.2%}")
+    console.print(table)
+    if found.rest:
+        rest = Table("tensor", "what", "change", "saved whole", title="changed outside of the adapted layers")
+        for tensor in found.rest:
+            change = "–" if tensor.relative is None else f"{tensor.relative:.1e}"
+            rest.add_row(tensor.name, tensor.why, change, "yes" if tensor.saved else "no")
+        console.print(rest)
+    print(f"measured in the written file: {found.kept:.2%} of |dW|² of the {len(found.layers)} adapted layers is kept")
+    if found.left_out:
+        print(
+            f"{len(found.left_out)} changed tensors are left out, {found.left_out_share:.2%} of the whole change "
+            f"(Frobenius norm); --save-rest saves what PEFT can load"
+        )
+    if len(set(found.dtypes)) > 1:
+        print(f"the models are stored in {' and '.join(found.dtypes)}: part of the change is rounding")
+    print(f"kinds of layers told by: {found.told_by}; {len(found.unchanged)} tensors did not change")
+    print(f"{found.form} written to {found.path} ({found.bytes:,} bytes)")

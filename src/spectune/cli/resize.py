@@ -1,0 +1,67 @@
+"""`spectune resize`: a LoRA at a lower rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .extract import Dtype
+
+if TYPE_CHECKING:
+    from ..export import Resized
+
+
+def resize(
+    lora: Annotated[Path, typer.Argument(help="LoRA folder of PEFT, or a safetensors file of diffusers or kohya.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or new file, as the LoRA is.")],
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="The most that a layer keeps.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of |dW|² in each layer, such as 0.99.")] = None,
+    frobenius: Annotated[
+        float | None, typer.Option(help="Lose at most this share of |dW| in each layer, such as 0.1.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="How the factors are stored; default: as they were.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
+) -> None:
+    """Write a LoRA cut to its best approximation of a lower rank, layer by layer, in the layout that it came in."""
+    import torch
+    from rich.console import Console
+
+    from ..export import resize_lora
+    from .progress import Stages
+
+    with Stages(Console(stderr=True)) as stages:
+        step: Any = None
+
+        def on_layer(done: int, total: int) -> None:
+            nonlocal step
+            step = step or stages.begin("resizing", total)
+            step(done, total, None)
+
+        stored = None if dtype is None else getattr(torch, dtype.value)
+        done = resize_lora(lora, output, rank=rank, energy=energy, frobenius=frobenius, dtype=stored, on_layer=on_layer)
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+    else:
+        _show(done)
+
+
+def _show(done: Resized) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "rank", "new", "|dW| cut off", "rounding", "|dW| lost", title="measured in the new file")
+    for layer in done.layers:
+        figures = (
+            f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}" for share in (layer.cut, layer.rounding, layer.lost)
+        )
+        table.add_row(layer.name, str(layer.old_rank), str(layer.rank), *figures)
+    Console().print(table)
+    if done.at_their_rank:
+        print(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed there")
+    if done.carried:
+        print(f"{len(done.carried)} tensors of modules trained in full are copied")
+    print(f"the most that a layer lost: {done.worst_loss:.2%} of |dW|")
+    print(f"{done.bytes_before:,} -> {done.bytes_after:,} bytes; LoRA written to {done.path}")

@@ -1,0 +1,111 @@
+"""`collect_grams`: what an adapter's own examples send into its layers, as one matrix per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OptionError, nearest
+from ..methods import spectral_modules
+
+PEFT_PREFIX = "base_model.model."
+Grams = dict[str, torch.Tensor]
+
+
+class _Running:
+    """Adds up x x^T while the model runs; the inputs themselves are not kept."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.grams: Grams = {}
+        self.mask: torch.Tensor | None = None
+
+    def hook(self, name: str, layer: nn.Module) -> Callable[..., None]:
+        linear = _is_linear(layer)
+
+        def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not linear or not isinstance(x, torch.Tensor) or not x.is_floating_point():
+                raise OptionError(
+                    f"{name}: gradient fusion reads the inputs of linear layers, this is a "
+                    f"{type(layer).__name__}. Name the layers to collect with layers=[...]."
+                )
+            x_NI = _seen(x, self.mask).detach().to(self.dtype)
+            gram_II = (x_NI.mT @ x_NI).cpu()
+            self.grams[name] = self.grams[name].add_(gram_II) if name in self.grams else gram_II
+
+        return add
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Ask whether the innermost layer multiplies its input by a matrix (a quantised one is stored as a matrix too)."""
+    while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
+        layer = inner
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2
+
+
+def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Get the inputs as rows, without those of padding where the layer's input has the mask's shape."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        return x[mask.bool()]
+    return x.reshape(-1, x.shape[-1])
+
+
+@torch.no_grad()
+def collect_grams(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | torch.Tensor],
+    layers: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Grams:
+    """Get G_II = sum_n x_n x_n^T of the inputs of every adapted layer, for `fuse(rule="gradient")`.
+
+    `model` carries the adapter (through PEFT or `load_adapter`), `batches` are its own prompts or examples: keyword
+    arguments of the model, or one tensor. Tokens that an `attention_mask` hides are left out. `layers` names other
+    layers than the adapted ones, or a few of them: one I x I matrix per layer is held, on the CPU in `dtype`. In
+    float32 the smallest eigenvalues drown in roundoff and `eps` must be larger. The model runs in eval mode and is left
+    as it was.
+    `OptionError` for a name that is no layer, a layer that no batch went through, or one that is not linear.
+    """
+    wanted = _layers(model, layers)
+    running, training = _Running(dtype), {module: module.training for module in model.modules()}
+    with ExitStack() as stack:
+        for name, layer in wanted.items():
+            handle = layer.register_forward_pre_hook(running.hook(name, layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        try:
+            model.eval()
+            for batch in batches:
+                running.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                model(batch) if isinstance(batch, torch.Tensor) else model(**batch)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+    unused = [name for name in wanted if name not in running.grams]
+    if unused:
+        raise OptionError(f"{unused[0]}: no batch went through this layer. Pass batches that use it, or other layers.")
+    return running.grams
+
+
+def _layers(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
+    """Get name in the base model -> layer."""
+    known = {_base_path(path): module for path, module in reversed([*model.named_modules()]) if path}
+    if layers is None:
+        spectral = {_base_path(path) for path, _, _ in spectral_modules(model)}
+        lora = {_base_path(path) for path, module in model.named_modules() if hasattr(module, "lora_A")}
+        layers = sorted(spectral | lora)
+        if not layers:
+            raise OptionError(f"{type(model).__name__}: the model carries no adapter. Load one, or pass layers=[...].")
+    for name in (layers := list(layers)):
+        if name not in known:
+            raise OptionError(f"{name!r} is no layer of {type(model).__name__}. {nearest(name, list(known))}")
+    return {name: known[name] for name in layers}
+
+
+def _base_path(path: str) -> str:
+    return path.removeprefix("_orig_mod.").removeprefix(PEFT_PREFIX).replace(".base_layer", "")

@@ -1,0 +1,190 @@
+"""Saved adapters as what the rules read: one `Part` for every adapter and layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import AdapterFolder, Checkpoint, LoraFile, open_checkpoint, read_adapter_folder, read_lora
+from ..errors import AdapterError, SpectuneError
+from ..methods import SpectralModule, saved_modules
+from ..methods.saved import base_tensor, saved_method
+from ..records import Spectrum
+from ..spectrum.columns import choose
+from .contract import Part, Stored
+
+PEFT_PREFIX = "base_model.model."
+MIDDLE = ".spectune_adapter."
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One saved adapter: spectral, or PEFT's LoRA."""
+
+    name: str
+    folder: AdapterFolder = field(repr=False)
+    lora: LoraFile | None = field(repr=False)
+
+    @property
+    def base_name(self) -> str | None:
+        """What its config calls its base model."""
+        return str(self.folder.config.get("base_model_name_or_path") or "").rstrip("/") or None
+
+    @property
+    def carried(self) -> dict[str, torch.Tensor]:
+        """Tensors that belong to no update: modules and biases trained in full."""
+        if self.lora is not None:
+            return {name: self.folder.tensor(name) for name in self.lora.carried}
+        return {name: self.folder.tensor(name) for name in self.folder.names if MIDDLE not in name}
+
+    def needs_base(self) -> str | None:
+        """Get a layer whose singular directions are not in the file, or None."""
+        if self.lora is not None:
+            return None
+        layers = self._by_layer()
+        return next((layer for layer, names in layers.items() if "U_OR" not in names), None)
+
+    def parts(self, base: Checkpoint | None) -> Iterator[Part]:
+        """Get the update of every layer, found again and checked on the base where it is at hand."""
+        try:
+            yield from self._lora_parts(base) if self.lora is not None else self._spectral_parts(base)
+        except SpectuneError as error:
+            raise AdapterError(f"{self.folder.path}: {error}") from error
+
+    def _spectral_parts(self, base: Checkpoint | None) -> Iterator[Part]:
+        if base is None:
+            for layer, module in self._embedded_modules():
+                yield self._part(layer, module, Stored())
+            return
+        for layer, tensor_name, transposed, module in saved_modules(self.folder, base):
+            yield self._part(layer, module, Stored(transposed, base.shapes[tensor_name][2:]))
+
+    def _part(self, layer: str, module: SpectralModule, stored: Stored) -> Part:
+        module.settle()
+        module.double()
+        columns, found = _columns(module, self.folder.config), module.spectrum
+        basis = None
+        if columns:
+            basis = Spectrum(found.U_OR, found.S_R, found.Vh_RI, columns, found.quality, layer)
+        trained = {name: tensor.detach() for name, tensor in module.trained.items()}
+        with torch.no_grad():
+            return Part(self.name, layer, module.delta(), module.method, basis, trained, stored=stored)
+
+    def _by_layer(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for key in self.folder.names:
+            layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(MIDDLE)
+            if middle:
+                found.setdefault(layer, {})[name] = key
+        return found
+
+    def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
+        """Get the modules of a file that brings its bases, from the file alone."""
+        owner: SpectralModule | None = None
+        for layer, names in sorted(self._by_layer().items(), key=lambda item: "H" not in item[1]):
+            tensors = {name: self.folder.tensor(key) for name, key in names.items()}
+            rows_O, cols_I = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
+            method = saved_method(self.folder.config, layer)
+            unknown = Spectrum.unknown(rows_O, cols_I, method.basis(rows_O, cols_I)[0], layer)
+            module = SpectralModule(method, unknown, embed_basis=True, owner=owner)
+            owner = owner or module
+            try:
+                module.load_state_dict(tensors)
+            except RuntimeError as error:
+                raise AdapterError(f"{layer}: the numbers do not fit: {' '.join(str(error).split())[:300]}") from error
+            yield layer, module
+
+    def _lora_parts(self, base: Checkpoint | None) -> Iterator[Part]:
+        assert self.lora is not None
+        transposed = bool(self.folder.config.get("fan_in_fan_out"))
+        for layer, place in self.lora.layers.items():
+            if "lora_embedding" in place.A_name:
+                raise AdapterError(f"{layer}: a LoRA of an embedding is not fused. Train without it, or merge it.")
+            kernel, delta = self.lora.file.shapes[place.A_name][2:], self.lora.delta(layer, torch.float64)
+            if base is not None:
+                _refuse_other_shape(layer, delta.shape, base)
+            yield Part(self.name, layer, delta, stored=Stored(transposed, kernel))
+
+
+def _refuse_other_shape(layer: str, shape: tuple[int, int], base: Checkpoint) -> None:
+    """Raise `AdapterError` where a LoRA's layer has another shape in the base; its numbers cannot tell more."""
+    rows, *rest = base.shapes[base_tensor(layer, base)]
+    if sorted(shape) != sorted((rows, math.prod(rest))):
+        raise AdapterError(
+            f"{layer}: the update is {shape[0]}x{shape[1]}, the base weight {rows}x{math.prod(rest)}. Pass its base."
+        )
+
+
+def _columns(module: SpectralModule, config: dict[str, Any]) -> tuple[int, ...]:
+    """Get which singular directions the module has, by its config; an embedded basis does not say it itself."""
+    chosen = getattr(module.method, "columns", None)
+    if chosen is None:
+        return ()
+    K, seed = min(module.U_OR.shape[0], module.Vh_RI.shape[1]), int((config.get("svd") or {}).get("seed", 0))
+    try:
+        return choose(chosen, module.U_OR.shape[1], K, seed).places
+    except SpectuneError as error:
+        raise AdapterError(f"{module.name}: {str(error).replace('{shape}', f'(K = {K})')}") from error
+
+
+def open_adapters(paths: Sequence[str | Path]) -> list[Adapter]:
+    """Get saved adapters, each under a name of its own: its folder's, or its path where two are called alike."""
+    folders = [read_adapter_folder(path).require("SPECTUNE", "LORA") for path in paths]
+    names = [folder.path.resolve().name for folder in folders]
+    return [
+        Adapter(
+            name if names.count(name) == 1 else str(folder.path),
+            folder,
+            read_lora(folder.path) if folder.peft_type == "LORA" else None,
+        )
+        for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def find_base(adapters: Sequence[Adapter], base: str | Path | None) -> Checkpoint | None:
+    """Get the base checkpoint: the one given, else the one that the adapters name, if it is on this machine.
+
+    `AdapterError` where adapters name different bases and none is given to settle it, or where a file keeps only a
+    sketch of its directions and there is no base to find them on.
+    """
+    if base is not None:
+        return open_checkpoint(_local(str(base)) or base)
+    named: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.base_name is not None:
+            named.setdefault(adapter.base_name, adapter.name)
+    if len(named) > 1:
+        (one, first), (other, second) = [*named.items()][:2]
+        raise AdapterError(
+            f"{second}: trained on the base {other!r}, {first} on {one!r}: updates of different bases do not belong "
+            f"together. If they are copies of one, pass --base FOLDER to have it checked."
+        )
+    found = _local(next(iter(named))) if named else None
+    if found is not None:
+        return open_checkpoint(found)
+    for adapter in adapters:
+        if layer := adapter.needs_base():
+            raise AdapterError(
+                f"{adapter.folder.path}: the file does not bring the directions of {layer}, they are found on the "
+                f"base, and {next(iter(named), 'no base')!r} is not on this machine. Pass --base FOLDER."
+            )
+    return None
+
+
+def _local(name: str) -> Path | None:
+    """Get the folder of a model: a path, or a repository in the Hugging Face cache."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    # A cached config alone is no base.
+    return found if any(found.glob("*.safetensors")) else None

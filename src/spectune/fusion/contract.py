@@ -1,0 +1,84 @@
+"""What a rule owes the rest of the house: `Fusion`; and what it is given of each adapter, layer by layer: `Part`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+import torch
+
+from ..algebra import to_factors
+from ..methods import Method
+from ..records import Delta, Spectrum
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the base stores the weight of a layer, as far as it is known."""
+
+    transposed: bool = False
+    """in x out (transformers' Conv1D)."""
+    kernel: tuple[int, ...] = ()
+    """The sides of a convolution's kernel; empty for a linear layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one adapter does to one layer, in float64."""
+
+    adapter: str
+    layer: str
+    delta: Delta
+    method: Method | None = None
+    """None for a LoRA."""
+    basis: Spectrum | None = None
+    """For spectral methods that tune chosen columns: these directions, `columns` as in the descending spectrum."""
+    trained: dict[str, torch.Tensor] = field(default_factory=dict)
+    gram_II: torch.Tensor | None = None
+    """sum_n x_n x_n^T over the inputs that this adapter's own examples send into the layer."""
+    stored: Stored = Stored()
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The singular directions that were tuned; empty where the method has none of its own."""
+        return self.basis.columns if self.basis is not None else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """One way to make one update out of several, layer by layer.
+
+    A subclass adds its options as fields and stands in `FUSIONS`. One adapter at weight 1 gives its own update
+    back, and the order of the adapters does not matter.
+    """
+
+    name: ClassVar[str]
+    """The word in `fuse(rule=...)` and on the command line."""
+    paper: ClassVar[str]
+    """Title and arXiv number."""
+
+    def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
+        """Get the fused update of one layer; `AdapterError` or `OptionError` names the layer and the reason."""
+        raise NotImplementedError
+
+    def is_linear(self) -> bool:
+        """Ask whether k times the weights give k times the update."""
+        return False
+
+    @classmethod
+    def options(cls) -> dict[str, object]:
+        """Get the options of this rule with their defaults."""
+        return {option.name: option.default for option in fields(cls)}
+
+
+def stacked(parts: Sequence[Part], weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get (B_OP, A_PI) with B A = sum_i weight_i dW_i, by stacking the factors of all updates."""
+    pairs = [to_factors(part.delta) for part in parts]
+    left = torch.cat([weight * B_OP for weight, (B_OP, _) in zip(weights, pairs, strict=True)], dim=1)
+    return left, torch.cat([A_PI for _, A_PI in pairs])
+
+
+def of_factors(parts: Sequence[Part], B_OP: torch.Tensor, A_PI: torch.Tensor) -> Part:
+    """Get the fused part of a layer with the update B A."""
+    return Part("fused", parts[0].layer, Delta(B_OP, B_OP.new_ones(A_PI.shape[0]), A_PI), stored=parts[0].stored)

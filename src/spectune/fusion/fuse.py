@@ -1,0 +1,241 @@
+"""The public door of the room: `fuse`, and what it gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..errors import AdapterError, OptionError
+from ..methods.saved import base_tensor
+from ..records import Delta
+from .activations import Grams
+from .adapters import Adapter, find_base, open_adapters
+from .contract import Fusion, Part
+from .folder import Saved, save_lora, save_spectral
+from .overlap import LayerOverlap, OverlapReport, PairOverlap, compact, kept_strengths, pair_overlaps
+from .same_base import check_same_base
+from .spectral import pad
+from .table import build_fusion
+
+# The fields by which an adapter finds its layers, the same words in PEFT's LoRA and in ours.
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """One adapter made of several, in memory: its updates, and how the parts got along."""
+
+    report: OverlapReport
+    parts: dict[str, Part] = field(repr=False)
+    """Layer -> the fused update."""
+    config: dict[str, Any] = field(repr=False)
+    """What the saved adapters' configs agree on."""
+    carried: dict[str, torch.Tensor] = field(repr=False)
+    """Modules trained in full, equal in all adapters."""
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """Layer -> the update dW_OI in factors, float64."""
+        return {layer: part.delta for layer, part in self.parts.items()}
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether the result is again a spectral_a adapter."""
+        return all("A_U" in part.trained for part in self.parts.values())
+
+    def save(
+        self,
+        output_dir: str | Path,
+        *,
+        as_lora: bool = False,
+        max_rank: int | None = None,
+        allow_lossy: bool = False,
+        overwrite: bool = False,
+    ) -> Saved:
+        """Write an adapter folder: spectral_a where the rule gives one, else (or `as_lora`) a LoRA that PEFT loads.
+
+        A spectral_a folder brings its directions along, bit for bit those of the parts. A LoRA's rank in each layer is
+        that of the update: stacked factors are reduced by QR where that loses nothing. `max_rank` cuts further and
+        needs `allow_lossy`; `Saved.lost` says how much. `OutputError` for an output folder that holds something,
+        `ExportError` for a cut that was not allowed, `OptionError` for one of a spectral_a adapter.
+        """
+        if self.is_spectral and not as_lora:
+            if max_rank is not None:
+                raise OptionError(
+                    f"max_rank={max_rank}: a spectral_a adapter is not cut. Save it with as_lora=True (--as-lora)."
+                )
+            return save_spectral(output_dir, self.parts, self.config, self.carried, overwrite)
+        return save_lora(output_dir, self.parts, self.config, self.carried, max_rank, allow_lossy, overwrite)
+
+
+@torch.no_grad()
+def fuse(
+    adapters: Sequence[str | Path],
+    *,
+    rule: str = "spectral",
+    weights: Sequence[float] | float | None = None,
+    base: str | Path | None = None,
+    allow_overlap: bool | None = None,
+    activations: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    eps: float | None = None,
+) -> Fused:
+    """Get one adapter out of several saved ones, with a report of how much they overlap; `.save(folder)` writes it.
+
+    `adapters` are folders of spectral adapters or of PEFT LoRAs, trained on one base; `rule` is one of FUSIONS.
+    `weights` is one number each, or one for all; None is 1/N. With rule="spectral" and weights=1 every adapter keeps
+    its tuned columns exactly when no two share one. `base` (folder or cached repository; None: what the adapters name,
+    if it is on this machine) proves that all belong to it; a file that keeps only a sketch of its directions needs it.
+    `activations` and `eps` belong to rule="gradient": the result of `collect_grams` for each adapter. All updates
+    stand in memory as factors in float64; a dense update or base is never built, one base weight is read at a time.
+
+    `AdapterError` names the layer and the reason: different bases, shapes, clashing columns (`allow_overlap=True` goes
+    on), methods that the rule does not take. `OptionError` for options that the rule does not use.
+    """
+    options = {"allow_overlap": allow_overlap, "eps": eps}
+    chosen = build_fusion(rule, {name: value for name, value in options.items() if value is not None})
+    opened = open_adapters(adapters)
+    shares = _weights(opened, weights)
+    _check_activations(rule, opened, activations)
+    checkpoint = find_base(opened, base)
+    layers = _by_layer(opened, checkpoint, activations)
+    foreign = max(check_same_base(parts) for parts in layers.values())
+    fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}
+    if rule == "spectral":
+        fused = _on_equal_columns(fused, checkpoint)
+    report = _report(chosen, opened, shares, layers, fused, _proof(opened, checkpoint, foreign))
+    return Fused(report, fused, _common_config(opened, layers, checkpoint), _common_carried(opened))
+
+
+def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:
+    if not adapters:
+        raise OptionError("asked to fuse no adapter. Name at least one.")
+    if weights is None:
+        weights = 1 / len(adapters)
+    given = [float(weights)] * len(adapters) if isinstance(weights, (int, float)) else [float(w) for w in weights]
+    if len(given) != len(adapters) or not all(math.isfinite(weight) for weight in given):
+        raise OptionError(f"weights={given}: {len(adapters)} finite numbers are needed, one for each adapter.")
+    return {adapter.name: weight for adapter, weight in zip(adapters, given, strict=True)}
+
+
+def _check_activations(
+    rule: str, adapters: Sequence[Adapter], activations: Sequence[Mapping[str, torch.Tensor]] | None
+) -> None:
+    if activations is None:
+        return
+    if rule != "gradient":
+        raise OptionError(f"activations: rule {rule!r} does not use them. Leave them out, or use rule='gradient'.")
+    if len(activations) != len(adapters):
+        raise OptionError(f"activations: {len(activations)} were given for {len(adapters)} adapters. Give one each.")
+
+
+def _by_layer(
+    adapters: Sequence[Adapter], base: Checkpoint | None, activations: Sequence[Mapping[str, torch.Tensor]] | None
+) -> dict[str, list[Part]]:
+    """Get layer -> the updates of the adapters that have it, in their order."""
+    found: dict[str, list[Part]] = {}
+    if len({adapter.name for adapter in adapters}) < len(adapters):
+        raise OptionError("the same adapter was named twice. Name it once, with a larger weight.")
+    for place, adapter in enumerate(adapters):
+        grams: Mapping[str, torch.Tensor] = activations[place] if activations is not None else Grams()
+        for part in adapter.parts(base):
+            if part.layer in grams:
+                part = Part(**{**vars(part), "gram_II": grams[part.layer]})
+            found.setdefault(part.layer, []).append(part)
+    return dict(sorted(found.items()))
+
+
+def _on_equal_columns(fused: dict[str, Part], base: Checkpoint | None) -> dict[str, Part]:
+    """Get the same updates with the same columns in every layer, which one config can then name."""
+    union = sorted({column for part in fused.values() for column in part.columns})
+    equal = {}
+    for layer, part in fused.items():
+        missing = [column for column in union if column not in part.columns]
+        K = min(part.delta.shape)
+        if missing and missing[-1] >= K:
+            raise AdapterError(
+                f"{layer}: the adapters tuned different columns in different layers, and column {missing[-1]} does not "
+                f"exist here (K = {K}). Use rule='average'."
+            )
+        if missing and base is None:
+            raise AdapterError(
+                f"{layer}: columns {missing} were tuned in other layers only; to give this layer the same columns "
+                f"(with zeros) they are found on the base. Pass --base FOLDER."
+            )
+        if missing and base is not None:
+            stored = base.tensor(base_tensor(layer, base))
+            part = pad(part, union, stored.T if part.stored.transposed else stored.flatten(1))
+        equal[layer] = part
+    return equal
+
+
+def _report(
+    rule: Fusion,
+    adapters: Sequence[Adapter],
+    weights: dict[str, float],
+    layers: dict[str, list[Part]],
+    fused: dict[str, Part],
+    proof: str,
+) -> OverlapReport:
+    pairs: list[PairOverlap] = []
+    rows: list[LayerOverlap] = []
+    sums = {adapter.name: [0.0, 0.0] for adapter in adapters}
+    for layer, parts in layers.items():
+        whole = compact(fused[layer].delta)
+        pairs += pair_overlaps(parts)
+        strengths = kept_strengths(parts, whole)
+        for name, (shared, own) in strengths.items():
+            sums[name][0] += shared
+            sums[name][1] += own
+        kept = {name: shared / own if own else 1.0 for name, (shared, own) in strengths.items()}
+        rows.append(LayerOverlap(layer, len(whole.S_P), kept))
+    total = {name: shared / own if own else 1.0 for name, (shared, own) in sums.items()}
+    return OverlapReport(rule.name, tuple(weights), tuple(weights.values()), proof, tuple(pairs), tuple(rows), total)
+
+
+def _proof(adapters: Sequence[Adapter], base: Checkpoint | None, foreign: float) -> str:
+    loras = [adapter.name for adapter in adapters if adapter.lora is not None]
+    said = "; of a LoRA only names and shapes can be compared" if loras else ""
+    if base is not None:
+        return f"checked on {base.path}, layer by layer{said}"
+    if len(loras) == len(adapters):
+        return "names and shapes agree, which is all that a LoRA shows"
+    return f"the saved directions fit one base (misfit {foreign:.2g}, unrelated weights give 1){said}"
+
+
+def _common_config(
+    adapters: Sequence[Adapter], layers: dict[str, list[Part]], base: Checkpoint | None
+) -> dict[str, Any]:
+    """Get what the result's config takes from those of the adapters."""
+    configs = [adapter.folder.config for adapter in adapters]
+    named = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
+    common = {"base_model_name_or_path": named or (str(base.path) if base is not None else None)}
+    for key in ("task_type", "auto_mapping", "revision", "modules_to_save", "inference_mode", "format_version"):
+        values = [config.get(key) for config in configs]
+        common[key] = values[0] if all(value == values[0] for value in values) else None
+    targets = [{key: config.get(key) for key in TARGETS} for config in configs]
+    everywhere = all(len(parts) == len(adapters) for parts in layers.values())
+    if everywhere and all(target == targets[0] for target in targets):
+        common |= targets[0]
+    return common
+
+
+def _common_carried(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
+    carried = [adapter.carried for adapter in adapters]
+    for adapter, tensors in zip(adapters[1:], carried[1:], strict=True):
+        different = [
+            name
+            for name in sorted(carried[0].keys() | tensors.keys())
+            if name not in tensors or name not in carried[0] or not torch.equal(tensors[name], carried[0][name])
+        ]
+        if different:
+            raise AdapterError(
+                f"{different[0]}: trained in full, and not the same in {adapters[0].name} and {adapter.name}; no rule "
+                f"fuses whole modules. Train without modules_to_save and biases, or give all adapters the same ones."
+            )
+    return carried[0]

@@ -1,0 +1,156 @@
+"""How much the updates of several adapters get into each other's way, layer by layer, from their factors alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..algebra import to_factors
+from ..records import Delta
+from .contract import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Compact:
+    """The singular value decomposition of an update, by QR of its factors: X_OP diag(S_P) Yh_PI, P its rank."""
+
+    X_OP: torch.Tensor
+    S_P: torch.Tensor
+    Yh_PI: torch.Tensor
+
+    @property
+    def size(self) -> float:
+        """|dW|_F."""
+        return float(torch.linalg.vector_norm(self.S_P))
+
+
+def compact(delta: Delta) -> Compact:
+    """Get the singular value decomposition of an update without building it; roundoff directions are left out."""
+    B_OP, A_PI = to_factors(delta)
+    Q_OP, R_left = torch.linalg.qr(B_OP)
+    Q_IP, R_right = torch.linalg.qr(A_PI.mT)
+    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.mT)
+    rank = 0
+    if S_P.numel() and bool(S_P[0] > 0):
+        roundoff = max(delta.shape) * torch.finfo(S_P.dtype).eps * S_P[0]
+        rank = int((roundoff < S_P).sum())
+    return Compact(Q_OP @ X_PP[:, :rank], S_P[:rank], Yh_PP[:rank] @ Q_IP.mT)
+
+
+def inner(one: Compact, other: Compact) -> float:
+    """Get <dW_1, dW_2> = sum of the products of their entries."""
+    outputs_PQ = one.X_OP.mT @ other.X_OP
+    inputs_PQ = one.Yh_PI @ other.Yh_PI.mT
+    return float(torch.einsum("p,pq,q,pq->", one.S_P, outputs_PQ, other.S_P, inputs_PQ))
+
+
+@dataclass(frozen=True)
+class PairOverlap:
+    """Two adapters in one layer. All shares run from 0 (apart) to 1 (the same)."""
+
+    layer: str
+    first: str
+    second: str
+    shared_columns: tuple[int, ...]
+    """Singular columns that both tuned."""
+    cosine: float
+    """<dW_1, dW_2> / (|dW_1| |dW_2|): what one update already holds of the other; the sign tells whether they agree."""
+    output_angle: float
+    """Smallest principal angle between the two column spaces, in degrees: 90 where the outputs stay apart."""
+    input_angle: float
+    """Smallest principal angle between the two row spaces, in degrees: 90 where no input reaches both."""
+    output_cross: float
+    """|dW_1^T dW_2|_F / (|dW_1| |dW_2|): how much both write into the same outputs."""
+    input_cross: float
+    """|dW_1 dW_2^T|_F / (|dW_1| |dW_2|): how much both read the same inputs."""
+    spectral_cross: float
+    """|A_U,1 S A_Vh,2 + A_U,2 S A_Vh,1|_F over the shared columns, as a share of |dW_1 + dW_2|_F: what the spectral
+    rule adds at l = 1 that neither adapter has. Zero where no column is shared, and for other methods."""
+
+
+@dataclass(frozen=True)
+class LayerOverlap:
+    """One layer after fusing."""
+
+    layer: str
+    rank: int
+    """Rank of the fused update: what a LoRA of it needs."""
+    kept: dict[str, float]
+    """Adapter -> <fused, dW_i> / |dW_i|^2, the strength that is left of it: 1 is all, 1/N the usual average."""
+
+
+@dataclass(frozen=True)
+class OverlapReport:
+    """What fusing did and what it cost, in plain numbers."""
+
+    rule: str
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    base: str
+    """How far it is proven that the adapters have one base."""
+    pairs: tuple[PairOverlap, ...]
+    layers: tuple[LayerOverlap, ...]
+    kept: dict[str, float]
+    """Adapter -> the strength that is left of it over all layers together."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Get everything in plain numbers and words."""
+        return asdict(self)
+
+
+def pair_overlaps(parts: Sequence[Part]) -> list[PairOverlap]:
+    """Get the overlap of every two adapters in one layer."""
+    compacts = [compact(part.delta) for part in parts]
+    pairs = combinations(zip(parts, compacts, strict=True), 2)
+    return [_overlap(one, other, first, second) for (one, first), (other, second) in pairs]
+
+
+def _overlap(one: Part, other: Part, first: Compact, second: Compact) -> PairOverlap:
+    outputs_PQ, inputs_PQ = first.X_OP.mT @ second.X_OP, first.Yh_PI @ second.Yh_PI.mT
+    sizes = first.size * second.size or 1.0
+    weigh_PQ = first.S_P[:, None] * second.S_P
+    return PairOverlap(
+        one.layer,
+        one.adapter,
+        other.adapter,
+        tuple(sorted(set(one.columns) & set(other.columns))),
+        inner(first, second) / sizes,
+        _smallest_angle(outputs_PQ),
+        _smallest_angle(inputs_PQ),
+        float(torch.linalg.vector_norm(weigh_PQ * outputs_PQ)) / sizes,
+        float(torch.linalg.vector_norm(weigh_PQ * inputs_PQ)) / sizes,
+        _spectral_cross(one, other, math.sqrt(max(first.size**2 + second.size**2 + 2 * inner(first, second), 0.0))),
+    )
+
+
+def _smallest_angle(cosines_PQ: torch.Tensor) -> float:
+    if 0 in cosines_PQ.shape:
+        return 90.0  # an update of zero meets nobody
+    return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines_PQ, ord=2)))))
+
+
+def _spectral_cross(one: Part, other: Part, size: float) -> float:
+    """Get the size of the terms that the product (U + A_1 + A_2) S (Vh + B_1 + B_2) has and the updates have not."""
+    shared = sorted(set(one.columns) & set(other.columns))
+    if not shared or "A_Vh" not in one.trained or "A_Vh" not in other.trained or not size:
+        return 0.0
+    assert one.basis is not None and other.basis is not None
+    mine, yours = ([basis.columns.index(c) for c in shared] for basis in (one.basis, other.basis))
+    # The two may hold a direction with opposite signs; then so are the numbers along it.
+    signs_R = torch.sign((one.basis.U_OR[:, mine] * other.basis.U_OR[:, yours]).sum(0))
+    S_R = one.basis.S_R[mine] * signs_R
+    A_U, B_U = one.trained["A_U"][:, mine], other.trained["A_U"][:, yours]
+    A_Vh, B_Vh = one.trained["A_Vh"][mine], other.trained["A_Vh"][yours]
+    cross = Delta(torch.cat([A_U, B_U], dim=1), torch.cat([S_R, S_R]), torch.cat([B_Vh, A_Vh]))
+    return compact(cross).size / size
+
+
+def kept_strengths(parts: Sequence[Part], fused: Compact) -> dict[str, tuple[float, float]]:
+    """Get adapter -> (<fused, dW_i>, |dW_i|^2) in one layer."""
+    compacts = {part.adapter: compact(part.delta) for part in parts}
+    return {name: (inner(fused, own), own.size**2) for name, own in compacts.items()}

@@ -1,0 +1,26 @@
+"""The table of fusion rules. A new rule is one file and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..errors import OptionError, nearest
+from .average import Average
+from .contract import Fusion
+from .gradient import Gradient
+from .orthogonal import Orthogonal
+from .spectral import Spectral
+
+FUSIONS: dict[str, type[Fusion]] = {rule.name: rule for rule in (Spectral, Average, Gradient, Orthogonal)}
+
+
+def build_fusion(name: str, options: Mapping[str, object]) -> Fusion:
+    """Get the rule called `name` with its options; an option it does not use is an `OptionError`."""
+    if name not in FUSIONS:
+        raise OptionError(f"unknown rule {name!r}. {nearest(name, list(FUSIONS))}")
+    known = FUSIONS[name].options()
+    for option, value in options.items():
+        if option not in known:
+            uses = f"it uses: {', '.join(known)}" if known else "it has none"
+            raise OptionError(f"rule {name!r} has no option {option!r} (asked: {value!r}). Leave it out; {uses}.")
+    return FUSIONS[name](**options)

@@ -1,0 +1,176 @@
+"""`BasisCache`: singular directions on disk, found again by the weight's own bytes and served to any smaller request.
+
+An entry is written whole or not at all, is checked against the weight whenever it is read, and may vanish at any
+time: whatever is wrong with it is a miss. So any number of processes may share one folder without a lock.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import AdapterError, OptionError, OutputError
+from ..records import Spectrum
+from .engine import Request, requested_places
+from .entry import Entry, Key, entry_name, is_outdone, read_entry, write_entry
+
+# Next to a model of the usual size this is little, and it holds r = 64 of a 70B model's linear layers. Chosen.
+DEFAULT_LIMIT = 20 * 2**30
+# What is half-written for so many seconds was left by a killed process; one entry takes a second to write. Chosen.
+STALE_SECONDS = 600.0
+UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass
+class BasisCache:
+    """A folder of singular directions; `writes` says whether what is missing there is added."""
+
+    folder: Path
+    writes: bool = True
+    limit: int = field(default_factory=lambda: size_limit())
+    _total: int | None = field(default=None, repr=False)
+
+    def find(self, key: Key, request: Request) -> Spectrum | None:
+        """Get the asked directions of a weight from the disk, or None. A damaged entry is a miss with one warning."""
+        places = requested_places(key.turned_weight, request)
+        for path in sorted(self._paths_of(key)):
+            try:
+                spectrum = read_entry(path, key, places, request)
+            except (AdapterError, KeyError, ValueError, OSError) as error:
+                if path.exists():  # else another process has just made room
+                    _warn_once(path, str(error))
+                continue
+            if spectrum is not None:
+                with suppress(OSError):
+                    os.utime(path)
+                return spectrum
+        return None
+
+    def store(self, key: Key, spectrum: Spectrum, request: Request) -> None:
+        """Add the directions of a weight; smaller entries that they contain are removed. `OutputError` if it fails.
+
+        What did not converge is not stored, nor what is larger than the whole limit.
+        """
+        size = sum(tensor.nbytes for tensor in (spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI))
+        if not self.writes or not spectrum.quality.converged or size > self.limit:
+            return
+        outdone = [path for path in self._paths_of(key) if is_outdone(path, spectrum, request)]
+        path = self.folder / key.identity[:2] / entry_name(key, spectrum, request)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{self.folder}: the cache cannot be written: {error.strerror}. Name another folder for it."
+            ) from error
+        write_entry(path, key, spectrum, request)
+        for old in outdone:
+            if old != path:
+                old.unlink(missing_ok=True)
+        self._make_room(_size(path))
+
+    def entries(self) -> Iterator[Entry]:
+        """Get what is there, the least recently used first; damaged files are left out with a warning."""
+        for path in sorted(self._files(), key=_used):
+            try:
+                yield Entry.open(path)
+            except (AdapterError, KeyError, ValueError, OSError) as error:
+                _warn_once(path, str(error))
+
+    def clear(self) -> tuple[int, int]:
+        """Delete every entry; get how many there were and their bytes."""
+        count = size = 0
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                size += path.stat().st_size
+                path.unlink()
+                count += 1
+        self._remove_left()
+        self._total = 0
+        return count, size
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.glob("??/*.safetensors") if not path.name.startswith(".")]
+
+    def _remove_left(self) -> None:
+        for left in self.folder.glob("??/.*.partial-*"):
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()
+
+    def _paths_of(self, key: Key) -> list[Path]:
+        return list((self.folder / key.identity[:2]).glob(f"{key.identity}-*.safetensors"))
+
+    def _make_room(self, added: int) -> None:
+        """Delete the least recently used entries beyond the limit, and what killed processes left."""
+        self._total = None if self._total is None else self._total + added
+        if self._total is not None and self._total <= self.limit:
+            return
+        self._remove_left()
+        files = sorted(self._files(), key=_used)
+        sizes = [_size(path) for path in files]
+        self._total = sum(sizes)
+        for path, size in zip(files, sizes, strict=True):
+            if self._total <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            self._total -= size
+
+
+def open_cache(cache_dir: str | Path | None = None) -> BasisCache | None:
+    """Get the cache that `svd.cache_dir` names: a folder is read and written, "off" is none.
+
+    None: the folder that `spectune decompose` fills is read if it is there, and nothing is written.
+    """
+    if cache_dir is None:
+        folder = default_folder()
+        return BasisCache(folder, writes=False) if folder.is_dir() else None
+    return None if str(cache_dir) == "off" else BasisCache(Path(cache_dir).expanduser())
+
+
+def default_folder() -> Path:
+    """Get where `spectune decompose` stores: SPECTUNE_CACHE, or spectune/bases in the user's cache folder."""
+    if named := os.environ.get("SPECTUNE_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectune" / "bases"
+
+
+def size_limit() -> int:
+    """Get the largest size of a cache in bytes: SPECTUNE_CACHE_LIMIT such as "5GiB", or 20 GiB."""
+    return parse_bytes(os.environ.get("SPECTUNE_CACHE_LIMIT") or str(DEFAULT_LIMIT))
+
+
+def parse_bytes(words: str) -> int:
+    """Get a number of bytes from words such as "512MiB", "4 GB" or "1000000"; `OptionError` for others."""
+    words = words.strip()
+    digits = words.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    try:
+        return int(float(digits) * UNITS[words[len(digits) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        known = ", ".join(unit for unit in UNITS if unit)
+        raise OptionError(f"{words!r} is no size. Give bytes, or a number with one of {known}.") from None
+
+
+def _used(path: Path) -> float:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _size(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+_WARNED: set[Path] = set()
+
+
+def _warn_once(path: Path, why: str) -> None:
+    if path not in _WARNED:
+        _WARNED.add(path)
+        warnings.warn(f"{path}: a damaged entry of the cache is not used: {why}. It is found again.", stacklevel=4)

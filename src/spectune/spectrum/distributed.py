@@ -1,0 +1,100 @@
+"""`share_out`: each weight is decomposed by one process of a distributed run, and all get the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import SpectuneError, WeightError
+from ..records import Quality, Spectrum, Weight
+from .engine import Request, requested_places
+
+
+def processes() -> int:
+    """Get the number of processes of the distributed run, 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share_out(
+    weights: Sequence[Weight], request: Request, solve: Callable[[Sequence[Weight]], list[Spectrum]]
+) -> list[Spectrum]:
+    """Get the spectra of all weights on every process, bit for bit the same.
+
+    The process of rank 0 has the model. Weights go, the costly ones first, to whichever process has the least to do;
+    one that does not hold the numbers of rank 0 (empty weights under FSDP's loading on rank 0 alone) gets none and
+    only listens. An error on one process is raised on all of them.
+    """
+    rank = dist.get_rank()
+    workers = _holders(weights)
+    owners = assign([tuple(weight.W_OI.shape) for weight in weights], workers)
+    mine = [place for place, owner in enumerate(owners) if owner == rank]
+    spectra: dict[int, Spectrum] = {}
+    failure: str | None = None
+    try:
+        spectra = dict(zip(mine, solve([weights[place] for place in mine]), strict=True))
+    except SpectuneError as error:
+        failure = str(error)
+    reports: list[Any] = [None] * processes()
+    dist.all_gather_object(reports, (failure, {place: found.quality for place, found in spectra.items()}))
+    for failed, _ in reports:
+        if failed is not None:
+            raise WeightError(failed)
+    qualities = {place: quality for _, found in reports for place, quality in found.items()}
+    return [
+        _sent(weight, spectra.get(place), qualities[place], request, owners[place])
+        for place, weight in enumerate(weights)
+    ]
+
+
+def assign(shapes: Sequence[tuple[int, ...]], workers: Sequence[int]) -> list[int]:
+    """Get the worker of every weight: longest first to the least loaded (Graham 1969), at a cost of O I each."""
+    load = dict.fromkeys(workers, 0)
+    owners = [0] * len(shapes)
+    for place in sorted(range(len(shapes)), key=lambda place: (-_cost(shapes[place]), place)):
+        owners[place] = min(workers, key=lambda worker: (load[worker], worker))
+        load[owners[place]] += _cost(shapes[place])
+    return owners
+
+
+def _cost(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _holders(weights: Sequence[Weight]) -> list[int]:
+    """Get the ranks whose weights are those of rank 0, by shapes and sums."""
+    sums = [_sum(weight.W_OI) for weight in weights]
+    all_sums: list[Any] = [None] * processes()
+    dist.all_gather_object(all_sums, sums)
+    for rank, others in enumerate(all_sums):
+        if [shape for shape, _ in others] != [shape for shape, _ in all_sums[0]]:
+            raise WeightError(
+                f"rank {rank} adapts {len(others)} weights, rank 0 {len(all_sums[0])}, or of other shapes. Attach the "
+                f"same adapter on every process, or set svd.share to false."
+            )
+    return [rank for rank, others in enumerate(all_sums) if others == all_sums[0]]
+
+
+def _sum(W_OI: torch.Tensor) -> tuple[tuple[int, ...], str]:
+    # As text, so that a sum that is not a number equals itself.
+    return tuple(W_OI.shape), "" if W_OI.is_meta else float(W_OI.abs().sum(dtype=torch.float64)).hex()
+
+
+def _sent(weight: Weight, spectrum: Spectrum | None, quality: Quality, request: Request, owner: int) -> Spectrum:
+    """Get the spectrum of one weight from its owner."""
+    rows_O, cols_I = weight.W_OI.shape
+    places = requested_places(weight, request)
+    home = torch.device("cpu") if weight.W_OI.is_meta else weight.W_OI.device
+    road = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+    shapes = ((rows_O, len(places)), (len(places),), (len(places), cols_I))
+    own = (None, None, None) if spectrum is None else (spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI)
+    sent = []
+    for shape, tensor in zip(shapes, own, strict=True):
+        parcel = torch.empty(shape, dtype=request.dtype, device=road)
+        if tensor is not None:
+            parcel.copy_(tensor)
+        dist.broadcast(parcel, src=owner)
+        sent.append(parcel.to(home))
+    return Spectrum(sent[0], sent[1], sent[2], places, quality, weight.name)

@@ -1,0 +1,93 @@
+"""The bases of all the weights that an adapter will need, found before the first layer is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..errors import WeightError
+from ..methods import Method, rank_for
+from ..records import Spectrum, Weight
+from ..spectrum import Request, obtain, open_cache, processes
+from .base_weight import backend_of, layout_of
+from .config import SpectralConfig
+
+
+def find_bases(
+    model: nn.Module, config: SpectralConfig, targets: Callable[[str], Any], tick: Callable[[str], None]
+) -> dict[str, Spectrum]:
+    """Get module path -> basis, for the plainly stored weights that `targets` says yes to.
+
+    Equal shapes are solved together, the cache is asked first, and the processes of a distributed run share the
+    work. What is left out here (quantised weights, which are dequantised one by one) `find_basis` finds alone.
+    """
+    asked: dict[Request, list[Weight]] = {}
+    for path, weight in _weights(model, targets):
+        if (request := _request(path, weight.W_OI, config)) is not None:
+            asked.setdefault(request, []).append(weight)
+    svd = config.svd_options
+    bases: dict[str, Spectrum] = {}
+    for request, weights in asked.items():
+        cache = open_cache(svd.cache_dir)
+        spectra = obtain(weights, request, cache, share=svd.share, on_done=lambda weight: tick(weight.name))
+        bases |= {weight.name: spectrum for weight, spectrum in zip(weights, spectra, strict=True)}
+    return bases
+
+
+def _weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[tuple[str, Weight]]:
+    for path, module in model.named_modules():
+        # A second adapter meets the layers that the first has adapted; their insides are no targets.
+        if not path or ".base_layer" in path or ".spectune_" in path or not targets(path):
+            continue
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if getattr(module, "merged", False) or backend_of(layer) is not None:
+            continue
+        try:
+            layout = layout_of(layer, path)
+            stored = plain_weight(layer, layout.attribute, path)
+            if not stored.is_meta or processes() > 1:  # the numbers may come from another process
+                yield path, Weight(path, layout.to_matrix(stored))
+        except WeightError:
+            continue  # PEFT has not asked for this layer yet; if it does, the refusal is raised there
+
+
+def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
+    """Get a layer's stored tensor; `WeightError` when this process holds only a part of it."""
+    stored: torch.Tensor = getattr(layer, attribute)
+    if hasattr(stored, "ds_id"):
+        raise WeightError(
+            f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3, so no process holds all of it. Load the base "
+            f"and attach the adapter before deepspeed.initialize, without zero.Init, or use ZeRO-2."
+        )
+    if hasattr(stored, "device_mesh"):  # a DTensor; importing its class would cost a second at start
+        raise WeightError(
+            f"{name}: the base weight is sharded over processes (FSDP2 or tensor parallel), and an adapter added now "
+            f"would be sharded by nobody. Attach the adapter first, then call fully_shard."
+        )
+    return stored.detach()
+
+
+def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig) -> Request | None:
+    """Get what to ask of the engine for one weight; None where the method or the file brings the basis."""
+    try:
+        rank, columns = config.build_method(rank_for(config.rank_pattern, path)).basis(*W_OI.shape)
+    except WeightError:
+        return None  # raised again, with the layer's name, when the layer is adapted
+    if rank == 0 or (config.save_basis == "always" and config.loaded_from is not None):
+        return None
+    svd = config.svd_options
+    columns = tuple(columns) if isinstance(columns, list) else columns
+    return Request(rank, columns, svd.solver, svd.tolerance, svd.seed)
+
+
+def find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
+    """Get the basis of one weight alone."""
+    rank, columns = method.basis(*W_OI.shape)
+    svd = config.svd_options
+    request = Request(rank, columns, svd.solver, svd.tolerance, svd.seed)
+    (spectrum,) = obtain([Weight(name, W_OI.detach())], request, open_cache(svd.cache_dir))
+    return spectrum
