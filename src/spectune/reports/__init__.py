@@ -16,6 +16,7 @@ from .rate_page import write_rate_page as write_rate_page
 from .run_record import Example as Example
 from .run_record import LayerSpectrum as LayerSpectrum
 from .run_record import Metric as Metric
+from .run_record import Picture as Picture
 from .run_record import Proof as Proof
 from .run_record import RunRecord as RunRecord
 from .run_record import Size as Size

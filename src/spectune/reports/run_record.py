@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from typing import Any, TypeVar
@@ -79,6 +80,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One picture that the run drew."""
+
+    caption: str
+    png: str
+    """The PNG file in base64, as the page embeds it."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", self.png):
+            raise OptionError(f"picture {self.caption!r}: a PNG file in base64 is wanted, found something else.")
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """One run as it will be shown. Order is kept: of the shares in `metrics` the last is this run's result and
     those before it are what it is compared with; of `sizes` the first is this run's adapter.
@@ -98,6 +112,8 @@ class RunRecord:
     spectra: list[LayerSpectrum] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    """What the model drew, in the order in which it was drawn."""
     headline: str = ""
     """The result in one sentence; empty has the page say it from `metrics` and `sizes`."""
 
@@ -129,6 +145,7 @@ PARTS: dict[str, type] = {
     "spectra": LayerSpectrum,
     "proofs": Proof,
     "examples": Example,
+    "pictures": Picture,
 }
 
 

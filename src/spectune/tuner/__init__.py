@@ -1,6 +1,7 @@
 """The PEFT glue, and the only room that imports peft. Importing it registers the method there."""
 
 from . import register as register
+from .any_method import build_adapter_config as build_adapter_config
 from .attach import attach as attach
 from .attach import load_attached as load_attached
 from .attach import swap_adapter as swap_adapter

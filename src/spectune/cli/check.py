@@ -1,0 +1,76 @@
+"""`spectune check`: what a run would do, shown before it costs anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..recipes import DryRun
+
+MOST_LAYERS = 12
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value over the file, as training.steps=10.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
+) -> None:
+    """Validate a run and show it: an example with its loss mask, the layers, the counts, the memory, the rates."""
+    from rich.console import Console
+
+    from ..recipes import dry_run, load_config
+
+    asked = load_config(config, overrides or [])
+    found = dry_run(asked)
+    if as_json:
+        values = asdict(found) | {"config": asked.plain()}
+        values["memory"]["total"] = found.memory.total
+        print(json.dumps(values, indent=2))
+    else:
+        _print(found, Console())
+
+
+def _print(found: DryRun, console: Console) -> None:
+    from ..reports import readable_bytes
+
+    console.rule("the first training example (underlined: carries loss)")
+    console.print(_example(found))
+    console.rule("what is trained")
+    for name, shape in found.layers[:MOST_LAYERS]:
+        console.print(f"{name}  {' x '.join(map(str, shape))}", markup=False, highlight=False)
+    if len(found.layers) > MOST_LAYERS:
+        console.print(f"… {len(found.layers)} layers in all (--json lists them)")
+    share = found.trainable / found.total
+    head = f", and {found.head:,} of the head in full" if found.head else ""
+    console.print(f"{found.trainable:,} numbers trained{head}; the model has {found.total:,} ({share:.3%})")
+    console.print("examples: " + ", ".join(f"{count:,} {split}" for split, count in found.examples.items()))
+    parts = {name: getattr(found.memory, name) for name in ("weights", "gradients", "optimizer", "activations")}
+    sizes = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
+    console.print(f"memory: about {readable_bytes(found.memory.total)} ({sizes})")
+    head_rate = f", head {found.rates['head_learning_rate']:g}" if found.head else ""
+    known = found.rates["known"]
+    span = f"; known to work: {known[0]:g} to {known[1]:g} ({found.rates['source']})" if known else ""
+    console.print(f"learning rate {found.rates['learning_rate']:g}{head_rate}{span}", markup=False)
+    for remark in found.remarks:
+        console.print(f"note: {remark}", markup=False)
+
+
+def _example(found: DryRun) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for piece, carries_loss in found.shown.pieces:
+        text.append(piece, "underline bold green" if carries_loss else "")
+    if found.shown.answer:
+        text.append("  ->  ").append(found.shown.answer, "underline bold green")
+    return text

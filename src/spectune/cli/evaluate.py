@@ -1,0 +1,30 @@
+"""`spectune evaluate`: the metrics of a finished run, computed anew from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="evaluation.key=value, as 'evaluation.lm_eval={tasks: [gsm8k]}'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
+) -> None:
+    """Load a run's adapter on its base and print the metrics on the held-out examples. Writes nothing."""
+    from rich.console import Console
+
+    from ..recipes import load_run, measure
+    from .run_page import print_metrics
+
+    recipe, model = load_run(run_dir, overrides or [])
+    found = measure(recipe, model)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_metrics(found, Console())

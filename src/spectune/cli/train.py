@@ -1,0 +1,71 @@
+"""`spectune train`: a run from its YAML file to a folder with adapter, figures and report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value over the file, as training.steps=10.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; default: runs/ and the file's name.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
+) -> None:
+    """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
+    from rich.console import Console
+
+    from ..recipes import Interrupted, RunResult, advice, learning_rate, load_config, method_of, run, train_run
+    from ..recipes.concept_file import is_concept
+    from .concept_run import train_from_file
+    from .progress import Stages
+    from .run_page import print_metrics, write_run_page
+
+    if is_concept(config):
+        if resume:
+            raise OptionError("--resume: a run of text_to_image cannot be resumed. Start it into a new folder.")
+        train_from_file(config, overrides or [], output or Path("runs", config.stem), as_json)
+        return
+    asked = load_config(config, overrides or [])
+    folder = output or Path("runs", config.stem)
+    console = Console(stderr=True, quiet=as_json)
+    warning = advice(method_of(asked), learning_rate(asked))
+    if warning:
+        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
+    finished = resume and (folder / "result.json").is_file()
+    step: Any = None
+    with Stages(console) as stages:
+
+        def on_step(done: int, steps: int, loss: float) -> None:
+            nonlocal step
+            step = step or stages.begin(method_of(asked), steps)
+            step(done, steps, loss)
+
+        try:
+            if finished and (folder / "run.json").is_file():
+                result: RunResult = run(asked, folder, resume=True)
+            else:
+                trained = train_run(asked, folder, resume=resume, on_step=on_step)
+                result = trained.result
+                write_run_page(folder, trained.result, trained.recipe, trained.model, console)
+        except Interrupted as stop:
+            stages.stop()
+            print(f"spectune: {stop}", file=sys.stderr)
+            raise SystemExit(130) from None
+    if as_json:
+        values = json.loads(result.to_json())
+        print(json.dumps({name: value for name, value in values.items() if name != "losses"}, indent=2))
+        return
+    print_metrics(result.metrics, console)
+    console.print(f"{result.trainable:,} numbers trained; the run is in {folder}", soft_wrap=True)

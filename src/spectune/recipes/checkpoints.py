@@ -1,0 +1,141 @@
+"""Runs that survive: checkpoints that are whole or not there, and Ctrl-C that saves before it ends the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from ..errors import OutputError
+
+PREFIX = "checkpoint-"
+STATE_FILE = "trainer_state.json"
+# Everything is written in here first; what a killed process left is deleted when the next checkpoint is saved.
+PARTIAL = ".partial"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop, saved its checkpoint and stopped; `--resume` continues it."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(f"stopped at step {step}, which is saved in {folder}. Continue with --resume.")
+
+
+@dataclass
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    asked: bool = False
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Get a request that SIGINT (Ctrl-C) and SIGTERM (a scheduler) set; a second one ends the process at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # only the main thread may take signals
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.asked = True
+        restore()
+
+    for kind in before:
+        signal.signal(kind, ask)
+    try:
+        yield request
+    finally:
+        restore()
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves and ends the loop after the step in which a stop was asked for."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.request.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Get the complete checkpoints of a run, the oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    whole = [path for path in found if (path / STATE_FILE).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def steps_done(checkpoint: Path) -> int:
+    """Get the optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def history(checkpoint: Path) -> list[dict[str, Any]]:
+    """Get what was logged until a checkpoint."""
+    read: list[dict[str, Any]] = json.loads((checkpoint / STATE_FILE).read_text())["log_history"]
+    return read
+
+
+def save_whole(
+    folder: Path, name: str, write: Callable[[], None], keep: int, wait: Callable[[], None], main: bool
+) -> None:
+    """Have `write` fill `folder/.partial/name`, then give it its real name at once, and delete all but `keep`.
+
+    Every process of a distributed run calls this; `wait` is their barrier, `main` is true in one of them. A full
+    disk is an `OutputError` and leaves the checkpoints before it as they were.
+    """
+    partial, goal = folder / PARTIAL, folder / name
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+    wait()
+    try:
+        write()
+        wait()
+        if main:
+            _sync(partial / name)
+            if goal.exists():
+                shutil.rmtree(goal)
+            os.replace(partial / name, goal)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError.
+        shutil.rmtree(partial, ignore_errors=True)
+        last = next(iter(reversed(checkpoints(folder))), None)
+        kept = f"the last whole one is {last.name}" if last else "there is none before it"
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        reason = (getattr(error, "strerror", None) or str(error).split("\n")[0]).rstrip(".")
+        raise OutputError(
+            f"{goal}: the checkpoint could not be written: {reason}; {kept}. {free:,} bytes are free; make room and "
+            f"continue with --resume."
+        ) from error
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Push a folder's files to the disk, so that the rename cannot overtake them."""
+    for path in [*folder.rglob("*"), folder]:
+        with suppress(OSError):  # some network disks cannot, and Windows opens no folder
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

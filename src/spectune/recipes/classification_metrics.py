@@ -1,0 +1,73 @@
+"""Metrics of classes and of scores, by name, from scikit-learn and scipy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import DataError, MissingExtraError, nearest
+
+
+def _sklearn() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise MissingExtraError(
+            "metrics: scikit-learn, which computes them, is not installed. pip install 'spectune[train]'"
+        ) from None
+    return metrics
+
+
+def _accuracy(found: Sequence[Any], right: Sequence[Any]) -> float:
+    return float(_sklearn().accuracy_score(right, found))
+
+
+def _f1(found: Sequence[Any], right: Sequence[Any]) -> float:
+    """F1 of class 1, as GLUE scores MRPC and QQP; only for two classes."""
+    if (set(found) | set(right)) - {0, 1}:
+        raise DataError("metric 'f1': asked for two classes, found more. Use macro_f1.")
+    return float(_sklearn().f1_score(right, found, zero_division=0.0))
+
+
+def _macro_f1(found: Sequence[Any], right: Sequence[Any]) -> float:
+    return float(_sklearn().f1_score(right, found, average="macro", zero_division=0.0))
+
+
+def _matthews(found: Sequence[Any], right: Sequence[Any]) -> float:
+    return float(_sklearn().matthews_corrcoef(right, found))
+
+
+def _correlation(name: str, found: Sequence[Any], right: Sequence[Any]) -> float:
+    _sklearn()
+    from scipy import stats
+
+    if len(set(found)) < 2 or len(set(right)) < 2:
+        return 0.0  # a constant tells nothing; scipy would warn and say NaN
+    return float(getattr(stats, name)(found, right).statistic)
+
+
+def _pearson(found: Sequence[Any], right: Sequence[Any]) -> float:
+    return _correlation("pearsonr", found, right)
+
+
+def _spearman(found: Sequence[Any], right: Sequence[Any]) -> float:
+    return _correlation("spearmanr", found, right)
+
+
+METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
+FOR_SCORES = ("pearson", "spearman")
+
+
+def measure(names: Sequence[str], found: Sequence[Any], right: Sequence[Any]) -> dict[str, float]:
+    """Get each named metric of the answers against the right ones; places of classes, or scores."""
+    for name in names:
+        if name not in METRICS:
+            raise DataError(f"metric {name!r} does not exist. {nearest(name, list(METRICS))}")
+    return {name: METRICS[name](found, right) for name in names}

@@ -1,0 +1,122 @@
+"""Instruction and chat data: messages, prompt and completion, alpaca, or columns put together by a template."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ..errors import DataError, OptionError, nearest
+from .data import Row
+
+Format = Literal["messages", "prompt_completion", "alpaca", "text"]
+
+# The two prompts of tatsu-lab/stanford_alpaca, which models and data sets of this format were made with.
+_REQUEST = "Write a response that appropriately completes the request."
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    + _REQUEST
+    + "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    + _REQUEST
+    + "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+# A template for tokenizers without one, with no tokens of its own. It marks the assistant's part, so that the loss
+# can be put on every answer. Chosen.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant: {% generation %}{{ message['content'] }}{{ eos_token }}"
+    "{% endgeneration %}\n"
+    "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+class _Columns(string.Formatter):
+    """str.format on plain columns: no attributes, no indices, so that a template is only a template."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        if field_name not in kwargs:
+            raise DataError(f"a template asks for the column {field_name!r}. {nearest(field_name, list(kwargs))}")
+        return kwargs[field_name], field_name
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """Get a template with its {columns} filled in; `DataError` for a column that is not there."""
+    try:
+        return _Columns().vformat(template, (), dict(row))
+    except (ValueError, KeyError, IndexError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise OptionError(f"data: {template!r} is no template: {error}. Write {{{{ for a brace.") from None
+
+
+def prepared(rows: Sequence[Row], form: Format, prompt: str | None, completion: str | None, chat: bool) -> list[Row]:
+    """Get rows as trl reads them: `text`, or `prompt` and `completion` (texts, or messages where `chat`).
+
+    messages: everything before the last answer is the prompt, the last answer the completion.
+    """
+    try:
+        return [_one(row, form, prompt, completion, chat) for row in rows]
+    except KeyError as error:
+        found = list(rows[0])
+        raise DataError(f"data.format={form}: no column {error.args[0]!r}. {nearest(error.args[0], found)}") from None
+
+
+def _one(row: Row, form: Format, prompt: str | None, completion: str | None, chat: bool) -> Row:
+    if form == "text":
+        return {"text": fill(prompt, row) if prompt else str(row["text"])}
+    if form == "messages":
+        return _conversation(row["messages"] if "messages" in row else row["conversations"])
+    if form == "alpaca":
+        asked = ALPACA_INPUT if row.get("input") else ALPACA
+        plain = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        return _pair(plain if chat else fill(asked, row), row["output"], chat)
+    first = fill(prompt, row) if prompt else row["prompt"]
+    return _pair(first, fill(completion, row) if completion else row["completion"], chat)
+
+
+def _pair(prompt: Any, completion: Any, chat: bool) -> Row:
+    if isinstance(prompt, list) and isinstance(completion, list):  # already messages
+        return {"prompt": prompt, "completion": completion}
+    if chat:
+        return {"prompt": [_message("user", prompt)], "completion": [_message("assistant", completion)]}
+    return {"prompt": str(prompt), "completion": str(completion)}
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+# ShareGPT's words for the roles.
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def _conversation(messages: Any) -> Row:
+    try:
+        turns = [
+            _message(m["role"], m["content"]) if "role" in m else _message(ROLES[m["from"]], m["value"])
+            for m in messages
+        ]
+    except (KeyError, TypeError):
+        raise DataError("data.format=messages: a message needs role and content (or from and value).") from None
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise DataError("data.format=messages: a conversation must end with the assistant's answer to something.")
+    return {"prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def prompt_of(row: Row) -> Any:
+    """Get what the model is given of a prepared row."""
+    if "prompt" not in row:
+        raise OptionError(
+            "data.format=text has no prompts, so nothing can be generated and scored. Use prompt_completion."
+        )
+    return row["prompt"]
+
+
+def answer_of(row: Row) -> str:
+    """Get the text that the model should write for a prepared row."""
+    completion = row["completion"]
+    return str(completion[-1]["content"] if isinstance(completion, list) else completion)

@@ -1,0 +1,146 @@
+"""Examples out of files (CSV, TSV, JSONL, Parquet, also gzipped) or the Hugging Face hub; splits by the seed."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, MissingExtraError, nearest
+from .run_config import SPLITS, DataSection
+
+Row = dict[str, Any]
+
+
+def load_splits(data: DataSection, seed: int) -> dict[str, list[Row]]:
+    """Get the rows of each split that is asked for, whole; train is always there, validation where it is held out.
+
+    The held-out share is drawn by the seed, without touching the global random state. `DataError` for a file that
+    is missing or not in its format.
+    """
+    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+    if "train" not in named:
+        raise DataError("data.train: asked for nothing to learn from. Give a file, or a split of data.hub.")
+    return held_out({s: _from_hub(data, n) if data.hub else read_rows(n) for s, n in named.items()}, data, seed)
+
+
+def held_out(rows: Mapping[str, Sequence[Any]], data: DataSection, seed: int) -> dict[str, list[Any]]:
+    """Get the splits, a share of train moved to validation where `data.validation_share` asks for it."""
+    found = {split: list(part) for split, part in rows.items()}
+    if data.validation_share is not None:
+        everything = found["train"]
+        order = _shuffled(range(len(everything)), seed)
+        kept_back = set(order[: max(1, round(data.validation_share * len(order)))])
+        found["validation"] = [everything[i] for i in sorted(kept_back)]
+        found["train"] = [row for i, row in enumerate(everything) if i not in kept_back]
+    empty = [split for split, part in found.items() if not part]
+    if empty:
+        raise DataError(f"data.{empty[0]}: no example is in it. Choose another file.")
+    return found
+
+
+def limited(rows: Mapping[str, Sequence[Any]], data: DataSection, seed: int) -> dict[str, list[Any]]:
+    """Get at most `data.limit` examples of each split, drawn by the seed."""
+    found = {split: list(part) for split, part in rows.items()}
+    for split, limit in data.limit.items():
+        if split not in found:
+            raise DataError(f"data.limit.{split}: asked for {limit} examples of a split that is not given.")
+        found[split] = [found[split][i] for i in _shuffled(range(len(found[split])), seed)[:limit]]
+    return found
+
+
+def _shuffled(places: Iterable[int], seed: int) -> list[int]:
+    order = list(places)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Get the rows of one file, by its ending: .csv .tsv .jsonl .json .parquet, the text ones also with .gz."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: asked for a data file, found {'a folder' if path.is_dir() else 'nothing'}.")
+    ending = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    readers = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "json": _json, "parquet": _parquet}
+    if ending not in readers:
+        raise DataError(f"{path}: rows are not read from .{ending} files. There are: {', '.join(readers)}.")
+    try:
+        rows = readers[ending](path)
+    except (ValueError, OSError, csv.Error, EOFError) as error:
+        raise DataError(f"{path}: this is no {ending} file: {' '.join(str(error).split())}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: every row must have named columns.")
+    return rows
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8")
+
+
+def _csv(path: Path, delimiter: str = ",") -> list[Row]:
+    rows = list(csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True))
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has another number of columns than the first")
+    return rows
+
+
+def _tsv(path: Path) -> list[Row]:
+    return _csv(path, "\t")
+
+
+def _jsonl(path: Path) -> list[Row]:
+    return [json.loads(line) for line in _text(path).split("\n") if line.strip()]
+
+
+def _json(path: Path) -> list[Row]:
+    read = json.loads(_text(path))
+    if not isinstance(read, list):
+        raise ValueError("a list of rows was expected")
+    return read
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise MissingExtraError(
+            f"{path}: pyarrow, which reads it, is not installed. pip install 'spectune[train]'"
+        ) from None
+    rows: list[Row] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def hub_split(data: DataSection, split: str) -> Any:
+    """Get one split of a hub data set as `datasets` has it; code of the data set is never run."""
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError(
+            f"data.hub={data.hub}: datasets is not installed. pip install 'spectune[train]'"
+        ) from None
+    try:
+        return datasets.load_dataset(data.hub, data.hub_config, split=split)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"data.hub={data.hub}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _from_hub(data: DataSection, split: str) -> list[Row]:
+    found = hub_split(data, split)
+    rows: list[Row] = found.to_list()
+    # Classes stay numbers: their order is the task's (F1 is of class 1). A test set hides its labels behind -1.
+    labels = [name for name, feature in found.features.items() if hasattr(feature, "int2str")]
+    return [row | {name: None for name in labels if row[name] == -1} for row in rows]
+
+
+def column(rows: Sequence[Row], name: str, split: str) -> list[Any]:
+    """Get one column; `DataError` with the near misses where a row lacks it."""
+    for number, row in enumerate(rows):
+        if name not in row:
+            raise DataError(f"data.{split}, row {number}: no column {name!r}. {nearest(name, list(row))}")
+    return [row[name] for row in rows]

@@ -1,0 +1,117 @@
+"""Scores of generated text: exact match, and GSM8K by the official answer rule; lm-eval for every task it knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import MissingExtraError, OptionError
+
+# openai/grade-school-math, dataset.py: the number after "#### ", its commas taken out; the texts must be equal. A
+# full stop right after the number belongs to it there, so "#### 42." is wrong; kept, so that figures compare.
+GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """Get the answer in a GSM8K solution by the official rule, None where there is none."""
+    found = GSM8K_ANSWER.search(text)
+    return None if found is None else found.group(1).strip().replace(",", "")
+
+
+def is_gsm8k_right(written: str, reference: str) -> bool:
+    """Ask whether a solution ends in the reference's number; one without an answer is wrong."""
+    wanted = gsm8k_answer(reference)
+    return wanted is not None and gsm8k_answer(written) == wanted
+
+
+def is_exact(written: str, reference: str) -> bool:
+    """Ask whether two texts are the same but for the white space around them."""
+    return written.strip() == reference.strip()
+
+
+GENERATED: dict[str, Callable[[str, str], bool]] = {"exact_match": is_exact, "gsm8k": is_gsm8k_right}
+"""Name -> whether a written text is right, given the reference."""
+
+
+@torch.no_grad()
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, batch_size: int, temperature: float = 0.0
+) -> list[str]:
+    """Get what the model writes after each prompt (a text, or messages): greedy at temperature 0, else sampled."""
+    model.eval()
+    device = next(model.parameters()).device
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    written: dict[int, str] = {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        width = max(len(rows[i]) for i in places)
+        # Padding stands on the left, so that every row ends where its continuation begins.
+        ids = torch.tensor([[pad] * (width - len(rows[i])) + rows[i] for i in places], device=device)
+        mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in places], device=device)
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            **_neutral(model),
+            **sampling,
+        )
+        texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
+        written |= dict(zip(places, texts, strict=True))
+    return [written[i] for i in range(len(rows))]
+
+
+def _neutral(model: Any) -> dict[str, Any]:
+    """A base's generation_config may bring sampling settings, which greedy decoding would complain about."""
+    return {"top_p": 1.0, "top_k": 50, "num_beams": 1} if getattr(model, "generation_config", None) else {}
+
+
+def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    """Get the tokens of a prompt, a text or messages, up to where the model goes on."""
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(found["input_ids"])
+
+
+def harness_scores(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, few_shot: int | None, limit: int | None, batch_size: int,
+    chat: bool, seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """Get `task/metric` -> figure from EleutherAI's lm-evaluation-harness, on the model as it stands in memory."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise MissingExtraError(
+            f"evaluation.lm_eval: lm-eval cannot be imported ({error}). pip install 'spectune[llm]'"
+        ) from None
+    model.eval()
+    try:
+        found = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
+            apply_chat_template=chat,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (KeyError, ValueError) as error:
+        raise OptionError(f"evaluation.lm_eval: {tasks}: {' '.join(str(error).split())[:300]}") from error
+    return {
+        f"{task}/{metric.removesuffix(',none').replace(',', '/')}": float(value)
+        for task, figures in found["results"].items()
+        for metric, value in figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }

@@ -1,0 +1,208 @@
+"""Image classification: folders, .npz files, packaged or hub data; ViT and CNN of transformers, or timm through it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+
+from ..errors import DataError, MissingExtraError, OptionError
+from .classification_metrics import measure
+from .data import held_out, limited
+from .images import Packaged, Picture, Pixels, load_pictures, pixels_of
+from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
+from .run_config import DataSection, RunConfig, Section
+from .trainer import Plan
+
+ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
+
+
+class ImageData(DataSection):
+    """Images with labels."""
+
+    packaged: Packaged | None = Field(None, description="digits: 1,797 small digits that scikit-learn brings.")
+    image_size: int | None = Field(None, gt=0, description="Side of the square input; default: the model's.")
+    augment: bool = Field(True, description="Random crops and mirror images while training.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImageData:
+        if self.packaged and (self.train or self.hub or self.validation or self.test):
+            raise ValueError("packaged data brings its own splits; leave train, validation, test and hub out")
+        if self.train and self.train.endswith(".npz") and not self.hub and (self.validation or self.test):
+            raise ValueError("an .npz file brings x_validation and x_test itself; leave validation and test out")
+        return self
+
+
+class ImageEvaluation(Section):
+    """How the answers are scored."""
+
+    metrics: list[ImageMetric] = Field(["accuracy"], min_length=1, description="Computed on validation and test.")
+
+
+class ImageClassificationConfig(RunConfig):
+    """A run of the recipe image_classification."""
+
+    data: ImageData
+    evaluation: ImageEvaluation = Field(default_factory=lambda: ImageEvaluation.model_validate({}))
+
+
+@dataclass
+class _Images(torch.utils.data.Dataset[dict[str, Any]]):
+    """Pictures as tensors, each opened when it is asked for."""
+
+    pictures: Sequence[Picture]
+    targets: Sequence[int]
+    pixels: Pixels
+    seed: int | None
+    """Augments when given. A crop follows from seed, epoch and place alone, so that a resumed run sees the same."""
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        chance = None if self.seed is None else random.Random(f"{self.seed} {self.epoch} {place}")
+        return {"pixel_values": self.pixels(self.pictures[place].open(), chance), "labels": self.targets[place]}
+
+
+class _TellEpoch(TrainerCallback):
+    def __init__(self, rows: _Images) -> None:
+        self.rows = rows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.epoch = int(state.epoch or 0)
+
+
+class ImageClassification(Recipe):
+    """Images and labels in, an adapted image model and its metrics out."""
+
+    Config = ImageClassificationConfig
+    title = "Image classification"
+    example = {
+        "model": "google/vit-base-patch16-224-in21k",
+        "adapter": {"method": "spectral_a", "r": 8, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"train": "images/train", "test": "images/test", "validation_share": 0.1},
+        "training": {"epochs": 10, "batch_size": 64, "warmup": 0.1},
+    }
+    config: ImageClassificationConfig
+
+    @cached_property
+    def everything(self) -> dict[str, list[Picture]]:
+        """Every picture of every split, before limits: the classes are counted here."""
+        data = self.config.data
+        return held_out(load_pictures(data, data.packaged), data, self.config.seed)
+
+    @cached_property
+    def splits(self) -> dict[str, list[Picture]]:
+        return limited(self.everything, self.config.data, self.config.seed)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of the classes, sorted (as numbers where all are)."""
+        values = {picture.label for picture in self.everything["train"]}
+        found = sorted(values, key=int) if all(value.isdigit() for value in values) else sorted(values)
+        if len(found) < 2:
+            raise DataError(f"data.train: asked for classes, found only {found}.")
+        return found
+
+    @cached_property
+    def processing(self) -> Any:
+        try:
+            return AutoImageProcessor.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        except (OSError, ValueError, ImportError):
+            return None  # timm's models and bare configs have none; sizes then come from the model itself
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """How an image becomes this model's input; known once the model is built."""
+        raise OptionError("pixels: the model must be built first.")
+
+    def build_model(self, weights: Path | None = None) -> nn.Module:
+        names = dict(enumerate(self.labels))
+        try:
+            model = pretrained(
+                AutoModelForImageClassification,
+                self.config,
+                weights,
+                num_labels=len(names),
+                id2label=names,
+                label2id={name: i for i, name in names.items()},
+                ignore_mismatched_sizes=True,  # the pretrained head has other classes
+            )
+        except ImportError as error:
+            raise MissingExtraError(
+                f"model: {' '.join(str(error).split())[:200]} pip install 'spectune[vision]'"
+            ) from None
+        self.pixels = pixels_of(model, self.processing, self.config.data.image_size)
+        return model
+
+    def head(self, model: nn.Module) -> list[str]:
+        timm_model: Any = getattr(model, "timm_model", None)
+        if timm_model is not None:
+            return [f"timm_model.{timm_model.default_cfg['classifier']}"]
+        names = [
+            n for n in ("classifier", "cls_classifier", "distillation_classifier", "fc", "head") if hasattr(model, n)
+        ]
+        if not names:
+            raise OptionError(f"model: {type(model).__name__} has no head called classifier, fc or head.")
+        return names
+
+    def rows(self, split: str) -> Any:
+        augments = split == "train" and self.config.data.augment
+        return _Images(self.splits[split], self.targets(split), self.pixels, self.config.seed if augments else None)
+
+    def plain_rows(self, split: str) -> Any:
+        """Get the examples of a split without augmentation."""
+        return _Images(self.splits[split], self.targets(split), self.pixels, None)
+
+    def targets(self, split: str) -> list[int]:
+        """Get the place of each picture's class."""
+        places = {name: place for place, name in enumerate(self.labels)}
+        unknown = [picture for picture in self.splits[split] if picture.label not in places]
+        if unknown:
+            raise DataError(f"{unknown[0].name}: the class {unknown[0].label!r} does not occur in train.")
+        return [places[picture.label] for picture in self.splits[split]]
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def trainer(
+        self, model: nn.Module, plan: Plan, folder: Path, callbacks: Sequence[TrainerCallback] = (), **more: Any
+    ) -> Any:
+        made = super().trainer(model, plan, folder, callbacks, **more)
+        made.add_callback(_TellEpoch(made.train_dataset))
+        return made
+
+    def predict(self, model: nn.Module, split: str, places: Sequence[int] | None = None) -> list[int]:
+        """Get the place of the likeliest class of each picture."""
+        order = list(range(len(self.splits[split]))) if places is None else list(places)
+        rows = self.plain_rows(split)
+        chosen = torch.utils.data.Subset(rows, order)
+        found: list[int] = batched_logits(self, model, chosen, list(range(len(order)))).argmax(-1).tolist()  # type: ignore[arg-type]
+        return found
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        return measure(self.config.evaluation.metrics, self.predict(model, split), self.targets(split))
+
+    def show(self) -> Shown:
+        picture = self.splits["train"][0]
+        width, height = picture.open().size
+        to_height, to_width = self.pixels.size
+        return Shown(
+            [(f"[{picture.name}: {width} x {height} -> {to_width} x {to_height} pixels]", False)], picture.label
+        )
+
+    def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
+        places = some(self.splits[split], count, self.config.seed)
+        found = self.predict(model, split, places)
+        chosen = [self.splits[split][i] for i in places]
+        return [Answered(p.name, p.label, self.labels[f]) for p, f in zip(chosen, found, strict=True)]

@@ -1,0 +1,209 @@
+"""Images and labels out of folders, .npz files, packages or the hub, and their way into a model's tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..errors import DataError, MissingExtraError
+from .data import hub_split
+from .run_config import SPLITS, DataSection
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# A picture of more pixels is refused before it is unpacked: a few kilobytes can unpack to gigabytes. Chosen.
+MOST_PIXELS = 100_000_000
+# The mean and deviation of ImageNet's channels, for models that do not say theirs.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+Packaged = Literal["digits"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, opened when it is needed, and the name of its class."""
+
+    open: Callable[[], Any]
+    label: str
+    name: str
+
+
+def pillow() -> Any:
+    """Get PIL.Image; `MissingExtraError` names the extra."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("images: pillow is not installed. pip install 'spectune[vision]'") from None
+    return Image
+
+
+def load_pictures(data: DataSection, packaged: Packaged | None) -> dict[str, list[Picture]]:
+    """Get the pictures of every split that is given.
+
+    A folder holds one folder for each class; an .npz file holds x_train, y_train and perhaps x_validation, x_test
+    (uint8, N x H x W or N x H x W x 3) and is given as train. `DataError` for what is missing or of another form.
+    """
+    if packaged is not None:
+        return _digits()
+    if data.train is None:
+        raise DataError(
+            "data.train: asked for nothing to learn from. Give a folder, an .npz file, or a split of data.hub."
+        )
+    if data.train.endswith(".npz") and not data.hub:
+        return _npz(Path(data.train))
+    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+    return {split: _hub(data, name) if data.hub else _folder(Path(name)) for split, name in named.items()}
+
+
+def _folder(path: Path) -> list[Picture]:
+    if not path.is_dir():
+        raise DataError(f"{path}: asked for a folder with one folder of images for each class, found none.")
+    classes = sorted(child for child in path.iterdir() if child.is_dir())
+    found = [
+        Picture(lambda file=file: _opened(file), folder.name, str(file))  # type: ignore[misc]
+        for folder in classes
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in ENDINGS
+    ]
+    if not found:
+        raise DataError(f"{path}: no image is in its folders. One folder for each class is read: {path}/cat/1.jpg.")
+    return found
+
+
+def _opened(file: Path) -> Any:
+    image_type = pillow()
+    try:
+        image = image_type.open(file)
+        if image.width * image.height > MOST_PIXELS:
+            raise DataError(f"{file}: {image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed.")
+        return image.convert("RGB")
+    except (OSError, ValueError, image_type.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: this is no image that pillow reads: {error}") from error
+
+
+def _npz(path: Path) -> dict[str, list[Picture]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: this is no .npz file of plain arrays: {error}") from error
+    found: dict[str, list[Picture]] = {}
+    for split in SPLITS:
+        if f"x_{split}" in arrays:
+            if f"y_{split}" not in arrays or len(arrays[f"y_{split}"]) != len(arrays[f"x_{split}"]):
+                raise DataError(f"{path}: x_{split} needs a y_{split} of the same length.")
+            found[split] = _from_arrays(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{path.name}:{split}")
+    if "train" not in found:
+        raise DataError(f"{path}: asked for x_train and y_train, found {', '.join(arrays) or 'nothing'}.")
+    return found
+
+
+def _from_arrays(pixels: Any, labels: Any, name: str) -> list[Picture]:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        raise DataError(
+            f"{name}: pixels must be uint8 and N x H x W or N x H x W x 3, found {pixels.dtype} {pixels.shape}."
+        )
+    image_type = pillow()
+    return [
+        Picture(lambda array=array: image_type.fromarray(array).convert("RGB"), str(label), f"{name} {i}")  # type: ignore[misc]
+        for i, (array, label) in enumerate(zip(pixels, labels.tolist(), strict=True))
+    ]
+
+
+def _digits() -> dict[str, list[Picture]]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; the last 297 are the test set, as in its examples."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MissingExtraError(
+            "data.packaged=digits: scikit-learn is not installed. pip install 'spectune[train]'"
+        ) from None
+    pixels, labels = load_digits(return_X_y=True)
+    small = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    pictures = _from_arrays(small, labels, "digits")
+    return {"train": pictures[:1500], "test": pictures[1500:]}
+
+
+def _hub(data: DataSection, split: str) -> list[Picture]:
+    found = hub_split(data, split)
+    images = [name for name, feature in found.features.items() if type(feature).__name__ == "Image"]
+    labels = [name for name, feature in found.features.items() if hasattr(feature, "int2str")]
+    if len(images) != 1 or len(labels) != 1:
+        raise DataError(
+            f"data.hub={data.hub}: asked for one column of images and one of classes, found {images} and {labels}."
+        )
+    names = [found.features[labels[0]].int2str(place) for place in found[labels[0]]]
+    return [
+        Picture(lambda i=i: found[i][images[0]].convert("RGB"), name, f"{split} {i}")  # type: ignore[misc]
+        for i, name in enumerate(names)
+    ]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes a tensor: resized, cut to the middle, normalised as the model was trained."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, image: Any, chance: random.Random | None = None) -> torch.Tensor:
+        """Get the 3 x H x W tensor. With `chance` a random crop of 60-100% of the area and a random mirror image."""
+        height, width = self.size
+        box = _random_box(image.size, chance) if chance is not None else _middle_box(image.size, width / height)
+        small = image.resize((width, height), pillow().Resampling.BICUBIC, box=box)
+        if chance is not None and chance.random() < 0.5:
+            small = small.transpose(pillow().Transpose.FLIP_LEFT_RIGHT)
+        x_HWC = torch.from_numpy(np.array(small, dtype=np.float32) / 255)
+        return ((x_HWC - torch.tensor(self.mean)) / torch.tensor(self.std)).permute(2, 0, 1).contiguous()
+
+
+def _middle_box(size: tuple[int, int], ratio: float) -> tuple[float, float, float, float]:
+    width, height = size
+    cut_width, cut_height = (width, width / ratio) if width / height < ratio else (height * ratio, height)
+    left, top = (width - cut_width) / 2, (height - cut_height) / 2
+    return left, top, left + cut_width, top + cut_height
+
+
+def _random_box(size: tuple[int, int], chance: random.Random) -> tuple[float, float, float, float]:
+    # Shares and ratios milder than Inception's 8-100%, 3/4-4/3: fine-tuning sees each image a few times only. Chosen.
+    width, height = size
+    share, ratio = chance.uniform(0.6, 1.0) ** 0.5, chance.uniform(0.9, 1.1)
+    cut_width, cut_height = min(width, width * share * ratio), min(height, height * share / ratio)
+    left, top = chance.uniform(0, width - cut_width), chance.uniform(0, height - cut_height)
+    return left, top, left + cut_width, top + cut_height
+
+
+def pixels_of(model: Any, processor: Any, side: int | None) -> Pixels:
+    """Get a model's input size (or the given side) and normalisation: from timm's record, its processor, its config."""
+    config = model.config
+    timm_model = getattr(model, "timm_model", None)
+    if timm_model is not None:
+        record = {**timm_model.default_cfg, **(getattr(config, "pretrained_cfg", None) or {})}
+        _, height, width = record["input_size"]
+        timm_size = (height, width) if side is None else (side, side)
+        return Pixels(timm_size, tuple(record["mean"]), tuple(record["std"]))
+    size = side or (getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None)
+    size = size or getattr(processor, "size", None) or getattr(config, "image_size", None)
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    default_mean, default_std = IMAGENET
+    return Pixels(_height_and_width(size, config), tuple(mean or default_mean), tuple(std or default_std))
+
+
+def _height_and_width(size: Any, config: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (tuple, list)):
+        return int(size[0]), int(size[1])
+    get = size.get if hasattr(size, "get") else lambda name: getattr(size, name, None)
+    edge = get("shortest_edge")
+    height, width = get("height") or edge, get("width") or edge
+    if not height or not width:
+        raise DataError(f"model: {type(config).__name__} does not say its image size. Give data.image_size.")
+    return int(height), int(width)

@@ -1,0 +1,176 @@
+"""`Recipe`: what a recipe owes the shared loop: a base model, examples, a Trainer, a metric, one example on show."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from ..errors import DataError, OptionError
+from .run_config import RunConfig
+from .trainer import Loss, Plan, loop_arguments, looped
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One training example as the model sees it: pieces of text, and whether each carries loss."""
+
+    pieces: list[tuple[str, bool]]
+    answer: str = ""
+    """What is to be learned, where it is not among the pieces (a label)."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One held-out example with the right answer and the model's."""
+
+    text: str
+    expected: str
+    predicted: str
+
+
+class Recipe:
+    """One kind of task. A new recipe is one file with a child of this class, and one row in RECIPES."""
+
+    Config: ClassVar[type[RunConfig]]
+    """What the recipe is told."""
+    task_type: ClassVar[str | None] = None
+    """PEFT's word for the task, which stands in the saved adapter."""
+    title: ClassVar[str]
+    example: ClassVar[dict[str, Any]]
+    """A small run, as `spectune init` prints it."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @cached_property
+    def splits(self) -> dict[str, Any]:
+        """The examples of each split, as the recipe works with them."""
+        raise NotImplementedError
+
+    def build_model(self, weights: Path | None = None) -> nn.Module:
+        """Get the base model with a head that fits the task, or the fully tuned one from a run's folder."""
+        raise NotImplementedError
+
+    def head(self, model: nn.Module) -> list[str]:
+        """Get the names of new modules that are trained in full and saved with the adapter."""
+        return []
+
+    def rows(self, split: str) -> Sequence[dict[str, Any]]:
+        """Get the examples of a split as the collator takes them."""
+        raise NotImplementedError
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Get a batch."""
+        raise NotImplementedError
+
+    def logits(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Get the logits of one batch without labels, a row for each example."""
+        logits: torch.Tensor = model(**batch).logits
+        return logits
+
+    @property
+    def loss(self) -> Loss | None:
+        """The loss, None for the one that the model returns."""
+        return None
+
+    @property
+    def processing(self) -> Any:
+        """The tokenizer or image processor, saved beside the adapter; None if there is none."""
+        return None
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Get the metrics of a model on a split."""
+        raise NotImplementedError
+
+    def show(self) -> Shown:
+        """Get the first training example as the model sees it."""
+        raise NotImplementedError
+
+    def remarks(self) -> list[str]:
+        """Get what a user should know about the examples before training, one sentence each."""
+        return []
+
+    def harness(self, model: nn.Module) -> dict[str, float]:
+        """Get the figures of an outside evaluation that the run asks for."""
+        return {}
+
+    def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
+        """Get some held-out examples with the model's answers, for the report."""
+        return []
+
+    def generate(self, model: nn.Module, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Get the model's continuation of each prompt."""
+        raise OptionError(f"recipe {self.config.recipe}: it writes no text. `spectune generate` is for causal_lm runs.")
+
+    def as_prompt(self, text: str) -> Any:
+        """Get a user's words as this model was taught to read them."""
+        return text
+
+    def trainer(
+        self, model: nn.Module, plan: Plan, folder: Path, callbacks: Sequence[TrainerCallback] = (), **more: Any
+    ) -> Any:
+        """Get the Trainer of this recipe; `more` goes over the loop's arguments."""
+        validates = self.config.training.validate_every is not None
+        return looped(Trainer)(
+            model=model,
+            args=TrainingArguments(**(loop_arguments(self.config, folder) | more)),
+            train_dataset=self.rows("train"),
+            eval_dataset=self.rows(self.validation_split()) if validates else None,
+            data_collator=self.collate,
+            processing_class=self.processing,
+            callbacks=list(callbacks),
+            plan=plan,
+        )
+
+    def validation_split(self) -> str:
+        """Get the name of the validation split; `DataError` if there is none."""
+        if "validation" not in self.splits:
+            raise DataError(
+                "training.validate_every: asked to look at the validation loss, found no validation examples. Give "
+                "data.validation or data.validation_share."
+            )
+        return "validation"
+
+
+@torch.no_grad()
+def batched_logits(
+    recipe: Recipe, model: nn.Module, rows: Sequence[dict[str, Any]], order: Sequence[int]
+) -> torch.Tensor:
+    """Get the logits of each row, in the rows' order; `order` puts rows of one length into one batch."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    size = 2 * recipe.config.training.batch_size  # no gradients: more fits
+    found: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        batch = {name: t.to(device) for name, t in recipe.collate([rows[i] for i in places]).items()}
+        labels = batch.pop("labels", None)
+        assert labels is None or len(labels) == len(places)
+        found |= dict(zip(places, recipe.logits(model, batch).float().cpu(), strict=True))
+    model.train(was_training)
+    return torch.stack([found[i] for i in range(len(order))])
+
+
+def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: Any) -> nn.Module:
+    """Get a pretrained model of transformers' Auto classes; `OptionError` for a model that is not there."""
+    source = weights or config.model
+    options |= {} if weights or config.revision is None else {"revision": config.revision}
+    try:
+        model: PreTrainedModel = kind.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"model: {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def some(items: Sequence[Any], count: int, seed: int) -> list[int]:
+    """Get the places of some items, drawn by the seed."""
+    return sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))

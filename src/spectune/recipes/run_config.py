@@ -1,0 +1,149 @@
+"""`RunConfig`: what a run of any recipe is told, checked before any work; unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import OptionError, nearest
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+NO_ADAPTER = "none"
+
+
+def absolute_if_there(name: str) -> str:
+    """Get a path that exists as an absolute one, so that a run folder is understood from anywhere; else the name."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+PathOrName = Annotated[str, AfterValidator(absolute_if_there)]
+
+
+class Section(BaseModel):
+    """A part of a run's configuration; every key is known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataSection(Section):
+    """Where the examples come from: files, or a data set of the Hugging Face hub."""
+
+    hub: str | None = Field(None, description="Data set on the hub; train, validation, test then name its splits.")
+    hub_config: str | None = Field(None, description="Configuration of the hub data set.")
+    train: PathOrName | None = Field(None, description="File to learn from.")
+    validation: PathOrName | None = Field(None, description="File to choose settings on.")
+    test: PathOrName | None = Field(None, description="File for the final figures; look at it once.")
+    validation_share: float | None = Field(
+        None, gt=0, lt=1, description="Hold out this share of train as validation (by the seed)."
+    )
+    limit: dict[Split, Annotated[int, Field(gt=0)]] = Field(
+        default_factory=dict, description="Use only so many examples of a split, drawn by the seed."
+    )
+
+    @model_validator(mode="after")
+    def _one_validation(self) -> DataSection:
+        if self.validation is not None and self.validation_share is not None:
+            raise ValueError("validation and validation_share are both given; leave one out")
+        if self.hub_config is not None and self.hub is None:
+            raise ValueError("hub_config needs hub")
+        return self
+
+
+class Training(Section):
+    """The loop: how long, how fast, how it is saved."""
+
+    steps: int | None = Field(None, gt=0, description="Optimizer steps; give this or epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; give this or steps.")
+    batch_size: int = Field(16, gt=0, description="Examples of one device in one forward.")
+    gradient_accumulation: int = Field(1, gt=0, description="Forwards per optimizer step.")
+    learning_rate: float | None = Field(None, gt=0, description="Of the adapter; default: the method's own.")
+    head_learning_rate: float | None = Field(None, gt=0, description="Of a new head that is trained in full.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices (not on biases and norms).")
+    warmup: float = Field(0.06, ge=0, description="Share of the steps if below 1, else a number of steps.")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the rate falls after warmup."
+    )
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 is never.")
+    optimizer: str = Field("adamw_torch", description="Any name that transformers' TrainingArguments(optim=) knows.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Autocast of the forward.")
+    gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
+    save_every: int = Field(500, gt=0, description="Steps between two checkpoints; the last step is always saved.")
+    keep_checkpoints: int = Field(2, gt=0, description="Older ones are deleted.")
+    validate_every: int | None = Field(None, gt=0, description="Steps between two looks at the validation loss.")
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default_factory=list, description="Trackers to log to."
+    )
+    workers: int = Field(0, ge=0, description="Processes that load data.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give steps or epochs, one of them")
+        return self
+
+
+class RunConfig(Section):
+    """What every recipe is told; a recipe adds its `data` and `evaluation`."""
+
+    recipe: str
+    model: PathOrName = Field(description="Pretrained model: a folder or a name on the hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="How the base is loaded.")
+    seed: int = Field(0, ge=0, description="The same seed gives the same run.")
+    adapter: dict[str, Any] | Literal["none"] = Field(
+        description="{method: …} of spectune, {peft_type: …} of PEFT, or none: train every weight."
+    )
+    training: Training
+
+    @property
+    def adapter_options(self) -> dict[str, Any] | None:
+        """The adapter's options, None for full fine-tuning."""
+        return None if isinstance(self.adapter, str) else dict(self.adapter)
+
+    def plain(self) -> dict[str, Any]:
+        """Get the configuration as YAML can hold it, defaults included."""
+        return self.model_dump(mode="json")
+
+
+def validate(kind: type[RunConfig], values: Mapping[str, Any], where: str) -> RunConfig:
+    """Get the checked configuration; `OptionError` names each wrong key, its value and the near misses."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_line(kind, dict(detail)) for detail in error.errors()))
+        more = f" ({len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise OptionError(f"{where}: {'; '.join(lines[:3])}{more}") from None
+
+
+def _line(kind: type[BaseModel], detail: dict[str, Any]) -> str:
+    place = [str(part) for part in detail["loc"]]
+    name = ".".join(place) or "the file"
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: unknown key. {nearest(place[-1], _keys_at(kind, place[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{name}: must be given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{name}: {message}"
+    return f"{name}: found {detail['input']!r}, {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(kind: type[BaseModel], path: Iterable[str]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        kinds = _models(field.annotation) if field is not None else []
+        if not kinds:
+            return []
+        kind = kinds[0]
+    return list(kind.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Get the sections in an annotation such as `LmEval | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models(part)]

@@ -1,0 +1,313 @@
+"""A run from its configuration to its folder: `run` for its figures, `train_run` where the model is wanted too.
+
+run.yaml      the configuration, defaults included      checkpoints/  whole ones only, for --resume
+adapter/      the adapter, with tokenizer and template  result.json   `RunResult`: written last
+model/        instead of adapter/, with adapter: none
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from ..checkpoint import fresh_folder, write_atomically
+from ..errors import AdapterError, DataError, OptionError, OutputError
+from ..methods import spectral_modules
+from ..tuner import attach, build_adapter_config, load_attached
+from .checkpoints import Interrupted, StopWhenAsked, checkpoints, history, steps_done, stop_on_signal
+from .rates import head_learning_rate, learning_rate
+from .recipe import Recipe
+from .run_config import RunConfig
+from .table import load_config, recipe_class
+from .trainer import OnStep, Plan, Watch, quiet_libraries
+from .yaml_file import write_yaml
+
+CONFIG_FILE, RESULT_FILE = "run.yaml", "result.json"
+ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+# What may differ when a run goes on: it does not change the weights.
+HARMLESS = ("save_every", "keep_checkpoints", "report_to", "validate_every", "workers")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run found out; `result.json` holds it."""
+
+    config: dict[str, Any]
+    """The configuration, defaults included."""
+    metrics: dict[str, dict[str, float]]
+    """Split (validation, test; lm_eval for its tasks) -> metric -> figure. Empty without held-out examples."""
+    losses: list[float]
+    """One for each optimizer step."""
+    learning_rate: float
+    trainable: int
+    """Numbers of the adapter (or of the whole model), without the head."""
+    head: int
+    """Numbers of a new head and other modules_to_save, trained in full by every method."""
+    total: int
+    """Numbers of the model without the adapter."""
+    step_seconds: float | None
+    """Median time of an optimizer step; None where no step was left to do."""
+    peak_bytes: int | None
+    """Most memory that was in use: of the accelerator, else of the whole process since it started."""
+    device: str
+    file_bytes: int
+    """Size of the saved tensors, head included."""
+    folder: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were done."""
+        return len(self.losses)
+
+    def to_json(self) -> str:
+        """Get the text of `result.json`; NaN and infinity as words, which `float` reads."""
+        values = asdict(self) | {"losses": [v if math.isfinite(v) else str(v) for v in self.losses]}
+        values["metrics"] = {
+            split: {name: v if math.isfinite(v) else str(v) for name, v in figures.items()}
+            for split, figures in self.metrics.items()
+        }
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunResult:
+        """Get the result of a finished run from its folder; `DataError` for one that is not finished or not whole."""
+        path = Path(folder, RESULT_FILE)
+        if not path.is_file():
+            raise DataError(f"{folder}: asked for a finished run, found no {RESULT_FILE}. Continue it with --resume.")
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            values["losses"] = [float(value) for value in values["losses"]]
+            values["metrics"] = {s: {n: float(v) for n, v in f.items()} for s, f in values["metrics"].items()}
+            return cls(**(values | {"folder": str(Path(folder).resolve())}))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}: this is no result of a run ({error}). Delete it and continue with --resume."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run with its model still in memory."""
+
+    result: RunResult
+    model: Any = field(repr=False)
+    recipe: Recipe = field(repr=False)
+
+
+def run(config: RunConfig, output_dir: str | Path, *, resume: bool = False, on_step: OnStep | None = None) -> RunResult:
+    """Get the result of a run, trained into `output_dir`.
+
+    With `resume` a finished run is read and not repeated, one that was stopped goes on from its last checkpoint, and
+    one that does not exist is begun: call it again and again until it returns. Without, the folder must be new or
+    empty. Raises `OutputError` where the folder holds a run of another configuration, `Interrupted` after Ctrl-C.
+    """
+    folder = Path(output_dir)
+    if resume and (folder / RESULT_FILE).is_file():
+        _refuse_other_run(config, folder)
+        return RunResult.read(folder)
+    return train_run(config, folder, resume=resume, on_step=on_step).result
+
+
+def train_run(
+    config: RunConfig, output_dir: str | Path, *, resume: bool = False, on_step: OnStep | None = None
+) -> Trained:
+    """Get a trained model with its result; the folder is as after `run`."""
+    folder = Path(output_dir)
+    _open_folder(config, folder, resume)
+    quiet_libraries()
+    recipe = recipe_class(config.recipe)(config)
+    model, plan = build(recipe)
+    counts = numbers(model, plan)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    watch, last = Watch(on_step), next(iter(reversed(checkpoints(folder / CHECKPOINTS))), None)
+    watch.losses = [float(entry["loss"]) for entry in history(last) if "loss" in entry] if last else []
+    with stop_on_signal() as request:
+        trainer = recipe.trainer(model, plan, folder / CHECKPOINTS, [watch, StopWhenAsked(request)])
+        _fit(trainer, last)
+    if request.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(folder / CHECKPOINTS, trainer.state.global_step)
+    size = _save(recipe, trainer, folder)
+    peak, device = _memory()
+    metrics = measure(recipe, model)
+    result = RunResult(
+        config=config.plain(),
+        metrics=metrics,
+        losses=watch.losses,
+        learning_rate=learning_rate(config),
+        **counts,
+        step_seconds=watch.step_seconds,
+        peak_bytes=peak,
+        device=device,
+        file_bytes=size,
+        folder=str(folder.resolve()),
+    )
+    if trainer.accelerator.is_main_process:
+        write_atomically(folder / RESULT_FILE, result.to_json())
+    return Trained(result, model, recipe)
+
+
+def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
+    """Get the model that a run trains, its adapter attached, with what trains at which rate."""
+    config = recipe.config
+    set_seed(config.seed)  # a new head and LoRA's A are random
+    model = recipe.build_model()
+    heads = recipe.head(model)
+    options = config.adapter_options
+    if options is not None:
+        options.setdefault("task_type", recipe.task_type)
+        if heads:
+            options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
+        model = attach(model, build_adapter_config(options))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in named if _is_head(name, heads, options is not None)]
+    known = {id(p) for p in head}
+    body = [p for _, p in named if id(p) not in known]
+    if not body:
+        raise OptionError(f"adapter: {config.adapter} leaves nothing to train. Name other target_modules.")
+    return model, Plan([(body, learning_rate(config)), (head, head_learning_rate(config))], recipe.loss)
+
+
+def _is_head(name: str, heads: list[str], adapted: bool) -> bool:
+    return ".modules_to_save." in name if adapted else any(name.startswith(f"{head}.") for head in heads)
+
+
+def _fit(trainer: Any, last: Path | None) -> None:
+    if last is None:
+        trainer.train()
+        return
+    steps = trainer.args.max_steps
+    total = steps if steps > 0 else _all_steps(trainer)
+    if steps_done(last) < total:
+        trainer.train(resume_from_checkpoint=str(last))
+    else:  # it was stopped between the last step and the evaluation
+        trainer._load_from_checkpoint(str(last))
+        trainer.state.global_step = trainer.state.max_steps = total
+
+
+def _all_steps(trainer: Any) -> int:
+    found: int = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    return found
+
+
+def measure(recipe: Recipe, model: nn.Module) -> dict[str, dict[str, float]]:
+    """Get the metrics of every held-out split, and lm-eval's where the run asks for it."""
+    found = {split: recipe.evaluate(model, split) for split in ("validation", "test") if split in recipe.splits}
+    figures = recipe.harness(model)
+    return found | ({"lm_eval": figures} if figures else {})
+
+
+def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, nn.Module]:
+    """Get the recipe and the tuned model of a run's folder, ready to evaluate; `AdapterError` if it was not finished.
+
+    `overrides` may change what is evaluated (`evaluation.x=…`), nothing else.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{folder}: asked for a run's folder, found no {CONFIG_FILE} in it. Check the path.")
+    for override in overrides:
+        if not override.startswith("evaluation."):
+            raise OptionError(f"{override!r}: a finished run can only be told evaluation.key=value.")
+    quiet_libraries()
+    config = load_config(folder / CONFIG_FILE, overrides)
+    recipe = recipe_class(config.recipe)(config)
+    tuned = folder / (MODEL if config.adapter_options is None else ADAPTER)
+    if not tuned.is_dir():
+        raise AdapterError(f"{folder}: the run is not finished, {tuned.name}/ is missing. Continue it with --resume.")
+    set_seed(config.seed)
+    if config.adapter_options is None:
+        model = recipe.build_model(tuned)
+    else:
+        model = load_attached(recipe.build_model(), tuned)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return recipe, model.to(device).eval()
+
+
+def _save(recipe: Recipe, trainer: Any, folder: Path) -> int:
+    """Save adapter (or model), tokenizer and template together, whole or not at all; get the tensors' bytes."""
+    full = recipe.config.adapter_options is None
+    goal = folder / (MODEL if full else ADAPTER)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.accelerator.is_main_process:
+        with fresh_folder(goal, overwrite=True) as partial:
+            model.save_pretrained(str(partial))
+            if recipe.processing is not None:
+                recipe.processing.save_pretrained(str(partial))
+    trainer.accelerator.wait_for_everyone()
+    return sum(path.stat().st_size for path in goal.glob("*.safetensors"))
+
+
+def numbers(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """Get how many numbers train in the adapter (or model) and in the head, and how many the base has."""
+    body, head = (sum(p.numel() for p in group) for group, _ in plan.rates)
+    adapters = {id(p) for _, _, module in spectral_modules(model) for p in module.parameters()}
+    copies = ("lora_", ".modules_to_save.")  # what PEFT adds to the model
+    total = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if id(p) not in adapters and not (p.requires_grad and any(word in name for word in copies))
+    )
+    return {"trainable": body, "head": head, "total": total}
+
+
+def _memory() -> tuple[int | None, str]:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None, "cpu"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024), "cpu"
+
+
+def _open_folder(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Write run.yaml into a new folder, or see that the folder's run is this one."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: asked for an output folder, found a file. Choose another folder.")
+    if (folder / CONFIG_FILE).is_file():
+        if not resume:
+            state = "a finished run" if (folder / RESULT_FILE).is_file() else "an unfinished run"
+            raise OutputError(f"{folder}: found {state} in it. Continue it with --resume, or choose another folder.")
+        _refuse_other_run(config, folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(
+            f"{folder}: asked for an empty output folder, found other files in it. Choose another folder."
+        )
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+        write_atomically(folder / CONFIG_FILE, write_yaml(config.plain()))
+
+
+def _refuse_other_run(config: RunConfig, folder: Path) -> None:
+    before, now = load_config(folder / CONFIG_FILE).plain(), config.plain()
+    for values in (before, now):
+        for name in HARMLESS:
+            values["training"].pop(name)
+    different = sorted(_differences(before, now))
+    if different:
+        raise OutputError(
+            f"{folder}: asked to continue, but the run in it was told otherwise: {', '.join(different[:3])}. "
+            f"Give the same configuration, or choose another folder."
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [
+            line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if before == now else [f"{name} was {before!r}, is {now!r}"]

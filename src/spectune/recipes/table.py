@@ -1,0 +1,43 @@
+"""The table of recipes. A new recipe is one file with a child of `Recipe`, and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError, nearest
+from .recipe import Recipe
+from .run_config import RunConfig, validate
+from .yaml_file import read_yaml
+
+# Name -> (module, class). Named and not imported, so that one recipe's libraries are no burden on another.
+RECIPES: dict[str, tuple[str, str]] = {
+    "text_classification": ("text_classification", "TextClassification"),
+    "causal_lm": ("causal_lm", "CausalLM"),
+    "image_classification": ("image_classification", "ImageClassification"),
+}
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """Get a recipe's class; `OptionError` with the near misses for a name that does not exist."""
+    if name == "text_to_image":
+        raise OptionError("recipe 'text_to_image' has no heads, labels or examples to show: `spectune train` runs it.")
+    if name not in RECIPES:
+        raise OptionError(f"recipe {name!r} does not exist. {nearest(str(name), list(RECIPES))}")
+    module, kind = RECIPES[name]
+    found: type[Recipe] = getattr(import_module(f".{module}", __package__), kind)
+    return found
+
+
+def parse_config(values: Mapping[str, Any], where: str = "run") -> RunConfig:
+    """Get the checked configuration of a run out of plain values, as YAML holds them."""
+    if "recipe" not in values:
+        raise OptionError(f"{where}: recipe: must be given. {nearest('', list(RECIPES))}")
+    return validate(recipe_class(values["recipe"]).Config, values, where)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Get the checked configuration of a run from a YAML file, each `a.b=value` of `overrides` put over it."""
+    return parse_config(read_yaml(path, overrides), str(path))

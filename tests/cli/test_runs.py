@@ -1,0 +1,189 @@
+"""The verbs of a run from outside: init, check, train, Ctrl-C, resume, evaluate, generate, report, lr."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spectune.cli import main
+from tests.recipes import tiny
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def spectune(*words: str, cwd: Path) -> Done:
+    """Run the command line in this process: starting Python and importing torch would be most of the time."""
+    out, err, argv, place = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
+    sys.argv = ["spectune", *words]
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            main()
+            status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv = argv
+        os.chdir(place)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def wide() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        yield
+
+
+def write(folder: Path, values: dict[str, Any]) -> str:
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "run.yaml")
+
+
+@pytest.fixture(scope="module")
+def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+    path = write(folder, tiny.text_run(folder))
+    done = spectune("train", path, "training.steps=4", "-o", "run", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_training_leaves_a_whole_folder(journey: tuple[Path, dict[str, Any]]) -> None:
+    folder, figures = journey
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert names == {"run.yaml", "run.json", "result.json", "report.html", "adapter", "checkpoints"}
+    assert figures["metrics"]["validation"]["accuracy"] >= 0 and figures["trainable"] == 512
+    assert yaml.safe_load((folder / "run" / "run.yaml").read_text())["training"]["steps"] == 4
+    record = json.loads((folder / "run" / "run.json").read_text())
+    assert len(record["loss"]) == 4 and record["method"] == "spectral_a" and record["spectra"]
+    page = (folder / "run" / "report.html").read_text()
+    assert "validation accuracy" in page and "<svg" in page
+    assert (folder / "run" / "adapter" / "tokenizer.json").exists()
+
+
+def test_a_run_is_evaluated_and_reported_from_its_folder(journey: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, figures = journey
+    done = spectune("evaluate", str(folder / "run"), "--json", cwd=tmp_path)
+    assert json.loads(done.stdout) == figures["metrics"], done.stderr
+    for name in ("report.html", "run.json"):
+        (folder / "run" / name).unlink()
+    done = spectune("report", str(folder / "run"), cwd=tmp_path)
+    assert done.returncode == 0 and "validation accuracy" in (folder / "run" / "report.html").read_text(), done.stderr
+    assert (folder / "run" / "run.json").exists()
+    refused = spectune("generate", str(folder / "run"), "-p", "w1", cwd=tmp_path)
+    assert refused.returncode == 1 and "it writes no text" in refused.stderr
+
+
+def test_check_shows_the_example_the_layers_and_the_rates(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    path = write(tmp_path, tiny.lm_run(tmp_path, training={"learning_rate": 10.0}))
+    done = spectune("check", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "model.layers.0.self_attn.q_proj  32 x 32",
+        "Question",
+        "numbers trained",
+        "memory: about",
+        "times above",
+    ):
+        assert words in done.stdout, words
+    found = json.loads(spectune("check", path, "--json", cwd=tmp_path).stdout)
+    assert "".join(text for text, carries in found["shown"]["pieces"] if carries) == "w0####1[SEP]"
+    assert found["rates"]["learning_rate"] == 10.0 and found["memory"]["total"] > 0
+    assert {p.name for p in tmp_path.iterdir()} == {"run.yaml", "llama", "train.jsonl", "test.jsonl"}
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path, tiny.text_run(tmp_path, training={"steps": 3000, "save_every": 3000}))
+    command = [sys.executable, "-m", "spectune.cli", "train", path, "-o", "run"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoints").exists():  # the Trainer makes it when the loop begins
+        time.sleep(0.1)
+        assert running.poll() is None, running.communicate()
+    time.sleep(2)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130 and "Continue with --resume" in said and "Traceback" not in said, said
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert 0 < step < 3000 and not (tmp_path / "run" / "adapter").exists()
+    unfinished = spectune("evaluate", "run", cwd=tmp_path)
+    assert unfinished.returncode == 1 and "the run is not finished" in unfinished.stderr
+    other = spectune("train", path, f"training.steps={step + 2}", "-o", "run", "--resume", cwd=tmp_path)
+    assert other.returncode == 1 and "training.steps was 3000" in other.stderr
+
+
+def test_a_language_model_writes(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    path = write(tmp_path, tiny.lm_run(tmp_path, training={"steps": 1}))
+    assert spectune("train", path, "-o", "run", "--json", cwd=tmp_path).returncode == 0
+    done = spectune("generate", "run", "-p", "w1 w2", "-p", "w3", "--max-new-tokens", "3", "--json", cwd=tmp_path)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["w1 w2", "w3"] and all("text" in line for line in lines), done.stderr
+
+
+def test_lr_draws_its_curve(tmp_path: Path) -> None:
+    path = write(tmp_path, tiny.text_run(tmp_path))
+    done = spectune("lr", path, "--steps", "12", "--low", "1e-4", "--high", "1e-1", "-o", "lr.html", cwd=tmp_path)
+    assert done.returncode == 0 and "proposed learning rate" in done.stdout, done.stderr
+    page = (tmp_path / "lr.html").read_text()
+    assert (
+        "<svg" in page
+        and "learning rate" in page
+        and "src=" not in page
+        and "<script" not in page
+        and "://" not in page
+    )
+
+
+def test_init_prints_what_check_reads(tmp_path: Path) -> None:
+    done = spectune("init", "image_classification", cwd=tmp_path)
+    assert done.returncode == 0 and yaml.safe_load(done.stdout)["recipe"] == "image_classification"
+    wrong = spectune("init", "image_clasification", cwd=tmp_path)
+    assert wrong.returncode == 1 and "Did you mean 'image_classification'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: asked for a YAML file, found nothing"),
+        (["check", "bad.yaml"], "seeed: unknown key. Did you mean 'seed'?"),
+        (["evaluate", "."], "asked for a run's folder, found no run.yaml"),
+        (["report", "."], "asked for a finished run, found no result.json"),
+        (["evaluate", ".", "training.steps=3"], "asked for a run's folder"),
+    ],
+)
+def test_failures_are_one_line(words: list[str], line: str, tmp_path: Path) -> None:
+    bad = {
+        "recipe": "text_classification",
+        "model": "m",
+        "adapter": "none",
+        "data": {},
+        "training": {"steps": 1},
+        "seeed": 1,
+    }
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(bad))
+    done = spectune(*words, cwd=tmp_path)
+    assert done.returncode == 1 and line in done.stderr and "Traceback" not in done.stderr and done.stdout == "", (
+        done.stderr
+    )

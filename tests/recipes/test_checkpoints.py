@@ -1,0 +1,126 @@
+"""Runs survive: an interrupted run ends in the weights of an uninterrupted one, and nothing saved is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spectune.errors import OutputError
+from spectune.recipes import Interrupted, RunResult, parse_config, run
+from spectune.recipes.checkpoints import checkpoints
+
+from . import tiny
+
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "lora_dropout": 0.5}
+RUNS = {
+    "spectral_a": (tiny.text_run, {}),
+    "lora with dropout, accumulating": (tiny.text_run, {"adapter": LORA, "training": {"gradient_accumulation": 2}}),
+    "specadapt with dropout": (
+        tiny.text_run,
+        {"adapter": {"method": "specadapt", "r": 2, "weight_dropout": 0.3, "target_modules": ["query"]}},
+    ),
+    "full fine-tuning": (tiny.text_run, {"adapter": "none"}),
+    "augmented images": (tiny.image_run, {}),
+    "language model": (tiny.lm_run, {"training": {"steps": 6, "save_every": 2}}),
+}
+
+
+def stop_after(step: int) -> Any:
+    def on_step(done: int, steps: int, loss: float) -> None:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_step
+
+
+def weights(folder: Path) -> bytes:
+    return next(folder.glob("*/*.safetensors")).read_bytes()
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_resumed_run_ends_in_the_same_weights(name: str, tmp_path: Path) -> None:
+    make, more = RUNS[name]
+    config = parse_config(make(tmp_path, **more))
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        run(config, tmp_path / "parts", on_step=stop_after(3))
+    assert not (tmp_path / "parts" / "result.json").exists()
+    resumed = run(config, tmp_path / "parts", resume=True)
+    assert resumed.losses == whole.losses and len(whole.losses) == 6
+    assert resumed.metrics == whole.metrics
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:
+    config = parse_config(tiny.text_run(tmp_path))
+    first = run(config, tmp_path / "run")
+    again = run(config, tmp_path / "run", resume=True, on_step=lambda *step: pytest.fail("it trained again"))
+    assert again == first == RunResult.read(tmp_path / "run")
+
+
+def test_a_run_stopped_after_its_last_step_is_only_evaluated(tmp_path: Path) -> None:
+    config = parse_config(tiny.text_run(tmp_path))
+    first = run(config, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run(config, tmp_path / "run", resume=True, on_step=lambda *step: pytest.fail("it trained again"))
+    assert again.metrics == first.metrics and again.losses == first.losses and again.step_seconds is None
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    config = parse_config(tiny.text_run(tmp_path))
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "run", on_step=stop_after(3))
+    half = tmp_path / "run" / "checkpoints" / ".partial" / "checkpoint-5"
+    half.mkdir(parents=True)
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert run(config, tmp_path / "run", resume=True).losses == whole.losses
+    assert not half.exists()
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(tiny.text_run(tmp_path, training={"keep_checkpoints": 1}))
+    whole = run(config, tmp_path / "whole")
+    save, calls = torch.save, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if len(calls) > 4:  # the first checkpoint fits: optimizer, scheduler and random state
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OutputError, match=r"checkpoint-4: .*No space left on device; the last whole one is checkpoint-2"
+    ):
+        run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"] == [p.name for p in folder.iterdir()]
+    monkeypatch.setattr(torch, "save", save)
+    assert run(config, tmp_path / "run", resume=True).losses == whole.losses
+
+
+def test_old_checkpoints_are_deleted_and_no_pickled_arguments_are_written(tmp_path: Path) -> None:
+    run(parse_config(tiny.text_run(tmp_path, training={"keep_checkpoints": 2})), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert not list(folder.rglob("training_args.bin"))
+
+
+def test_another_configuration_does_not_go_on_with_this_run(tmp_path: Path) -> None:
+    values = tiny.text_run(tmp_path)
+    run(parse_config(values), tmp_path / "run")
+    with pytest.raises(OutputError, match="found a finished run"):
+        run(parse_config(values), tmp_path / "run")
+    with pytest.raises(OutputError, match="seed was 0, is 1"):
+        run(parse_config(values | {"seed": 1}), tmp_path / "run", resume=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="found other files"):
+        run(parse_config(values), tmp_path / "full", resume=True)

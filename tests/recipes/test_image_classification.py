@@ -1,0 +1,137 @@
+"""Image classification: every source, the model's own size and normalisation, CNNs and transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+
+from spectune.errors import DataError, OptionError
+from spectune.recipes import dry_run, load_run, parse_config, run
+from spectune.recipes.images import Pixels
+from spectune.recipes.table import recipe_class
+
+from . import tiny
+
+
+def recipe_of(values: dict[str, Any]) -> Any:
+    config = parse_config(values)
+    return recipe_class(config.recipe)(config)
+
+
+def test_a_vision_transformer_learns_and_is_found_again(tmp_path: Path) -> None:
+    values = tiny.image_run(tmp_path, training={"steps": 30, "save_every": 100})
+    result = run(parse_config(values), tmp_path / "run")
+    assert result.metrics["test"]["accuracy"] == 1.0
+    recipe, model = load_run(tmp_path / "run")
+    assert recipe.evaluate(model, "test") == result.metrics["test"]
+
+
+def test_a_convolutional_network_is_adapted_in_its_kernels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    folder = tiny.save(tf.ResNetForImageClassification(config), tmp_path / "resnet", False)
+    adapter = {"method": "spectral_a", "r": 2, "target_modules": ["convolution"]}
+    values = tiny.image_run(tmp_path, model=folder, adapter=adapter, data={"image_size": 16})
+    found = dry_run(parse_config(values))
+    assert any(len(shape) == 4 for _, shape in found.layers) and found.head == 2 * 8 + 2
+    assert run(parse_config(values), tmp_path / "run").steps == 6
+
+
+def test_a_timm_model_brings_its_size_and_head(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3)
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    cfg = {
+        k: v for k, v in model.pretrained_cfg.items() if k in ("input_size", "mean", "std", "classifier", "num_classes")
+    }
+    record = {"architecture": "test_resnet", "num_classes": 3, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(record))
+    from safetensors.torch import save_file
+
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    adapter = {"method": "spectral_a", "r": 2, "target_modules": ["conv1"]}
+    values = tiny.image_run(tmp_path, model=str(folder), adapter=adapter, training={"steps": 2})
+    recipe = recipe_of(values)
+    assert recipe.head(recipe.build_model()) == ["timm_model.fc"]
+    assert recipe.pixels.size == tuple(cfg["input_size"][1:]) and recipe.pixels.mean == tuple(cfg["mean"])
+    assert run(parse_config(values), tmp_path / "run").steps == 2
+
+
+def test_a_folder_of_folders_is_read_with_its_names(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        for i in range(6):
+            path = tmp_path / "images" / label / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((9, 12, 3), 20 * i, np.uint8)).save(path)
+    data = {"train": str(tmp_path / "images"), "validation_share": 0.25}
+    recipe = recipe_of(tiny.image_run(tmp_path, data=data))
+    assert recipe.labels == ["cat", "dog"] and {s: len(p) for s, p in recipe.splits.items()} == {
+        "train": 9,
+        "validation": 3,
+    }
+    assert recipe.build_model().config.id2label == {0: "cat", 1: "dog"}
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(b"no image")
+    broken = next(
+        p for p in recipe.everything["train"] + recipe.everything["validation"] if p.name.endswith("cat/0.png")
+    )
+    with pytest.raises(DataError, match="this is no image that pillow reads"):
+        broken.open()
+
+
+def test_pixels_are_resized_cut_to_the_middle_and_normalised() -> None:
+    array = np.zeros((4, 8, 3), np.uint8)
+    array[:, 2:6] = 255  # the middle square is white
+    white = Pixels((4, 4), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))(Image.fromarray(array))
+    assert white.shape == (3, 4, 4)
+    torch.testing.assert_close(white[:, 1:3, 1:3], torch.tensor([2.0, 1.0, 0.5])[:, None, None].expand(3, 2, 2))
+
+
+def test_augmentation_follows_from_seed_epoch_and_place_and_spares_the_held_out(tmp_path: Path) -> None:
+    recipe = recipe_of(tiny.image_run(tmp_path))
+    recipe.build_model()
+    rows, again, plain = recipe.rows("train"), recipe.rows("train"), recipe.plain_rows("train")
+    assert torch.equal(rows[0]["pixel_values"], again[0]["pixel_values"])
+    again.epoch = 1
+    assert not torch.equal(rows[0]["pixel_values"], again[0]["pixel_values"])
+    assert not torch.equal(rows[0]["pixel_values"], plain[0]["pixel_values"])
+    assert recipe.rows("test").seed is None
+
+
+def test_packaged_digits_need_no_file(tmp_path: Path) -> None:
+    recipe = recipe_of(tiny.image_run(tmp_path, data={"train": None, "packaged": "digits"}))
+    assert len(recipe.splits["train"]) == 1500 and len(recipe.splits["test"]) == 297 and len(recipe.labels) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"packaged": "digits"}, "packaged data brings its own splits"),
+        ({"test": "x.npz"}, "an .npz file brings x_validation and x_test itself"),
+        ({"train": "nowhere"}, "one folder of images for each class, found none"),
+        ({"train": None}, "asked for nothing to learn from"),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(data: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises((OptionError, DataError), match=line):
+        recipe_of(tiny.image_run(tmp_path, data=data)).splits  # noqa: B018
+
+
+def test_pickles_and_wrong_arrays_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "evil.npz"
+    np.savez(path, x_train=np.array([{"a": 1}], dtype=object), y_train=np.zeros(1))
+    with pytest.raises(DataError, match="no .npz file of plain arrays"):
+        recipe_of(tiny.image_run(tmp_path, data={"train": str(path)})).splits  # noqa: B018
+    np.savez(path, x_train=np.zeros((2, 4, 4)), y_train=np.zeros(2))
+    with pytest.raises(DataError, match="pixels must be uint8"):
+        recipe_of(tiny.image_run(tmp_path, data={"train": str(path)})).splits  # noqa: B018
