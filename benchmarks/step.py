@@ -1,14 +1,20 @@
-"""Time of a training step of every method against PEFT's LoRA of the same r, on the demo's model and batch.
+"""A training step of every method against the frozen model and PEFT's LoRA: time, memory, as ratios.
 
-    python benchmarks/step.py [--repeats 15]
+    python benchmarks/step.py --suite small                       about five minutes on two quiet cores
+    python benchmarks/step.py --suite compile | medium | large    longer ones; see SUITES
+    python benchmarks/step.py --models minilm --tokens 256 --dtypes float32 --name mine [--adapters LoRA spectral_a]
 
-All models stand in memory and take turns, so a slow moment of the machine hits all of them; a method's figure is the
-median over the rounds of its time divided by LoRA's of the same round. Writes benchmarks/results/step.json.
+All adapters of a setting stand in memory and take turns, so a slow moment of the machine hits all of them; a figure is
+the median over the rounds of a time divided by that of the frozen model (gradients flow to the input of the first
+adapted layer, nothing trains) or of LoRA in the same round, with the quartiles. Memory does not depend on the machine
+on a CPU: it is the bytes that autograd keeps, beyond parameters and buffers. Writes benchmarks/results/step-SUITE.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import statistics
 import time
@@ -16,65 +22,188 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from provenance import provenance
+from step_cases import ADAPTERS, FLOOR, FULL_BASIS, LORA, MODELS, adapted, batch
+from torch import nn
 
-from spectune import SpectralConfig
-from spectune.recipes.demo import TARGETS, base_folder
-from spectune.recipes.languages import load_languages
-from spectune.recipes.text_classification import Setting, TextClassification, sentence_loss
-
-RESULTS = Path(__file__).parent / "results" / "step.json"
-CONFIGS: dict[str, Any] = {
-    "LoRA r=8": LoraConfig(r=8, target_modules=TARGETS),
-    "DoRA r=8": LoraConfig(r=8, use_dora=True, target_modules=TARGETS),
-    "spectral_a r=8": SpectralConfig(target_modules=TARGETS),
-    "spectral_r r=8": SpectralConfig(method="spectral_r", target_modules=TARGETS),
-    "specadapt r=8, 64 directions": SpectralConfig(method="specadapt", basis_rank=64, target_modules=TARGETS),
-    "svft plain, 64 directions": SpectralConfig(method="svft", basis_rank=64, target_modules=TARGETS),
-    "svft plain, full basis": SpectralConfig(method="svft", target_modules=TARGETS),
-    "svft banded 2, full basis": SpectralConfig(method="svft", pattern="banded", target_modules=TARGETS),
-    "svdiff, full basis": SpectralConfig(method="svdiff", target_modules=TARGETS),
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("forward", "backward", "optimizer")
+SHORT = [name for name in ADAPTERS if name not in FULL_BASIS]
+# (models, tokens a step, dtypes, compiled, adapters, rounds)
+SUITES: dict[str, list[dict[str, Any]]] = {
+    "small": [
+        {"models": ["minilm"], "tokens": [256], "rounds": 21},
+        {"models": ["minilm"], "tokens": [2048], "rounds": 7},
+        {"models": ["minilm"], "tokens": [2048], "rounds": 7, "dtypes": ["bfloat16"], "adapters": SHORT},
+        {"models": ["stack1024"], "tokens": [256], "rounds": 9, "adapters": SHORT},
+    ],
+    "compile": [
+        {"models": ["minilm"], "tokens": [2048], "rounds": 9, "compiled": [True], "adapters": SHORT},
+    ],
+    "medium": [
+        {"models": ["minilm"], "tokens": [8192], "rounds": 5},
+        {"models": ["smollm"], "tokens": [256, 2048], "rounds": 5, "adapters": SHORT},
+        {"models": ["stack1024"], "tokens": [256, 2048], "rounds": 5},
+        {"models": ["stack1024"], "tokens": [256, 2048], "rounds": 5, "dtypes": ["bfloat16"], "adapters": SHORT},
+    ],
+    # Hours on two cores; meant for a GPU.
+    "large": [
+        {
+            "models": list(MODELS),
+            "tokens": [256, 2048, 8192],
+            "dtypes": ["float32", "bfloat16"],
+            "compiled": [False, True],
+            "rounds": 15,
+        },
+    ],
 }
+Runs = dict[str, tuple[Any, torch.optim.Optimizer]]
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
-    started = time.perf_counter()
-    sentence_loss(model, batch).backward()
+def clock() -> float:
+    """Get the time; with one thread the processor's, which other processes do not move."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def loss_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    hidden: torch.Tensor = model(**inputs).last_hidden_state
+    return hidden.float().square().mean()
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Get the seconds of the parts of one training step."""
+    times = [clock()]
+    loss = loss_of(model, inputs)
+    times.append(clock())
+    loss.backward()
+    times.append(clock())
     optimizer.step()
     optimizer.zero_grad()
-    return time.perf_counter() - started
+    times.append(clock())
+    parts = dict(zip(PARTS, (b - a for a, b in itertools.pairwise(times)), strict=True))
+    return {**parts, "step": times[-1] - times[0]}
+
+
+def kept_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Get the bytes that autograd keeps between forward and backward; on a GPU the allocator's peak of a step."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_of(model, inputs).backward()
+        return torch.cuda.max_memory_allocated() - before
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, inputs)  # alive until here, so that no storage is used twice
+    del loss
+    return sum(kept.values())
+
+
+def prepared(setting: dict[str, Any], adapters: list[str], device: str) -> tuple[Runs, dict[str, str]]:
+    """Get the adapted models with their optimizers, and why the others are left out."""
+    runs: Runs = {}
+    left_out: dict[str, str] = {}
+    for name in adapters:
+        try:
+            model = adapted(MODELS[setting["model"]], name, getattr(torch, setting["dtype"])).to(device)
+        except (ImportError, ValueError, NotImplementedError) as error:
+            left_out[name] = str(error).splitlines()[0]
+            continue
+        trained = [p for p in model.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(1))]
+        if setting["compiled"]:
+            model.compile()
+        runs[name] = (model, torch.optim.AdamW(trained, lr=1e-6))
+    return runs, left_out
+
+
+def spread(times: list[float], base: list[float]) -> list[float]:
+    """Get lower quartile, median and upper quartile of the ratios round by round."""
+    ratios = sorted(a / b for a, b in zip(times, base, strict=True))
+    quarter = len(ratios) // 4
+    return [round(value, 4) for value in (ratios[quarter], statistics.median(ratios), ratios[-1 - quarter])]
+
+
+def measure(setting: dict[str, Any], adapters: list[str], rounds: int, device: str) -> dict[str, Any]:
+    """Get the row of every adapter for one model, number of tokens, dtype and mode."""
+    runs, left_out = prepared(setting, adapters, device)
+    inputs = {k: v.to(device) for k, v in batch(MODELS[setting["model"]], setting["tokens"]).items()}
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    for name, (model, optimizer) in list(runs.items()):
+        try:
+            for _ in range(2):
+                step(model, optimizer, inputs)
+        except Exception as error:  # a method of another package may fail in a dtype or under compile: say so
+            if name in (FLOOR, LORA):
+                raise
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            del runs[name], seconds[name]
+    for _ in range(rounds):
+        for name, (model, optimizer) in runs.items():
+            seconds[name].append(step(model, optimizer, inputs))
+    rows = {}
+    for name, (model, _) in runs.items():
+        row: dict[str, Any] = {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        row["kept_bytes"] = None if setting["compiled"] else kept_bytes(model, inputs)
+        row["milliseconds"] = round(1000 * statistics.median(one["step"] for one in seconds[name]), 2)
+        for base, key in ((FLOOR, "to_frozen"), (LORA, "to_lora")):
+            for part in ("step", "forward", "backward"):
+                theirs = [one[part] for one in seconds[base]]
+                row.setdefault(key, {})[part] = spread([one[part] for one in seconds[name]], theirs)
+        row["optimizer_ms"] = round(1000 * statistics.median(one["optimizer"] for one in seconds[name]), 3)
+        rows[name] = row
+        print(
+            f"  {name:34} {row['to_lora']['step'][1]:.3f} of LoRA, {row['to_frozen']['step'][1]:.3f} of frozen",
+            flush=True,
+        )
+    return {**setting, "rounds": rounds, "adapters": rows, "left_out": left_out}
+
+
+def settings(part: dict[str, Any]) -> list[dict[str, Any]]:
+    axes = (part["models"], part["tokens"], part.get("dtypes", ["float32"]), part.get("compiled", [False]))
+    return [dict(zip(("model", "tokens", "dtype", "compiled"), one, strict=True)) for one in itertools.product(*axes)]
+
+
+def run(parts: list[dict[str, Any]], name: str, least_rounds: int | None = None) -> dict[str, Any]:
+    """Get the record of a suite."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for part in parts:
+        for setting in settings(part):
+            print(setting, flush=True)
+            names = part.get("adapters") or list(ADAPTERS)
+            found.append(measure(setting, names, least_rounds or part["rounds"], device))
+            gc.collect()
+    return {"suite": name, **provenance(), "device": device, "threads": torch.get_num_threads(), "settings": found}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
-    task = load_languages()
-    recipe = TextClassification(Setting(base_folder(), task.labels, 1, 0))
-    rows = recipe.tokens(task.train.texts[:32])
-    batch = dict(recipe.collate(rows)) | {"labels": torch.tensor(task.train.targets[:32])}
-    runs = {}
-    for name, config in CONFIGS.items():
-        model = get_peft_model(recipe.fresh_model(), config).train()
-        runs[name] = (model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 2):
-        for name, (model, optimizer) in runs.items():
-            seconds[name].append(step(model, optimizer, batch))
-    found = []
-    for name, times in seconds.items():
-        ratios = sorted(a / b for a, b in zip(times[2:], seconds["LoRA r=8"][2:], strict=True))
-        trained = sum(p.numel() for p in runs[name][0].parameters() if p.requires_grad)
-        spread = [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]
-        found.append({"method": name, "trained": trained, "ratio": statistics.median(ratios), "quartiles": spread})
-        print(found[-1], flush=True)
-    record = {
-        "what": f"all-MiniLM-L6-v2, {batch['input_ids'].numel()} tokens a step, float32, AdamW, {repeats} rounds",
-        **provenance(),
-        "methods": found,
-    }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=list(SUITES), default="small")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--adapters", nargs="+", choices=list(ADAPTERS), help="frozen and LoRA are always there")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--name", help="writes results/step-NAME.json; default the suite; with --models: nothing")
+    given = parser.parse_args()
+    parts, name = SUITES[given.suite], given.name or (None if given.models else given.suite)
+    if given.models:
+        adapters = list(dict.fromkeys([FLOOR, LORA, *(given.adapters or ADAPTERS)]))
+        parts = [{"rounds": 9, "adapters": adapters, "compiled": [given.compiled]}]
+        parts[0] |= {"models": given.models, "tokens": given.tokens, "dtypes": given.dtypes}
+    record = run(parts, name or "once", given.rounds)
+    if name:
+        (RESULTS / f"step-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

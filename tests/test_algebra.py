@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectune.algebra import apply, dense, fix_signs, rank, scale, singular_values, to_factors
+from spectune.algebra import add, apply, dense, fix_signs, is_dense_cheaper, rank, scale, singular_values, to_factors
 from spectune.records import Delta, SparseCore
 
 O, I, P, Q, N = 7, 5, 4, 3, 6
@@ -83,3 +83,31 @@ def test_signs_are_canonical_whatever_the_solver_returned() -> None:
     again = fix_signs(U_OR * flips_R, Vh_RI * flips_R[:, None])
     assert torch.equal(fixed[0], again[0]) and torch.equal(fixed[1], again[1])
     torch.testing.assert_close(fixed[0] @ fixed[1], U_OR @ Vh_RI)
+
+
+def test_adding_an_update_writes_into_the_output(delta: Delta) -> None:
+    rows_O, cols_I = delta.shape
+    x_NI, y_NO = torch.randn(7, cols_I, dtype=torch.float64), torch.randn(7, rows_O, dtype=torch.float64)
+    wanted = y_NO + apply(delta, x_NI)
+    found = add(y_NO, delta, x_NI)
+    assert found.data_ptr() == y_NO.data_ptr()
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("fused", "training", "turn"),
+    [(True, True, 43), (True, False, 32), (False, True, 128)],
+)
+def test_building_a_full_update_pays_from_as_many_tokens_on_as_the_docstring_says(
+    fused: bool, training: bool, turn: int
+) -> None:
+    square = Delta(torch.eye(64), torch.ones(64), torch.eye(64))
+    assert not is_dense_cheaper(square, turn - 1, fused, training)
+    assert is_dense_cheaper(square, turn + 1, fused, training)
+
+
+def test_a_narrow_update_is_never_built() -> None:
+    narrow = Delta(torch.ones(512, 8), torch.ones(8, 8), torch.ones(8, 512))
+    for tokens in (1, 100, 10_000, 10**7):
+        assert not is_dense_cheaper(narrow, tokens, fused=True, training=True)
+        assert not is_dense_cheaper(narrow, tokens, fused=True, training=False)

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from .records import Spectrum as Spectrum
     from .records import Weight as Weight
     from .spectrum import decompose as decompose
+    from .tuner import AdapterBank as AdapterBank
     from .tuner import SpectralConfig as SpectralConfig
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "SpectralConfig": "tuner",
+    "AdapterBank": "tuner",
     "decompose": "spectrum",
     "Weight": "records",
     "Spectrum": "records",

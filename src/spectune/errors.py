@@ -5,9 +5,22 @@ A message has four parts: where, what was asked, what was found, what to do.
 
 from __future__ import annotations
 
+# A message is read by a person, and names in it may come from a file that somebody else made. Chosen.
+LONGEST_MESSAGE = 2_000
+# Near misses are looked for among so many names, of so many letters: comparing takes time that grows with the product.
+# 4,000 hostile names take two seconds. Measured.
+MOST_COMPARED, LONGEST_COMPARED = 4_000, 120
+
 
 class SpectuneError(Exception):
-    """Root of everything that Spectune raises on purpose."""
+    """Root of everything that Spectune raises on purpose; its message is one printable line of bounded length."""
+
+    def __str__(self) -> str:
+        words = super().__str__()
+        if len(words) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            words = f"{words[:half]} […] {words[-half:]}"
+        return words if words.isprintable() else "".join(_printable(letter) for letter in words)
 
 
 class OptionError(SpectuneError, ValueError):
@@ -46,8 +59,14 @@ def nearest(asked: str, known: list[str] | tuple[str, ...]) -> str:
     """Get the end of an error message that lists what exists, the near misses first."""
     import difflib
 
-    close = difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
+    compared = [name for name in known[:MOST_COMPARED] if len(name) <= LONGEST_COMPARED]
+    close = difflib.get_close_matches(asked[:LONGEST_COMPARED], compared, n=3, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
-    shown = ", ".join(sorted(known)[:12])
+    shown = ", ".join(name[:LONGEST_COMPARED] for name in sorted(known)[:12])
     return f"There are: {shown}{', …' if len(known) > 12 else ''}."
+
+
+def _printable(letter: str) -> str:
+    """Get a letter, or its escape: a name from a file must not steer the terminal that shows it."""
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()

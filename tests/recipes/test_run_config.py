@@ -108,3 +108,23 @@ def test_the_examples_are_runs() -> None:
     folder = Path(__file__).parents[2] / "examples"
     found = [load_config(path) for path in sorted(folder.glob("*.yaml")) if "recipe:" in path.read_text()]
     assert {config.recipe for config in found} >= {"text_classification", "causal_lm", "image_classification"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a: 2001-99-99", "a: !!int x", "a: !!bool x", "a: !!timestamp x", "a: " + "9" * 5000,
+        "a: &x [1]\nb: [*x, *x]", "? [1]\n: 2",
+    ],
+    ids=["date", "int", "bool", "timestamp", "digits", "alias", "list as key"],
+)  # fmt: skip
+def test_what_the_yaml_reader_trips_over_is_one_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "run.yaml").write_text(line)
+    with pytest.raises(OptionError, match="this is no YAML") as refused:
+        read_yaml(tmp_path / "run.yaml")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_many_keys_are_read_in_no_time_that_grows_with_their_square(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("".join(f"k{i}: 1\n" for i in range(20_000)))
+    assert len(read_yaml(tmp_path / "run.yaml")) == 20_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,10 +101,10 @@ def read_lora(path: str | Path) -> LoraFile:
     target_parameters, and for PiSSA-like files that also change the base weight.
     """
     path = Path(path)
-    if path.name == TENSOR_FILE and (path.parent / CONFIG_FILE).exists():
+    if path.name == TENSOR_FILE and os.path.exists(path.parent / CONFIG_FILE):
         path = path.parent  # the scaling of PEFT's file stands in the config beside it
     config: dict[str, Any] = {}
-    if path.is_dir() and (path / CONFIG_FILE).exists():
+    if os.path.isdir(path) and (path / CONFIG_FILE).exists():
         folder = read_adapter_folder(path).require("LORA")
         file, config = folder.file, folder.config
         _refuse_moved_base(path, config)
@@ -126,7 +127,7 @@ def read_lora(path: str | Path) -> LoraFile:
 
 
 def _only_lora(path: Path) -> Path:
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint.config_limits import refuse_absurd_size
 from ..checkpoint.reader import read_json
 from ..errors import ExportError
 
@@ -118,7 +119,9 @@ def read_architecture(*folders: Path) -> Architecture:
                 f"Pass the unquantised checkpoint."
             )
     for folder, config in configs.items():
-        kind = getattr(transformers, str(next(iter(config.get("architectures") or []), "")), None)
+        refuse_absurd_size(folder / "config.json", config)
+        named = config.get("architectures")
+        kind = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
         if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
             return _of_class(kind, folder)
     return Architecture("tensor names", None, {})
@@ -129,7 +132,7 @@ def _of_class(kind: Any, folder: Path) -> Architecture:
         config = kind.config_class.from_pretrained(folder)
         with torch.device("meta"):
             model = kind(config)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # transformers' classes do not check their configs, and raise whatever comes of it
         line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ExportError(f"{folder}: config.json does not build a {kind.__name__}: {line}. Check it.") from error
     task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)

@@ -99,9 +99,10 @@ def saved_layers(folder: AdapterFolder) -> set[str]:
 def _measure(
     name: str, weight: torch.Tensor, update: torch.Tensor, stored: torch.Tensor, exact: torch.Tensor
 ) -> MergedTensor:
-    size = max(float(torch.linalg.vector_norm(update)), torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    size, whole = (max(float(torch.linalg.vector_norm(t.to(exact.dtype))), tiny) for t in (update, weight))
     lost = float(torch.linalg.vector_norm(stored.to(exact.dtype) - exact))
-    return MergedTensor(name, size / float(torch.linalg.vector_norm(weight.to(exact.dtype))), lost / size)
+    return MergedTensor(name, size / whole, lost / size)
 
 
 def _refuse_quantised(base: Path) -> None:

@@ -95,7 +95,8 @@ def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str 
         options["num_labels"] = labels
     loader = _model_class(folder)
     try:
-        model: nn.Module = loader.from_pretrained(name, **options)
+        # A base whose weights are pickled is refused: reading them runs code that they bring.
+        model: nn.Module = loader.from_pretrained(name, use_safetensors=True, **options)
         return model, name
     except (OSError, ValueError) as error:
         raise ExportError(f"{name}: the base model cannot be loaded: {_first_line(error)} Pass base_model.") from error
@@ -103,15 +104,16 @@ def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str 
 
 def _model_class(folder: AdapterFolder) -> Any:
     task = folder.config.get("task_type")
-    if task in AUTO_CLASSES:
+    if isinstance(task, str) and task in AUTO_CLASSES:
         return getattr(transformers, AUTO_CLASSES[task])
-    mapping = folder.config.get("auto_mapping") or {}
+    mapping = folder.config.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, dict) else {}
     library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
     # The file may come from anybody: only transformers' own modules are imported on its word.
     if library.split(".")[0] == "transformers":
         try:
             found = getattr(importlib.import_module(library), name, None)
-        except ImportError:
+        except (ImportError, ValueError):
             found = None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from ..checkpoint import AdapterFolder, Checkpoint, LoraFile, open_checkpoint, read_adapter_folder, read_lora
 from ..errors import AdapterError, SpectuneError
 from ..methods import SpectralModule, saved_modules
-from ..methods.saved import base_tensor, saved_method
+from ..methods.saved import base_tensor, fill_module, refuse_misfits, saved_method, saved_svd, tensors_by_layer
 from ..records import Spectrum
 from ..spectrum.columns import choose
 from .contract import Part, Stored
@@ -46,7 +47,7 @@ class Adapter:
         """Get a layer whose singular directions are not in the file, or None."""
         if self.lora is not None:
             return None
-        layers = self._by_layer()
+        layers = tensors_by_layer(self.folder)
         return next((layer for layer, names in layers.items() if "U_OR" not in names), None)
 
     def parts(self, base: Checkpoint | None) -> Iterator[Part]:
@@ -75,28 +76,21 @@ class Adapter:
         with torch.no_grad():
             return Part(self.name, layer, module.delta(), module.method, basis, trained, stored=stored)
 
-    def _by_layer(self) -> dict[str, dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
-        for key in self.folder.names:
-            layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(MIDDLE)
-            if middle:
-                found.setdefault(layer, {})[name] = key
-        return found
-
     def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
         """Get the modules of a file that brings its bases, from the file alone."""
         owner: SpectralModule | None = None
-        for layer, names in sorted(self._by_layer().items(), key=lambda item: "H" not in item[1]):
+        for layer, names in sorted(tensors_by_layer(self.folder).items(), key=lambda item: "H" not in item[1]):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
-            rows_O, cols_I = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
+            if any(tensors.get(name, torch.zeros(0)).ndim != 2 for name in ("U_OR", "Vh_RI")):
+                raise AdapterError(f"{layer}: the adapter file brings no whole basis: it is incomplete. Copy it again.")
+            shape = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
             method = saved_method(self.folder.config, layer)
-            unknown = Spectrum.unknown(rows_O, cols_I, method.basis(rows_O, cols_I)[0], layer)
-            module = SpectralModule(method, unknown, embed_basis=True, owner=owner)
+            refuse_misfits(method, layer, shape, tensors, owner)
+            module = SpectralModule(
+                method, Spectrum.unknown(*shape, method.basis(*shape)[0], layer), embed_basis=True, owner=owner
+            )
             owner = owner or module
-            try:
-                module.load_state_dict(tensors)
-            except RuntimeError as error:
-                raise AdapterError(f"{layer}: the numbers do not fit: {' '.join(str(error).split())[:300]}") from error
+            fill_module(module, tensors)
             yield layer, module
 
     def _lora_parts(self, base: Checkpoint | None) -> Iterator[Part]:
@@ -125,7 +119,7 @@ def _columns(module: SpectralModule, config: dict[str, Any]) -> tuple[int, ...]:
     chosen = getattr(module.method, "columns", None)
     if chosen is None:
         return ()
-    K, seed = min(module.U_OR.shape[0], module.Vh_RI.shape[1]), int((config.get("svd") or {}).get("seed", 0))
+    K, seed = min(module.U_OR.shape[0], module.Vh_RI.shape[1]), saved_svd(config).get("seed", 0)
     try:
         return choose(chosen, module.U_OR.shape[1], K, seed).places
     except SpectuneError as error:
@@ -178,7 +172,7 @@ def find_base(adapters: Sequence[Adapter], base: str | Path | None) -> Checkpoin
 
 def _local(name: str) -> Path | None:
     """Get the folder of a model: a path, or a repository in the Hugging Face cache."""
-    if Path(name).exists():
+    if os.path.exists(name):  # the name may come from a file: os.path takes what no disk can hold for missing
         return Path(name)
     from huggingface_hub import snapshot_download
 

@@ -6,7 +6,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ..algebra import apply
 from ..errors import AdapterError
-from ..records import Delta, Spectrum
+from ..records import Delta, SparseCore, Spectrum
 from ..spectrum import align, sketch, sketch_tolerance, sketch_width
 from .contract import Method
 
@@ -24,6 +24,10 @@ ADAPTERS_ATTRIBUTE = "spectune_adapter"
 # |W Vh^T - U S| of an embedded basis, as a fraction of what a foreign basis of that size gives (|W|_F sqrt(R / K)):
 # rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
 FOREIGN_RESIDUAL = 0.03
+
+# A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
+# little memory. A wider one is rounded in each forward, which next to the products with it is nothing. Chosen.
+KEPT_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class SpectralModule(nn.Module):
         self._dynamics = Dynamics()
         self.base_matrix: Callable[[], torch.Tensor] | None = None
         """Gives W_OI, so that an embedded basis can be checked against it; set by the layer."""
+        self._record: Spectrum | None = None
+        self._cast: dict[tuple[str, torch.dtype], tuple[torch.Tensor, int, torch.Tensor]] = {}
         device = spectrum.S_R.device
         for buffer in ("U_OR", "S_R", "Vh_RI"):
             self.register_buffer(buffer, getattr(spectrum, buffer).contiguous())
@@ -102,19 +108,32 @@ class SpectralModule(nn.Module):
         (_WITH_DYNAMICS.add if dynamics else _WITH_DYNAMICS.discard)(self)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the basis, in which the update is made up."""
+        S_R = self._buffers["S_R"]
+        assert S_R is not None
+        return S_R.dtype
+
+    @property
     def spectrum(self) -> Spectrum:
         """The basis as a record, turned onto the stored sketch."""
-        if self.sketch is not self._settled_on:
+        if self._buffers["sketch"] is not self._settled_on:
             self.settle()
         return self._basis()
 
     def _basis(self) -> Spectrum:
-        return Spectrum(self.U_OR, self.S_R, self.Vh_RI, self.columns, self.quality, self.name)
+        U_OR, S_R, Vh_RI = (self._buffers[name] for name in ("U_OR", "S_R", "Vh_RI"))
+        assert U_OR is not None and S_R is not None and Vh_RI is not None
+        held = self._record
+        # Kept, because every forward asks for it; a basis that was turned or moved is another tensor.
+        if held is None or held.U_OR is not U_OR or held.S_R is not S_R or held.Vh_RI is not Vh_RI:
+            held = self._record = Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name)
+        return held
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
         """The trained tensors, in the dtype of the basis."""
-        dtype = self.S_R.dtype
+        dtype = self.dtype
         return {name: self._holder(name).to(dtype) for name in self.trained_names}
 
     def _holder(self, name: str) -> torch.Tensor:
@@ -136,8 +155,40 @@ class SpectralModule(nn.Module):
         trained = self.method.disturb(self.trained) if self.training else self.trained
         return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
 
+    def delta_in(self, dtype: torch.dtype) -> Delta:
+        """Get `training_delta` for a forward in this dtype: made up in the dtype of the basis, rounded once.
+
+        Factors that are the frozen basis itself are rounded once for all forwards while they are narrow.
+        """
+        delta = self.training_delta()
+        if dtype == delta.left_OP.dtype:
+            return delta
+        core = delta.core
+        if isinstance(core, SparseCore):
+            core = replace(core, values_C=core.values_C.to(dtype))
+        else:
+            core = core.to(dtype)
+        return Delta(self._rounded("U_OR", delta.left_OP, dtype), core, self._rounded("Vh_RI", delta.right_QI, dtype))
+
+    def factors_in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get (U_OR, Vh_RI) for a forward in this dtype."""
+        basis = self.spectrum
+        return self._rounded("U_OR", basis.U_OR, dtype), self._rounded("Vh_RI", basis.Vh_RI, dtype)
+
+    def _rounded(self, name: str, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        frozen = factor is self._buffers[name] and len(self.columns) * KEPT_SHARE <= min(
+            self.U_OR.shape[0], self.Vh_RI.shape[1]
+        )
+        if not frozen or torch.compiler.is_compiling() or factor.is_inference():
+            return factor.to(dtype)
+        held = self._cast.get((name, dtype))
+        # The version counter moves when load_state_dict writes into the buffer; a turned basis is another tensor.
+        if held is None or held[0] is not factor or held[1] != factor._version:
+            held = self._cast[name, dtype] = (factor, factor._version, factor.to(dtype))
+        return held[2]
+
     def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
-        return apply(self.training_delta(), x_NI)
+        return apply(self.delta_in(x_NI.dtype), x_NI)
 
     def _make_sketch(self) -> torch.Tensor:
         return sketch(self._basis(), sketch_width(len(self.columns))).to(self.S_R.device)
@@ -193,6 +244,14 @@ class SpectralModule(nn.Module):
                 if tensor.is_floating_point():
                     setattr(self, name, tensor.to(self.S_R))
 
+    def _forget(self) -> None:
+        """Drop what was kept for the forwards."""
+        self._record = None
+        self._cast.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_record": None, "_cast": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.dynamics = self._dynamics  # a copy or an unpickled module is found at the step, too
@@ -204,6 +263,7 @@ class SpectralModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpectralModule:
         settled = self.sketch is self._settled_on
+        self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if settled:
             self._settled_on = self.sketch

@@ -54,7 +54,9 @@ class SpectralR(Method):
 
     def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
         rows_C, cols_C = torch.triu_indices(self.r, self.r, 1)
-        return {"rows": rows_C, "cols": cols_C}
+        places_RR, signs_RR = skew_places(rows_C, cols_C, self.r)
+        eye_RR = torch.eye(self.r)
+        return {"rows": rows_C, "cols": cols_C, "places": places_RR.flatten(), "signs": signs_RR, "eye": eye_RR}
 
     def check(self, spectrum: Spectrum) -> None:
         refuse_dead_directions(self.name, spectrum)
@@ -70,25 +72,32 @@ class SpectralR(Method):
 
     def rotations(self, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Get (R_U, R_V), both R x R orthogonal with determinant one."""
-        skew_2C = torch.stack([trained["skew_U"], trained["skew_Vh"]]) * strength
-        upper_2RR = skew_2C.new_zeros(2, self.r, self.r)
-        upper_2RR = upper_2RR.index_put((slice_both(frozen["rows"]), frozen["rows"], frozen["cols"]), skew_2C)
-        Q_2RR = upper_2RR - upper_2RR.mT
-        eye_RR = torch.eye(self.r, dtype=Q_2RR.dtype, device=Q_2RR.device)
-        R_U, R_V = torch.linalg.solve(eye_RR - Q_2RR, eye_RR + Q_2RR)
+        # I - Q in two operations, from a table of where each number of the triangle goes. inv_ex and not solve: I - Q
+        # of a skew Q always has an inverse, and asking a GPU whether it found one would wait for it, in every layer.
+        skew_2C = torch.stack([trained["skew_U"], trained["skew_Vh"]])
+        signs_RR, eye_RR = (frozen[name].to(skew_2C.dtype) for name in ("signs", "eye"))
+        if strength != 1.0:
+            skew_2C = skew_2C * strength
+        Q_2RR = skew_2C.index_select(1, frozen["places"]).view(2, self.r, self.r)
+        inverse_2RR, _ = torch.linalg.inv_ex(torch.addcmul(eye_RR, Q_2RR, signs_RR, value=-1))
+        R_U, R_V = torch.lerp(eye_RR, inverse_2RR, 2.0).unbind(0)  # (I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I
         return R_U, R_V
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
         R_U, R_V = self.rotations(trained, frozen, strength)
         S_R = spectrum.S_R
         scaled_R = S_R * (1 + strength * trained["scale"]) if self.train_singular_values else S_R
-        core_RR = (R_U * scaled_R) @ R_V.T - torch.diag(S_R)
+        core_RR = torch.addmm(torch.diag(S_R), R_U * scaled_R, R_V.T, beta=-1)
         return Delta(spectrum.U_OR, core_RR, spectrum.Vh_RI)
 
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
         return min(self.r, rows_O, cols_I)
 
 
-def slice_both(rows_C: torch.Tensor) -> torch.Tensor:
-    """Get the index of the two sides, shape (2, 1), to place one triangle in each."""
-    return torch.arange(2, device=rows_C.device)[:, None]
+def skew_places(rows_C: torch.Tensor, cols_C: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get for every entry of a skew r x r matrix which number of the triangle stands there, and its sign (0, 1, -1)."""
+    places_RR, signs_RR = torch.zeros(r, r, dtype=torch.long), torch.zeros(r, r)
+    numbers_C = torch.arange(len(rows_C))
+    places_RR[rows_C, cols_C], signs_RR[rows_C, cols_C] = numbers_C, 1.0
+    places_RR[cols_C, rows_C], signs_RR[cols_C, rows_C] = numbers_C, -1.0
+    return places_RR, signs_RR

@@ -28,13 +28,23 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-    if twice is not None:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen.add(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
+def _no_alias(loader: Any, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    """Compose a node unless it is an alias: a few nested ones unfold to more than any memory."""
+    if loader.check_event(yaml.events.AliasEvent):
+        raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read", loader.peek_event().start_mark)
+    return yaml.SafeLoader.compose_node(loader, parent, index)
+
+
+_Loader.compose_node = _no_alias  # type: ignore[assignment]
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
@@ -49,7 +59,7 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     if not isinstance(read, dict):
         raise OptionError(f"{path}: asked for keys with values, found {type(read).__name__}. See `spectune init`.")
     for override in overrides:
-        _put(read, override)
+        put(read, override)
     return read
 
 
@@ -63,11 +73,13 @@ def write_yaml(values: dict[str, Any], flow: bool | None = False) -> str:
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a child of SafeLoader
-    except (yaml.YAMLError, RecursionError) as error:
+    # Tags such as !!int and dates such as 2001-99-99 fail inside PyYAML with whatever Python raises there.
+    except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise OptionError(f"{where}: this is no YAML: {' '.join(str(error).split())}") from None
 
 
-def _put(values: dict[str, Any], override: str) -> None:
+def put(values: dict[str, Any], override: str) -> None:
+    """Put one `a.b=value` into nested values, in place; `OptionError` for another form."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise OptionError(f"{override!r}: asked for key=value, as in training.learning_rate=1e-3.")

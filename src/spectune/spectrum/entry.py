@@ -19,6 +19,8 @@ FORMAT = "spectune basis 1"
 # An entry fits its weight when it leaves no more than this many times the residual noted in it, and a little
 # roundoff: another machine multiplies in another order. Chosen; a foreign or damaged basis leaves 0.01 or more.
 MORE_RESIDUAL = 4.0
+# An entry says how accurate it is, and a hostile or damaged one may say anything: what a foreign basis leaves.
+LARGEST_RESIDUAL = 0.01
 ROUNDOFF_RESIDUAL = 1e-5
 
 
@@ -70,8 +72,8 @@ class Entry:
     def open(cls, path: Path) -> Entry:
         """Get what a file holds; `AdapterError`, KeyError or ValueError for a damaged one."""
         file, status = TensorFile.open(path), path.stat()
-        (rows_O, R), (_, cols_I) = file.shapes["U_OR"], file.shapes["Vh_RI"]
         noted = _noted(file)
+        (rows_O, R), (_, cols_I) = file.shapes["U_OR"], file.shapes["Vh_RI"]
         solver, tolerance = noted["solver"], float(noted["tolerance"])
         return cls(path, noted["name"], (rows_O, cols_I), R, solver, tolerance, status.st_size, status.st_mtime)
 
@@ -138,6 +140,13 @@ def turned_over(spectrum: Spectrum) -> Spectrum:
 def _noted(file: TensorFile) -> dict[str, str]:
     if file.metadata.get("kind") != FORMAT:
         raise ValueError(f"its kind is {file.metadata.get('kind')!r} and not {FORMAT!r}")
+    U, S, Vh = (file.shapes[name] for name in ("U_OR", "S_R", "Vh_RI"))
+    whole = len(U) == len(Vh) == 2 and (U[1],) == S == file.shapes["columns"] == Vh[:1] and U[1] > 0
+    dtypes = {file.dtypes[name] for name in ("U_OR", "S_R", "Vh_RI")}
+    if not whole or len(dtypes) > 1 or file.dtypes["columns"] != torch.int64:
+        raise ValueError("its tensors do not belong together")
+    if not 0 <= float(file.metadata["residual"]) <= LARGEST_RESIDUAL:
+        raise ValueError(f"its residual would be {file.metadata['residual']!r}")
     return file.metadata
 
 

@@ -10,12 +10,11 @@ from typing import Any, ClassVar, Literal
 from peft.config import PeftConfig
 
 from ..checkpoint import read_adapter_folder
-from ..errors import AdapterError, OptionError, UnknownOptionError, nearest
+from ..errors import OptionError, UnknownOptionError, nearest
 from ..methods import METHODS, Method, build_method
+from ..methods.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
 from .peft_type import PEFT_TYPE
 
-# The layout of the adapter file. A file of a higher number is refused, never half-read.
-FORMAT_VERSION = 1
 # Options that belong to single methods; the method says which it uses and what their defaults are.
 METHOD_OPTIONS = tuple(dict.fromkeys(option for method in METHODS.values() for option in method.options()))
 SAVE_BASIS = ("auto", "always", "never")
@@ -123,6 +122,7 @@ class SpectralConfig(PeftConfig):
     """The folder or repository that this config was read from; not part of the file."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         if isinstance(self.svd, dict):
@@ -156,6 +156,7 @@ class SpectralConfig(PeftConfig):
             given["columns"] = tuple(given["columns"])
         if r is not None:
             given["r"] = r
+        refuse_absurd(given)
         return build_method(self.method, given)
 
     def _check_choices(self) -> None:
@@ -171,8 +172,8 @@ class SpectralConfig(PeftConfig):
             raise OptionError(
                 f"method {self.method!r} has no option 'r', so rank_pattern cannot be used. Leave it out."
             )
-        if self.singular_decay < 0:
-            raise OptionError(f"singular_decay={self.singular_decay} must not be negative.")
+        if not 0 <= self.singular_decay < float("inf"):
+            raise OptionError(f"singular_decay={self.singular_decay} must not be negative or infinite.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise OptionError(
                 "layers_to_transform cannot be used when target_modules is a regex. Write it in the regex."
@@ -186,7 +187,8 @@ class SpectralConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> SpectralConfig:  # type: ignore[override]
         """Read the config of a saved adapter; a local folder's tensor file is checked before any work."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if (folder / "adapter_model.safetensors").exists():
+        # A pickle too: PEFT would fall back to it, read_adapter_folder refuses it.
+        if any((folder / name).exists() for name in ("adapter_model.safetensors", "adapter_model.bin")):
             read_adapter_folder(folder)
         config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config.__dict__["loaded_from"] = pretrained_model_name_or_path
@@ -202,11 +204,40 @@ class SpectralConfig(PeftConfig):
         return values
 
 
+# What a config file may hold in the fields that are used before anybody looks at them. JSON knows no sets.
+NAMES = (str, list, tuple, set, type(None))
+TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "singular_decay": (int, float),
+    "svd": (SVDOptions, dict),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "modules_to_save": (list, tuple, set, type(None)),
+    "layers_pattern": NAMES,
+    "layers_to_transform": (int, list, tuple, type(None)),
+    "rank_pattern": (dict,),
+    "save_basis": (str,),
+    "grad_norm": (str, type(None)),
+    "bias": (str,),
+}
+
+
+def _check_types(config: SpectralConfig) -> None:
+    for name, kinds in TYPES.items():
+        value: Any = getattr(config, name)
+        if not isinstance(value, kinds):
+            raise OptionError(f"{name}={value!r}: found {type(value).__name__}, which it cannot be. Correct it.")
+        words: Any = [] if value is None or isinstance(value, str) else value
+        if kinds is NAMES and not all(isinstance(word, str) for word in words):
+            raise OptionError(f"{name}={value!r}: only names can stand in this list. Correct it.")
+
+
 def _svd_options(given: dict[str, Any]) -> SVDOptions:
     known = [f.name for f in fields(SVDOptions)]
     for name in given:
         if name not in known:
             raise OptionError(f"svd has no option {name!r}. {nearest(name, known)}")
+    refuse_absurd(given)
     return SVDOptions(**given)
 
 
@@ -219,12 +250,7 @@ def _with_checked_keywords(init: Any) -> Any:
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        version = kwargs.get("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise AdapterError(
-                f"adapter_config.json: the file has format {version!r}, this release reads up to {FORMAT_VERSION}. "
-                f"Upgrade spectune."
-            )
+        refuse_newer(kwargs.get("format_version", FORMAT_VERSION))
         for name in kwargs:
             if name not in known:
                 raise UnknownOptionError(

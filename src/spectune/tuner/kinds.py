@@ -7,9 +7,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from ..algebra import dense, through_core
+from ..algebra import add, dense, is_dense_cheaper, through_core
 from ..methods import SpectralModule
+from ..records import Delta
+from .bank_layer import ROWS, add_rows, stacked_cores
 from .layer import SpectralAdapted
 
 
@@ -17,7 +20,91 @@ class SpectralLinear(SpectralAdapted):
     """A linear layer: nn.Linear, transformers' Conv1D, or one quantised by bitsandbytes or torchao."""
 
     def update(self, module: SpectralModule, x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, module(self._cast_input_dtype(x, module.S_R.dtype)))
+        return cast(torch.Tensor, module(x.to(self.working_dtype(x, module))))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.bank is not None and (rows := ROWS.get()) is not None and rows.bank is self.bank.bank:
+            return self._forward_banked(x, rows.seats_B, *args, **kwargs)
+        modules = self.active_modules()
+        if (
+            args
+            or kwargs
+            or not modules
+            or self.merged_adapters
+            or self._disable_adapters
+            or not is_plain(self.base_layer)
+        ):
+            return super().forward(x, *args, **kwargs)
+        dtype = self.working_dtype(x, modules[0])
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        # Under autocast base and adapter would each cast x.
+        x_NI = x.to(dtype).reshape(-1, x.shape[-1])
+        y_NO = tuned_product(cast(nn.Linear, self.base_layer), x_NI, [module.delta_in(dtype) for module in modules])
+        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+
+    def _forward_banked(self, x: torch.Tensor, seats_B: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.merged:
+            raise ValueError(f"{self.module_name}: a bank needs the base weight. Call unmerge_adapter first.")
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return result if self.disable_adapters else self._add_banked(result, x, seats_B)
+
+    def _add_banked(self, result: torch.Tensor, x: torch.Tensor, seats_B: torch.Tensor) -> torch.Tensor:
+        assert self.bank is not None
+        x_NI = x.to(self.working_dtype(x, self.bank.module)).reshape(-1, x.shape[-1])
+        return self.bank.add(result.reshape(-1, result.shape[-1]), x_NI, seats_B).view(result.shape)
+
+    def add_to_rows(self, result: torch.Tensor, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Get the base's output with the update of each row's adapter: adapters on one basis in one product."""
+        if self.bank is not None and (seats_B := self.bank.seats.of_rows(adapter_names, x.device)) is not None:
+            result = self._add_banked(result, x, seats_B)
+        live = {name: self.module(name) for name in dict.fromkeys(adapter_names) if name in self.spectune_adapter}
+        for names in self._groups.of(live):
+            if len(names) == 1:
+                result = super().add_to_rows(result, x, [name if name in names else "" for name in adapter_names])
+                continue
+            place = {name: i for i, name in enumerate(names)}
+            rows_B = torch.tensor([place.get(name, len(names)) for name in adapter_names], device=x.device)
+            lead = live[names[0]]
+            x_NI = x.to(self.working_dtype(x, lead)).reshape(-1, x.shape[-1])
+            cores, pattern = stacked_cores([live[name] for name in names])
+            y_NO = result.reshape(-1, result.shape[-1])
+            result = add_rows(y_NO, x_NI, lead, cores.index_select(0, rows_B), pattern).view(result.shape)
+        return result
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Ask whether a layer is a matrix product and nothing else, so that adding into its output is seen by nobody."""
+    if type(base) not in (nn.Linear, Conv1D) or type(base._parameters["weight"]) is not nn.Parameter:
+        return False
+    return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__)
+
+
+def tuned_product(base: nn.Linear, x_NI: torch.Tensor, deltas: list[Delta]) -> torch.Tensor:
+    """Get x (W + dW)^T + b by the road with the fewest multiplications for these shapes, tokens and dtype.
+
+    Usually x W^T + b, into which every update is added through its factors. A wide update (svft and svdiff on a full
+    basis) may be cheaper built: in float32 as x (W + dW)^T, in half precision, where W + dW would round the update
+    away, as a second product. The sum is W itself while dW is zero, so all three roads begin at the base's very output.
+    """
+    training = torch.is_grad_enabled()
+    fused = type(base) is nn.Linear and base.weight.dtype == x_NI.dtype and x_NI.dtype.itemsize >= 4
+    wide = [delta for delta in deltas if is_dense_cheaper(delta, x_NI.shape[0], fused, training)]
+    if wide and fused:
+        weight_OI = base.weight
+        for delta in wide:
+            weight_OI = weight_OI + dense(delta)
+        y_NO = F.linear(x_NI, weight_OI, base.bias)
+    elif type(base) is Conv1D:
+        y_NO = torch.addmm(base.bias, x_NI, base.weight)
+    else:
+        y_NO = base(x_NI)
+    for delta in deltas:
+        if delta not in wide:
+            y_NO = add(y_NO, delta, x_NI)
+        elif not fused:
+            y_NO = y_NO.addmm_(x_NI, dense(delta).T)
+    return y_NO
 
 
 class SpectralConvLinear(SpectralAdapted):
@@ -28,8 +115,8 @@ class SpectralConvLinear(SpectralAdapted):
     """
 
     def update(self, module: SpectralModule, x: torch.Tensor) -> torch.Tensor:
-        base, delta = self.get_base_layer(), module.training_delta()
-        x = self._cast_input_dtype(x, module.S_R.dtype)
+        dtype = self.working_dtype(x, module)
+        base, delta, x = self.get_base_layer(), module.delta_in(dtype), x.to(dtype)
         if base.groups != 1:
             grouped: torch.Tensor = base._conv_forward(x, dense(delta).reshape(self.stored_shape), None)
             return grouped

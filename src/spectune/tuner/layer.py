@@ -13,6 +13,7 @@ from ..algebra import dense
 from ..errors import WeightError
 from ..methods import Dynamics, SpectralModule
 from ..records import Spectrum
+from .bank_layer import BankedLayer, Groups
 from .base_weight import Layout, backend_of, layout_of
 from .bases import find_basis, plain_weight
 from .config import SpectralConfig
@@ -47,6 +48,8 @@ class SpectralLayer(BaseTunerLayer):
         # The pretrained parameter itself while updates are merged; in a list, so that it is not registered twice.
         self._replaced: list[nn.Parameter] = []
         self.merged_adapters: list[str] = []
+        self.bank: BankedLayer | None = None
+        self._groups = Groups()
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
         stored = self._original()  # once: a quantised weight is dequantised by this
@@ -206,6 +209,18 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         """Get what one adapter adds to the output of the base layer."""
         raise NotImplementedError
 
+    def working_dtype(self, x: torch.Tensor, module: SpectralModule) -> torch.dtype:
+        """Get the dtype in which an adapter meets an input: autocast's, or that of the basis.
+
+        A bfloat16 input stays as it is and the adapter is rounded: casting N x I numbers up costs more than all the
+        products with the factors, and the sum is rounded to bfloat16 anyway. float16, which the products may leave,
+        is cast up.
+        """
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(x.device.type)
+        stays = x.dtype == torch.bfloat16 or not self.cast_input_dtype_enabled
+        return x.dtype if stays else module.dtype
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
@@ -226,6 +241,10 @@ class SpectralAdapted(nn.Module, SpectralLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return self.add_to_rows(result, x, adapter_names)
+
+    def add_to_rows(self, result: torch.Tensor, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Get the base's output with the update of each row's adapter: one adapter after the other."""
         for name in dict.fromkeys(adapter_names):
             if name in self.spectune_adapter:
                 rows_B = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)

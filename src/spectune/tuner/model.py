@@ -110,8 +110,10 @@ class SpectralTuner(BaseTuner):
                 hook.remove()
 
     def _refuse_unknown_adapters(self, names: list[str]) -> None:
+        banks = (layer.bank for layer in self.model.modules() if isinstance(layer, SpectralLayer) and layer.bank)
+        known = {"__base__", *self.peft_config, *(name for bank in banks for name in bank.seats.of)}
         for name in names:
-            if name != "__base__" and name not in self.peft_config:
+            if name not in known:
                 raise ValueError(
                     f"Trying to infer with non-existing adapter(s): {name}. {nearest(name, list(self.peft_config))}"
                 )

@@ -1,0 +1,75 @@
+"""The versions that Spectune promises to work with: `nox` runs the oldest and the newest, `nox -s NAME` one session.
+
+Each session makes its own environment; torch is a large download (CPU wheels: PIP_EXTRA_INDEX_URL or a mirror).
+`lean` borrows the packages of the Python that runs nox and replaces a single one, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import nox
+
+nox.options.sessions = ["oldest", "newest"]
+nox.options.reuse_existing_virtualenvs = True
+
+# The lower and upper ends of the ranges in pyproject.toml.
+OLDEST = {"torch": "torch==2.6.*", "peft": "peft==0.21.0", "transformers": "transformers==5.0.*"}
+NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5,<6"}
+# What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
+TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run_tests(session: nox.Session, *paths: str, **environment: str) -> None:
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or paths), env={**ENVIRONMENT, **environment})
+
+
+@nox.session(python=["3.10"])
+def oldest(session: nox.Session) -> None:
+    """The lower end of every range."""
+    session.install("--editable", ".[test]", *OLDEST.values())
+    run_tests(session, "tests")
+
+
+@nox.session(python=["3.10", "3.13"])
+def newest(session: nox.Session) -> None:
+    """What pip chooses today."""
+    session.install("--upgrade", "--editable", ".[test]", *NEWEST.values())
+    run_tests(session, "tests")
+
+
+@nox.session(python=["3.12"])
+@nox.parametrize("package", ["peft", "transformers", "torch"])
+def one_old(session: nox.Session, package: str) -> None:
+    """One package at its lower end, all others new: says which of them a failure of `oldest` is about."""
+    session.install("--editable", ".[test]", *{**NEWEST, package: OLDEST[package]}.values())
+    run_tests(session, *TOUCHING)
+
+
+@nox.session(python=["3.12"])
+def next_peft(session: nox.Session) -> None:
+    """PEFT's main branch: the canary says what moved before a release does."""
+    session.install("--editable", ".[test]")
+    session.install("--no-deps", "git+https://github.com/huggingface/peft")
+    run_tests(session, *TOUCHING)
+
+
+@nox.session(python=False)
+@nox.parametrize("requirement", [OLDEST["peft"], OLDEST["transformers"]])
+def lean(session: nox.Session, requirement: str) -> None:
+    """One package in another version, laid over the packages of this Python."""
+    folder = os.path.join(session.create_tmp(), "over")
+    session.run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder, requirement)
+    run_tests(session, *TOUCHING, PYTHONPATH=folder)
+
+
+@nox.session(python=False)
+def fuzz(session: nox.Session) -> None:
+    """A minute of fuzzing: every door of fuzz/targets.py."""
+    doors = (
+        "tensor_header index_file method_config spectral_config spectral_header lora_config lora_header cache_header"
+    )
+    for door in [*doors.split(), "gguf_header"]:
+        session.run(sys.executable, "fuzz/run.py", door, "--count", "10000", env=ENVIRONMENT)
