@@ -105,10 +105,132 @@ def gradient_fusion_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def svd_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"The leading {record['rank']} directions, {record['threads']} CPU threads, methods taking turns in one run; "
+        "the ratio is that of the same round, the angle is the largest to the subspace of the float64 SVD "
+        "(`python benchmarks/svd.py`). `svd_lowrank*` is `torch.svd_lowrank` at the fewest of 2, 4, 8, 16, 32 steps "
+        "that came as close to the true subspace, or to 1e-4; a dash: none did.",
+        "",
+        "| weight | solver | full SVD, ms | spectune, ms | times faster | angle "
+        "| svd_lowrank*, ms | ARPACK, ms | PROPACK, ms |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for weight in dict.fromkeys(row["weight"] for row in record["rows"]):
+        rows = {row["method"]: row for row in record["rows"] if row["weight"] == weight}
+        ours, full = rows["spectune"], rows["torch.linalg.svd"]
+        enough = max(ours["angle"], 1e-4)
+        rival = next((r for n, r in rows.items() if n.startswith("svd_lowrank") and r["angle"] <= enough), None)
+        cells = [weight, ours["solver"], f"{full['milliseconds']:,.0f}", f"{ours['milliseconds']:,.1f}"]
+        cells += [f"{ours['times_faster_than_full']:.1f}", f"{ours['angle']:.0e}"]
+        cells += ["–" if rival is None else f"{rival['milliseconds']:,.1f}"]
+        cells += [f"{rows[f'scipy {name}']['milliseconds']:,.1f}" for name in ("arpack", "propack")]
+        lines.append("| " + " | ".join(cells) + " |")
+    if whole := record["whole_model"]:
+        solving, loading, cached = whole["solving"], whole["loading"], whole["from the cache"]
+        lines += [
+            "",
+            f"All {whole['weights']} linear weights of SmolLM2-135M, r = {record['rank']}: solved in {solving:.1f} s "
+            f"({solving / loading:.2f} of the time that transformers takes to load the model from its GGUF), "
+            f"read from the cache in {cached:.2f} s ({cached / loading:.2f} of it).",
+        ]
+    return "\n".join(lines)
+
+
+def streaming_table(record: dict[str, Any]) -> str:
+    runs = {row["what"]: row for row in record["runs"]}
+    first, again = runs["solved"], runs["found in the cache"]
+    peaks = [f"{run['peak_bytes'] / 2**30:.2f} GiB" for run in (first, again)]
+    return (
+        f"`spectune decompose --r 16 --max-memory {record['max_memory']}` over a synthetic checkpoint of "
+        f"{record['checkpoint_bytes'] / 2**30:.1f} GiB in bfloat16 shards: {first['seconds']:.0f} s for "
+        f"{first['solved']} weights, at most {peaks[0]} resident; a second run, which only checks what is there, "
+        f"{again['seconds']:.0f} s and {peaks[1]} (`python benchmarks/streaming.py`)."
+    )
+
+
+FUSION_METHODS = {"spectral_a": "`spectral_a`", "lora": "LoRA", "orthogonal_adaptation": "`orthogonal_adaptation`"}
+
+
+def fusion_table(record: dict[str, Any]) -> str:
+    lines: list[str] = []
+    if "glyphs" in record:
+        lines += _fused_glyphs(record["glyphs"])
+    if "text" in record:
+        lines += [*([""] if lines else []), *_fused_text(record["text"])]
+    return "\n".join(lines)
+
+
+def _fused_glyphs(part: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Three concepts of the glyph model ({_seeds(part)}, {part['steps']} steps each, {_sizes(part)}; "
+        f"`python benchmarks/fusion.py`): share of {part['pictures']} pictures of each concept in which a classifier "
+        "recognises it, mean of the three concepts, before and after fusion; the drop with its lowest and highest "
+        "seed. The base draws "
+        f"{part['base prompts of the base']:.0%} of its own prompts right. The word alone, without any adapter, is "
+        f"recognised in {_bare(part, 'alone')} (alone) and {_bare(part, 'in company')} (in company).",
+        "",
+        "| rule | adapters | weights | alone | drop, points | in company | drop, points | base prompts | seconds |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in part["rows"]:
+        figures = [cell for figure in ("alone", "in company") for cell in _kept(row[figure], 0)]
+        lines.append(_line(row, [*figures, f"{row['base prompts']['mean']:.0%}"]))
+    return lines
+
+
+def _fused_text(part: dict[str, Any]) -> list[str]:
+    tasks = list(part["rows"][0]["accuracy"]["each"])
+    lines = [
+        f"Three language tasks on all-MiniLM-L6-v2 ({_seeds(part)}, {part['steps']} steps each, {_sizes(part)}; "
+        f"`python benchmarks/fusion_text.py`): test accuracy, mean of the tasks, each with its own head, before and "
+        f"after the bodies were fused; then the accuracy of each task after fusion. The heads on the untouched body "
+        f"reach {_bare(part, 'accuracy')}.",
+        "",
+        f"| rule | adapters | weights | accuracy | drop, points | {' | '.join(tasks)} | seconds |",
+        "|---|---|---|---:|---:|" + "---:|" * (len(tasks) + 1),
+    ]
+    for row in part["rows"]:
+        each = [f"{row['accuracy']['each'][task]['after']['mean']:.1%}" for task in tasks]
+        lines.append(_line(row, [*_kept(row["accuracy"], 1), *each]))
+    return lines
+
+
+def _line(row: dict[str, Any], cells: list[str]) -> str:
+    collecting = f" + {row['gram_seconds']:.0f}" if row["gram_seconds"] >= 0.5 else ""
+    weights = "–" if row["rule"] == "gradient" else "1" if row["weight"] == 1 else "1/N"
+    start = [f"`{row['rule']}`", FUSION_METHODS[row["method"]], weights]
+    return "| " + " | ".join([*start, *cells, f"{row['fuse_seconds']:.1f}{collecting}"]) + " |"
+
+
+def _kept(figure: dict[str, Any], digits: int) -> list[str]:
+    drop = figure["drop"]
+    low, high = (f"{100 * drop[end]:+.{digits}f}" for end in ("lowest", "highest"))
+    change = f"{100 * drop['mean']:+.{digits}f} ({low} to {high})"
+    return [f"{figure['before']['mean']:.{digits}%} → {figure['after']['mean']:.{digits}%}", change]
+
+
+def _seeds(part: dict[str, Any]) -> str:
+    return f"{part['seeds']} seeds" if part["seeds"] > 1 else "1 seed"
+
+
+def _sizes(part: dict[str, Any]) -> str:
+    sizes = sorted({method["trained"] for method in part["methods"].values()})
+    return " or ".join(f"{size:,}" for size in sizes) + " trained numbers"
+
+
+def _bare(part: dict[str, Any], figure: str) -> str:
+    means = [method["without adapter"][figure]["mean"] for method in part["methods"].values()]
+    return f"{min(means):.0%} to {max(means):.0%}"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("README.md", demo_table),
     "step": ("README.md", step_table),
     "portability": ("docs/portability.md", portability_table),
+    "svd": ("docs/svd.md", svd_table),
+    "streaming": ("docs/svd.md", streaming_table),
+    "fusion": ("docs/fusion.md", fusion_table),
     "gradient_fusion": ("docs/fusion.md", gradient_fusion_table),
 }
 

@@ -27,6 +27,7 @@ RUNS = {
     ),
     "full fine-tuning": (tiny.text_run, {"adapter": "none"}),
     "augmented images": (tiny.image_run, {}),
+    "full tuning of a model whose files bear other names": (tiny.image_run, {"adapter": "none"}),
     "language model": (tiny.lm_run, {"training": {"steps": 6, "save_every": 2}}),
 }
 

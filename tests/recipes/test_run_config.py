@@ -106,7 +106,7 @@ def test_the_commented_example_is_a_run_and_shows_every_option(recipe: str, tmp_
 
 def test_the_examples_are_runs() -> None:
     folder = Path(__file__).parents[2] / "examples"
-    found = [load_config(path) for path in sorted(folder.glob("*.yaml")) if "recipe:" in path.read_text()]
+    found = [load_config(path) for path in sorted(folder.glob("*.yaml")) if path.name != "sweep.yaml"]
     assert {config.recipe for config in found} >= {"text_classification", "causal_lm", "image_classification"}
 
 

@@ -21,8 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in (
-    "demo", "init", "check", "train", "evaluate", "generate", "report", "lr", "export", "extract", "resize",
-    "inspect", "decompose", "cache", "fuse", "schedule", "env",
+    "demo", "init", "check", "train", "evaluate", "generate", "report", "lr", "compare", "reproduce", "export",
+    "extract", "resize", "inspect", "decompose", "cache", "fuse", "schedule", "env",
 ):  # fmt: skip
     app.command(name=verb)(getattr(import_module(f".{verb}", __package__), verb))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +27,9 @@ class Section(BaseModel):
     """A part of a run's configuration; every key is known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+_SectionT = TypeVar("_SectionT", bound=Section)
 
 
 class DataSection(Section):
@@ -109,7 +112,7 @@ class RunConfig(Section):
         return self.model_dump(mode="json")
 
 
-def validate(kind: type[RunConfig], values: Mapping[str, Any], where: str) -> RunConfig:
+def validate(kind: type[_SectionT], values: Mapping[str, Any], where: str) -> _SectionT:
     """Get the checked configuration; `OptionError` names each wrong key, its value and the near misses."""
     try:
         return kind.model_validate(dict(values))

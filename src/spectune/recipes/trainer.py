@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..methods import spectral_modules
@@ -117,6 +117,12 @@ class Loop:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
+        if isinstance(me.model, PreTrainedModel):
+            # Its files bear the names of older releases for some architectures (ViT), which only from_pretrained knows;
+            # transformers' own way here would load nothing, and say nothing.
+            saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
+            me.model.load_state_dict(saved.state_dict())
+            return
         with same_bases(me.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 

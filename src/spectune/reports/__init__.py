@@ -6,6 +6,8 @@ from .adapter_survey import adapter_group_figures as adapter_group_figures
 from .adapter_survey import survey_adapter as survey_adapter
 from .budget import BudgetRow as BudgetRow
 from .budget import budget as budget
+from .claims_page import write_claims as write_claims
+from .comparison_page import write_comparison as write_comparison
 from .model_survey import ModelSurvey as ModelSurvey
 from .model_survey import group_figures as group_figures
 from .model_survey import survey_model as survey_model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
 from .columns import Choice
@@ -62,12 +65,21 @@ def _leading(W64_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     from scipy.linalg import blas, eigh
 
     I = W64_OI.shape[1]
-    # Fortran's view of a row-major W is W^T, so this is W^T W, its upper triangle alone.
-    G_II = blas.dsyrk(1.0, W64_OI.contiguous().numpy().T)
-    squares_N, V_IN = eigh(
-        G_II, lower=False, subset_by_index=[I - count, I - 1], driver="evr", overwrite_a=True, check_finite=False
-    )
+    with _threads_of_scipy().limit(limits=1):
+        # Fortran's view of a row-major W is W^T, so this is W^T W, its upper triangle alone.
+        G_II = blas.dsyrk(1.0, W64_OI.contiguous().numpy().T)
+        squares_N, V_IN = eigh(
+            G_II, lower=False, subset_by_index=[I - count, I - 1], driver="evr", overwrite_a=True, check_finite=False
+        )
     return torch.from_numpy(squares_N), torch.from_numpy(V_IN)
+
+
+@functools.cache
+def _threads_of_scipy() -> Any:
+    """Get what limits scipy's own OpenBLAS: its threads and torch's, both spinning, slowed a solve to a third."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def _left_of(US_OR: torch.Tensor, values_K: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,294 @@
+"""Three concepts of the glyph model, trained apart and fused by every rule: what is kept of each, and what it takes.
+
+    python benchmarks/fusion.py --work FOLDER [--base FOLDER] [--judge FILE] [--seeds 0 1 2]
+
+Every concept is trained from one base with `spectral_a` (disjoint blocks of columns), LoRA and `orthogonal_adaptation`
+of equal size on attention and convolutions, and with a word of its own. The rate of each method is the best of as many
+tries, by the identity of one unfused concept with training and sampling seeds that are not used again. A classifier
+says in how many pictures a concept is recognised, alone and beside another glyph, before and after fusion. Every run
+leaves one JSON in --work, and a second start goes on from there. Writes the part "glyphs" of
+benchmarks/results/fusion.json; benchmarks/fusion_text.py writes the part "text".
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_arms import (
+    ARMS,
+    METHODS,
+    RESULTS,
+    Arm,
+    best_rate,
+    cached,
+    config_of,
+    fuse_arm,
+    record_part,
+    refuse_other_settings,
+    row_of,
+    spread,
+    without_adapter,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from examples.glyphs.base import train_base
+from examples.glyphs.concepts import BESIDE, write_concept
+from examples.glyphs.judge import Judge, correct, identity, train_classifier
+from examples.glyphs.outlines import CONCEPTS
+from examples.glyphs.scenes import PLACES, random_prompt
+from examples.glyphs.train_base import GUIDANCE
+from examples.glyphs.train_concept import options_for
+from spectune.fusion import collect_grams
+from spectune.recipes.concept_pipeline import load_concepts, open_pipeline, sample
+from spectune.recipes.text_to_image import ATTENTION, train_concept
+
+TARGETS = [*ATTENTION, "conv1", "conv2"]
+# O r numbers and not (O + I) r: with these it trains 110,976 numbers and the others 110,848. Three blocks of rows fit.
+ORTHOGONAL = {"r": 16, "rank_pattern": {"conv1": 94, "conv2": 94}}
+GRIDS = {"spectral_a": [4e-3, 8e-3, 1.6e-2], "lora": [2e-3, 4e-3, 8e-3], "orthogonal_adaptation": [1e-3, 2e-3, 4e-3]}
+# Training and sampling seed of the choice of rates; the measured seeds start at 0.
+TRY = 100
+# Of the three the one whose spectral columns are neither the strongest nor the weakest.
+TRIED = "<wug>"
+SAMPLING_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    base: Path
+    judge: Judge
+    work: Path
+    steps: int
+    batch_size: int
+    pictures: int
+    """Judged pictures of each kind."""
+
+    def folder(self, method: str, rate: float, concept: str, seed: int) -> Path:
+        return self.work / f"{method}-{rate:g}-{concept.strip('<>')}-{seed}"
+
+    def train(self, method: str, rate: float, concept: str, seed: int) -> dict[str, Any]:
+        """Train one concept and get its figures before fusion."""
+        folder = self.folder(method, rate, concept, seed)
+        for stale in (folder, folder.with_name(folder.name + "-pictures")):
+            shutil.rmtree(stale, ignore_errors=True)  # of a run that was broken off
+        options = options_for(
+            self.base,
+            write_concept(concept, folder.with_name(folder.name + "-pictures")),
+            concept,
+            unet=config_of(method, list(CONCEPTS).index(concept), TARGETS, ORTHOGONAL),
+            unet_rate=rate,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            seed=seed,
+            prior_images=32,
+            validation_prompts=(),
+            sampling_steps=SAMPLING_STEPS,
+        )
+        started = time.perf_counter()
+        run = train_concept(options, folder, say=lambda text: None)
+        done = {"train_seconds": time.perf_counter() - started, "trained": run.trainable["unet"]}
+        return done | self.look([folder], [concept], seed)
+
+    def look(self, folders: Sequence[Path], concepts: Sequence[str], seed: int) -> dict[str, Any]:
+        """Get in what share of pictures each concept is recognised, and how many of the base's prompts come out right.
+
+        The noise does not depend on what is loaded, so before and after fusion are the same draws.
+        """
+        pipeline, scores = load_concepts(open_pipeline(self.base), folders), {}
+        for concept in concepts:
+            places = [list(PLACES)[i % len(PLACES)] for i in range(self.pictures)]
+            alone = self.draw(pipeline, [f"a {concept} {place}" for place in places], seed)
+            pairs = self.draw(pipeline, [f"a {concept} on the left and {BESIDE}"] * self.pictures, seed)
+            found = [identity(self.judge, [image], concept, place) for image, place in zip(alone, places, strict=True)]
+            company = identity(self.judge, pairs, concept, "on the left")
+            scores[concept] = {"alone": sum(found) / self.pictures, "in company": company}
+        prompts = base_prompts(self.pictures)
+        right = correct(self.judge, self.draw(pipeline, prompts, seed), prompts)
+        return {"scores": scores, "base prompts": sum(right) / len(prompts)}
+
+    def draw(self, pipeline: Any, prompts: Sequence[str], seed: int) -> list[Any]:
+        # Blocks of noise that no other seed, no training and no choice of rates has used.
+        start = 10_000 * (seed + 1)
+        return sample(pipeline, prompts, seed=start, steps=SAMPLING_STEPS, guidance=GUIDANCE, batch_size=50)
+
+    def fuse(self, arm: Arm, folders: Sequence[Path], seed: int) -> dict[str, Any]:
+        """Fuse the concepts of one seed and get their figures."""
+        started, grams = time.perf_counter(), None
+        if arm.rule == "gradient":
+            grams = [self.grams(folder, concept, seed) for folder, concept in zip(folders, CONCEPTS, strict=True)]
+        gram_seconds = time.perf_counter() - started
+        whole = self.work / f"fused-{seed}-{ARMS.index(arm)}"
+        cost = fuse_arm(arm, [folder / "unet" for folder in folders], self.base / "unet", grams, whole / "unet")
+        words = [_word_of(folder) for folder in folders]
+        return cost | {"gram_seconds": gram_seconds} | self.look([whole, *words], list(CONCEPTS), seed)
+
+    def bare(self, folders: Sequence[Path], seed: int) -> dict[str, Any]:
+        """Get the figures of the words alone."""
+        return self.look([_word_of(folder) for folder in folders], list(CONCEPTS), seed)
+
+    def grams(self, folder: Path, concept: str, seed: int) -> dict[str, torch.Tensor]:
+        """Get the Gram matrices of what a concept's own prompts send into the UNet's adapted layers."""
+        pipeline, calls = load_concepts(open_pipeline(self.base), [folder]), []
+        unet = pipeline.unet
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(
+                {"sample": args[0], "timestep": args[1], "encoder_hidden_states": kwargs["encoder_hidden_states"]}
+            )
+
+        handle = unet.register_forward_pre_hook(note, with_kwargs=True)
+        prompts = [f"a {concept} {place}" for place in PLACES] + [f"a {concept} on the left and {BESIDE}"]
+        self.draw(pipeline, prompts, seed + 50)
+        handle.remove()
+        adapted = {
+            name for name, _ in unet.named_modules() if name.split(".")[-1] in TARGETS or name.endswith("to_out.0")
+        }
+        convolutions = [name for name in adapted if "conv" in name]
+        with torch.no_grad(), _unfolded(unet, convolutions) as found:
+            linear = collect_grams(unet, calls, layers=sorted(adapted.difference(convolutions)))
+        return linear | found
+
+
+@contextmanager
+def _unfolded(unet: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Get the Gram matrices of 3 x 3 convolutions from what passes through: `collect_grams` reads linear layers only.
+
+    A convolution is a matrix on patches: x_NI are the patches, in the order of weight.flatten(1).
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x_NI = nn.functional.unfold(args[0], 3, padding=1).mT.flatten(0, 1).double()
+            found[name] = found[name] + x_NI.mT @ x_NI if name in found else x_NI.mT @ x_NI
+
+        return add
+
+    handles = [unet.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _word_of(folder: Path) -> Path:
+    """Get a folder with nothing but the concept's word: its adapter went into the fused one."""
+    word = folder.with_name(folder.name + "-word")
+    word.mkdir(exist_ok=True)
+    shutil.copy(folder / "token.safetensors", word)
+    return word
+
+
+def base_prompts(count: int) -> list[str]:
+    chance = random.Random(2)
+    return [random_prompt(chance) for _ in range(count)]
+
+
+def load_judge(file: Path | None, work: Path) -> Judge:
+    """Get the judge of a safetensors file, or train one and leave it in --work."""
+    file = work / "judge.safetensors" if file is None else file
+    if not file.exists():
+        save_file(train_classifier().state_dict(), file)
+    judge = Judge()
+    judge.load_state_dict(load_file(file))
+    return judge.eval()
+
+
+def measure(bench: Bench, seeds: Sequence[int]) -> dict[str, Any]:
+    """Get rates and rows, running what has not been run."""
+    tries, rates = {}, {}
+    for method, grid in GRIDS.items():
+        found = {
+            rate: cached(bench.folder(method, rate, TRIED, TRY), partial(bench.train, method, rate, TRIED, TRY))
+            for rate in grid
+        }
+        tries[method] = {f"{rate:g}": statistics.mean(run["scores"][TRIED].values()) for rate, run in found.items()}
+        rates[method] = best_rate({float(rate): share for rate, share in tries[method].items()})
+    before: dict[str, list[Any]] = {method: [] for method in METHODS}
+    bare: dict[str, list[Any]] = {method: [] for method in METHODS}
+    after: dict[Arm, list[Any]] = {arm: [] for arm in ARMS}
+    for seed in seeds:
+        folders = {m: [bench.folder(m, rates[m], concept, seed) for concept in CONCEPTS] for m in METHODS}
+        for method in METHODS:
+            runs = [
+                cached(folder, partial(bench.train, method, rates[method], concept, seed))
+                for folder, concept in zip(folders[method], CONCEPTS, strict=True)
+            ]
+            before[method].append(runs)
+            path = bench.work / f"bare-{method}-{seed}"
+            bare[method].append(cached(path, partial(bench.bare, folders[method], seed)))
+        for arm in ARMS:
+            path = bench.work / f"fused-{seed}-{ARMS.index(arm)}"
+            after[arm].append(cached(path, partial(bench.fuse, arm, folders[arm.method], seed)))
+    return {"tries": tries, "rates": rates} | tabled(bench, before, bare, after)
+
+
+def tabled(
+    bench: Bench, before: dict[str, list[Any]], bare: dict[str, list[Any]], after: dict[Arm, list[Any]]
+) -> dict[str, Any]:
+    """Get the rows: unfused methods, then arms."""
+    seeds = len(next(iter(after.values())))
+    alone = {
+        method: {
+            "trained": runs[0][0]["trained"],
+            "train_seconds": statistics.median(run["train_seconds"] for row in runs for run in row),
+            "without adapter": without_adapter(bare[method]),
+            "base prompts": spread([statistics.mean(run["base prompts"] for run in row) for row in runs]),
+        }
+        for method, runs in before.items()
+    }
+    rows = []
+    for arm, runs in after.items():
+        scores = [{c: s for run in row for c, s in run["scores"].items()} for row in before[arm.method]]
+        rows.append(row_of(arm, scores, runs) | {"base prompts": spread([run["base prompts"] for run in runs])})
+    untouched = cached(bench.work / "base", lambda: bench.look([], [], 0))["base prompts"]
+    return {"seeds": seeds, "methods": alone, "base prompts of the base": untouched, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--base", type=Path, help="folder of examples/glyphs/train_base.py; None trains one")
+    parser.add_argument("--judge", type=Path, help="safetensors file of a judge's weights; None trains one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=24, help="judged pictures of each kind and concept")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    told.work.mkdir(parents=True, exist_ok=True)
+    sizes = {
+        "sampling_steps": SAMPLING_STEPS,
+        "steps": told.steps,
+        "batch_size": told.batch_size,
+        "pictures": told.pictures,
+    }
+    refuse_other_settings(told.work, sizes)
+    base = told.work / "glyphs" if told.base is None else told.base
+    if not base.exists():
+        train_base(base)
+    bench = Bench(base, load_judge(told.judge, told.work), told.work, told.steps, told.batch_size, told.pictures)
+    record_part("glyphs", {**sizes, **measure(bench, told.seeds)}, told.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""`spectune compare`: methods x learning rates x seeds x tasks, and who comes out where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    sweep: Annotated[Path, typer.Argument(help="YAML file of the sweep; examples/sweep.yaml is one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value over the file, as seeds=[0].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default: comparisons/ and the file's name.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
+) -> None:
+    """Compare methods: rates chosen on validation, figures on test. The same command goes on where it was stopped."""
+    from rich.console import Console
+
+    from ..recipes import load_sweep
+    from .comparison_files import print_comparison, run_under_bar, write_files
+
+    asked = load_sweep(sweep, overrides or [])
+    folder = output or Path("comparisons", sweep.stem)
+    console = Console(stderr=True, quiet=as_json)
+    records = run_under_bar(asked, folder, console)
+    summary = write_files(asked, records, folder, console)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print_comparison(summary, folder, console)
+    if records and not any(record.ok for record in records):
+        raise SystemExit(1)

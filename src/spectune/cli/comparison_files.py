@@ -1,0 +1,108 @@
+"""What `compare` and `reproduce` share: running a sweep under a bar, and the files that come out of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..recipes import SweepConfig, SweepRecord
+
+
+def run_under_bar(sweep: SweepConfig, folder: Path, console: Console) -> list[SweepRecord]:
+    """Get every record of a sweep, with a bar of the runs and the steps of the one at work."""
+    from ..recipes import run_sweep
+    from .progress import Stages
+
+    with Stages(console) as stages:
+        bar = stages.add_task("runs", total=None, said="")
+
+        def on_run(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
+            at = f"step {step}/{steps}" if steps else "starting"
+            said = f"{name}  {at}" + ("" if loss is None else f"  loss {loss:.3f}")
+            stages.update(bar, total=runs, completed=done, said=said)
+
+        try:
+            records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run)
+        except KeyboardInterrupt:
+            stages.stop()
+            console.print(f"stopped; the same command goes on in {folder}", markup=False, soft_wrap=True)
+            raise
+        stages.update(bar, total=len(records), completed=len(records), said="")
+    return records
+
+
+def write_files(
+    sweep: SweepConfig,
+    records: Sequence[SweepRecord],
+    folder: Path,
+    console: Console,
+    published: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write comparison.json, .md and .html and PEFT's form into a sweep's folder, and get the summary."""
+    from ..checkpoint import write_atomically
+    from ..errors import MissingExtraError
+    from ..recipes import summarise, to_markdown, write_method_comparison
+    from ..reports import write_comparison
+
+    summary = summarise(sweep, records)
+    told = dict(summary) if published is None else summary | {"published": dict(published)}
+    write_atomically(folder / "comparison.json", json.dumps(told, indent=1) + "\n")
+    write_atomically(folder / "comparison.md", to_markdown(summary, published))
+    write_method_comparison(sweep, records, folder / "method_comparison")
+    try:
+        write_comparison(summary, folder / "comparison.html", published)
+    except MissingExtraError as error:
+        console.print(f"no comparison.html: {error}", markup=False, soft_wrap=True)
+    return told
+
+
+def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+    """Print the rows of a summary, the failed runs, and where the page is."""
+    from rich.table import Table
+
+    from ..recipes import shown
+
+    table = Table("task", "method", f"test {summary['metric']}", "low to high", "rate", "trained", "step, ms")
+    for row in summary["rows"]:
+        low, high = (shown(row[key], summary["metric"]) for key in ("low", "high"))
+        rate = "–" if row["rate"] is None else f"{row['rate']:g}"
+        step = "–" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}"
+        trained = "–" if row["trainable"] is None else f"{row['trainable']:,}"
+        test = shown(row["test"], summary["metric"])
+        table.add_row(row["task"], row["method"], test, f"{low} to {high}", rate, trained, step)
+    console.print(table)
+    for failed in summary["failed"]:
+        console.print(f"failed: {failed['run']}: {failed['error']}", markup=False, soft_wrap=True)
+    for sentence in summary["says"]:
+        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
+    page = folder / "comparison.html"
+    if page.is_file():
+        console.print(f"open {page.resolve().as_uri()}", soft_wrap=True)
+
+
+def provenance() -> dict[str, Any]:
+    """Get what stands in every record: versions, machine, and the commit of the code where it is a checkout."""
+    from ..reports import machine, versions
+
+    return {"versions": versions("datasets", "accelerate", "trl"), "machine": machine(), "commit": commit()}
+
+
+def commit() -> str | None:
+    """Get the commit of the installed code, marked -dirty when it has changes; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "app.py"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if tracked.returncode == 0 and found.returncode == 0 else None

@@ -1,0 +1,103 @@
+"""`spectune reproduce`: the papers' experiments, the printed figure beside the measured one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..recipes import Experiment
+
+
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="Experiment; leave it out for the list.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value over the sweep, as seeds=[0]; named in the report.")
+    ] = None,
+    small: Annotated[bool, typer.Option("--small", help="On models and data at hand, in minutes.")] = False,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with files that an experiment names.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default: reproductions/ and the name.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
+) -> None:
+    """Run a published experiment and name every deviation. The same command goes on where it was stopped."""
+    from rich.console import Console
+
+    from ..recipes import load_experiment, prepare
+    from .comparison_files import print_comparison, run_under_bar, write_files
+
+    if name is None:
+        _list(as_json)
+        return
+    experiment, console = load_experiment(name), Console(stderr=True, quiet=as_json)
+    folder = output or Path("reproductions", f"{name}-small" if small else name)
+    if experiment.compute is not None:
+        _compute(experiment, folder, as_json, console)
+        return
+    ready = prepare(
+        experiment, folder, small=small, data=data, overrides=overrides or [], say=lambda words: console.print(words)
+    )
+    records = run_under_bar(ready.sweep, folder, console)
+    summary = write_files(ready.sweep, records, folder, console, ready.published)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    print_comparison(summary, folder, console)
+    for method, figures in ready.published["rows"].items():
+        said = ", ".join(f"{task} {value:g}" for task, value in figures.items())
+        console.print(f"published {method}: {said}", markup=False, soft_wrap=True)
+    for sentence in ready.published["deviations"]:
+        console.print(f"deviation: {sentence}", markup=False, soft_wrap=True)
+
+
+def _list(as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..recipes import experiment_names, load_experiment
+
+    found = {name: load_experiment(name) for name in experiment_names()}
+    if as_json:
+        print(
+            json.dumps(
+                {name: e.model_dump(include={"title", "source", "needs"}) for name, e in found.items()}, indent=2
+            )
+        )
+        return
+    table = Table("name", "what", "needs at full size", "--small")
+    for name, experiment in found.items():
+        table.add_row(name, experiment.title, experiment.needs, "yes" if experiment.small else "–")
+    Console().print(table)
+
+
+def _compute(experiment: Experiment, folder: Path, as_json: bool, console: Console) -> None:
+    from rich.table import Table
+
+    from ..checkpoint import write_atomically
+    from ..recipes import COMPUTATIONS
+    from ..reports import write_claims
+    from .comparison_files import provenance
+
+    rows = [asdict(row) for row in COMPUTATIONS[str(experiment.compute)]()]
+    found = {"title": experiment.title, "source": experiment.source, "rows": rows, "provenance": provenance()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "computed.json", json.dumps(found, indent=1) + "\n")
+    write_claims(found, folder / "computed.html")
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        table = Table("claim", "published", "found", "agrees")
+        for row in rows:
+            agrees = {True: "yes", False: "NO", None: "–"}[row["agrees"]]
+            table.add_row(row["claim"], row["published"], row["found"], agrees)
+        console.print(table)
+        console.print(f"open {(folder / 'computed.html').resolve().as_uri()}", soft_wrap=True)
+    if any(row["agrees"] is False for row in rows):
+        raise SystemExit(1)

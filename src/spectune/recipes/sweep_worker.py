@@ -1,0 +1,82 @@
+"""One run of a sweep in a process of its own, so that its peak memory is its own and its crash is its own.
+
+    python -m spectune.recipes.sweep_worker JOB.json
+
+Told by a file, answers by a file; a line of JSON for each step goes to stdout. It ends as on Ctrl-C when stdin
+closes: so it never outlives the sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import write_atomically
+from ..errors import OptionError, SpectuneError
+from .general_text import general_loss
+from .recipe import Recipe
+from .runs import RESULT_FILE, RunResult, load_run, train_run
+from .sweep import GeneralText
+from .table import parse_config
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(job: dict[str, Any]) -> int:
+    """Train, measure, write the answer; get the exit status."""
+    started = time.perf_counter()
+    try:
+        answer = work(job)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SpectuneError as error:
+        answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"}
+    write_atomically(job["answer"], json.dumps(answer | {"seconds": time.perf_counter() - started}))
+    return FAILED if "error" in answer else 0
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Get the run's loss on general text and the base model's; trains what is not trained yet."""
+    config, folder = parse_config(job["config"]), Path(job["folder"])
+    recipe: Recipe | None = None
+    model: Any = None
+    if not (folder / RESULT_FILE).is_file():
+        trained = train_run(config, folder, resume=True, on_step=_tell)
+        recipe, model = trained.recipe, trained.model
+    if job["forgetting"] is None:
+        return {}
+    if config.recipe != "causal_lm":
+        raise OptionError(f"forgetting: it is measured for language models, not for {config.recipe}. Leave it out.")
+    RunResult.read(folder)
+    if recipe is None:
+        recipe, model = load_run(folder)
+    asked = GeneralText.model_validate(job["forgetting"])
+    after, base = general_loss(model, recipe.processing, asked), job["base_loss"]
+    if base is None:
+        del model
+        base = general_loss(recipe.build_model(), recipe.processing, asked)
+    return {"general_loss": after, "general_loss_base": base}
+
+
+def _tell(step: int, steps: int, loss: float) -> None:
+    print(json.dumps([step, steps, loss if loss == loss and abs(loss) != float("inf") else None]), flush=True)
+
+
+def _end_with_the_sweep() -> None:
+    """Wait for the end of stdin, which the sweep holds open as long as it lives."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8"))))

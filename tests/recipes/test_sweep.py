@@ -1,0 +1,228 @@
+"""Sweeps: what is refused, one process a run, crashes that cost one run, going on, rates chosen on validation only."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectune.errors import DataError, OptionError, OutputError
+from spectune.recipes import SweepRecord, load_sweep, parse_sweep, run_sweep, summarise, sweep_run, to_markdown
+from spectune.recipes.general_text import general_loss
+from spectune.recipes.method_comparison import as_method_comparison, write_method_comparison
+from spectune.recipes.sweep import GeneralText
+from spectune.recipes.sweep_choice import chosen_rate
+from spectune.recipes.sweep_process import last_words
+from spectune.recipes.sweep_record import read_record
+from tests.recipes import tiny
+from tests.recipes.sweeps import in_this_process, record, text_sweep
+
+GRID = {"adapter": {"method": "svft", "target_modules": ["q"]}, "learning_rates": [1e-3, 1e-2, 1e-1]}
+
+
+def plain_sweep(**more: Any) -> dict[str, Any]:
+    run = {"recipe": "text_classification", "model": "m", "data": {"train": "t"}, "training": {"steps": 1}}
+    return {"run": run, "methods": {"a": GRID}, "seeds": [0, 1]} | more
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"methodes": {}}, "methodes: unknown key. Did you mean 'methods'?"),
+        ({"methods": {"../a": GRID}}, "'../a' names a folder"),
+        ({"tasks": {"t": {"training": {"learning_rate": 1e-3}}}}, "t, a: training.learning_rate is given by methods"),
+        ({"tasks": {"t": {"seed": 3}}}, "t, a: seed is given by methods and seeds"),
+        ({"tasks": {"t": {"data": {"gleu": "sst2"}}}}, "data.gleu: unknown key. Did you mean 'glue'?"),
+        ({"methods": {"a": GRID | {"learning_rates": []}}}, "learning_rates"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_anything_runs(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(OptionError) as found:
+        parse_sweep(plain_sweep(**wrong))
+    assert line in str(found.value)
+
+
+def test_a_sweep_needs_examples_to_choose_on_and_others_to_report(tmp_path: Path) -> None:
+    asked = text_sweep(tmp_path)
+    del asked["run"]["data"]["test"]
+    with pytest.raises(DataError, match=r"task: asked for test examples to report, found train, validation"):
+        run_sweep(parse_sweep(asked), tmp_path / "out", provenance={})
+    assert not (tmp_path / "out" / "records").exists()
+
+
+def test_the_rate_is_the_best_on_validation_whatever_test_says() -> None:
+    runs = [record(rate=1e-3, validation=0.6, test=0.9), record(rate=1e-2, validation=0.7, test=0.1)]
+    assert chosen_rate(runs, "accuracy") == 1e-2
+    assert chosen_rate([record(rate=r, validation=0.6) for r in (1e-2, 1e-3)], None) == 1e-3  # of equals the lowest
+    assert chosen_rate([record(status="failed")], None) is None
+
+
+def test_a_rate_that_crashed_or_diverged_does_not_win() -> None:
+    runs = [record(rate=1e-3, seed=s, validation=0.6) for s in (0, 1)] + [record(rate=1e-2, validation=0.99)]
+    assert chosen_rate([*runs, record(rate=1e-2, seed=1, status="failed")], None) == 1e-3
+    losses = {1e-3: 2.0, 1e-2: 1.5, 1e-1: math.nan}
+    with_loss = [replace(record(rate=r), metrics={"validation": {"loss": v}}) for r, v in losses.items()]
+    assert chosen_rate(with_loss, "loss") == 1e-2
+    fewer = [replace(record(rate=r), metrics={"validation": {"loss": v}}) for r, v in ((1e-3, 2), (1e-3, 2), (1e-2, 3))]
+    assert chosen_rate(fewer, "loss") == 1e-3
+    with pytest.raises(OptionError, match="metric 'acuracy': the runs do not measure it"):
+        chosen_rate(runs, "acuracy")
+
+
+def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_run, "launch", in_this_process)
+    asked = text_sweep(tmp_path)
+    asked["methods"]["bad"] = {
+        "adapter": {"peft_type": "LORA", "target_modules": ["nowhere"]},
+        "learning_rates": [1e-3],
+    }
+    sweep, out, heard = parse_sweep(asked), tmp_path / "out", list[Any]()
+    origin = {"versions": {"peft": "1"}, "commit": "abc"}
+    found = run_sweep(sweep, out, provenance=origin, on_run=lambda *said: heard.append(said[:3]))
+    # spectral_a: two rates with the first seed, the chosen one with the second; the others: one rate each.
+    assert [(r.method, r.seed, r.ok) for r in found] == [
+        ("spectral_a", 0, True), ("spectral_a", 0, True), ("spectral_a", 1, True),
+        ("full", 0, True), ("full", 1, True), ("bad", 0, False),
+    ]  # fmt: skip
+    assert "target" in found[-1].error and "\n" not in found[-1].error
+    assert {path.stem for path in (out / "records").iterdir()} == {name for _, _, name in heard}
+    read = read_record(out / "records" / "task--full--0.001--1.json")
+    assert read == found[4] and read.provenance == origin and read.seed == 1 and read.metrics["test"]
+    assert (out / "runs" / "task--spectral_a--0.001--0" / "adapter").is_dir()
+    assert not (out / "runs" / "task--full--0.001--0" / "model").exists()  # keep: adapters
+    assert not list(out.rglob("checkpoints")) and not list(out.rglob("*.job"))
+
+    again = list[str]()
+    more = run_sweep(sweep, out, provenance=origin, on_run=lambda *said: again.append(said[2]))
+    assert set(again) == {"task--bad--0.001--0"} and more[:5] == found[:5]  # only what failed is tried again
+    asked["run"]["training"]["steps"] = 3
+    with pytest.raises(OutputError, match="this run was told otherwise before"):
+        run_sweep(parse_sweep(asked), out, provenance={})
+
+    summary = summarise(sweep, found)
+    assert [row["method"] for row in summary["rows"]] == ["spectral_a", "full", "bad"]
+    assert summary["rows"][2]["test"] is None and summary["failed"][0]["run"] == "task--bad--0.001--0"
+    words = to_markdown(summary)
+    assert "| full |" in words and "Rates were chosen with 1 of 2 seeds." in words and "task--bad" in words
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    """In processes of their own, as users have it."""
+    asked = text_sweep(tmp_path, seeds=[0])
+    asked["run"]["training"] |= {"steps": 40, "save_every": 1000}
+    asked["methods"] = {"spectral_a": asked["methods"]["spectral_a"] | {"learning_rates": [1e-2]}}
+    sweep, out = parse_sweep(asked), tmp_path / "out"
+
+    def stop(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, out, provenance={}, on_run=stop)
+    (saved,) = (out / "runs" / "task--spectral_a--0.01--0" / "checkpoints").glob("checkpoint-*")
+    reached = int(saved.name.removeprefix("checkpoint-"))
+    assert 3 <= reached <= 40 and not list((out / "records").iterdir())
+    steps = list[int]()
+    (found,) = run_sweep(sweep, out, provenance={}, on_run=lambda *said: steps.append(said[3]))
+    assert found.ok and found.steps == 40 and [s for s in steps if s] == list(range(reached + 1, 41))
+    assert found.peak_bytes is None or found.peak_bytes > 0
+
+
+def test_a_process_that_dies_leaves_one_line(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("Traceback\n\nMemoryError: no room\n")
+    assert last_words(1, tmp_path / "log") == "the process ended with status 1: MemoryError: no room"
+    assert last_words(-9, tmp_path / "log") == "the process was ended by signal 9 (out of memory?)."
+
+
+def test_forgetting_is_the_rise_of_the_loss_on_general_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.setattr(sweep_run, "launch", in_this_process)
+    (tmp_path / "general.txt").write_text("w1 w2 w3 w4 " * 30)
+    run = tiny.lm_run(tmp_path, training={"steps": 2, "batch_size": 4}, data={"validation_share": 0.3})
+    del run["adapter"], run["training"]["learning_rate"]
+    adapter = {"method": "spectral_a", "r": 2, "target_modules": ["q_proj"]}
+    asked = {
+        "run": run,
+        "methods": {"a": {"adapter": adapter, "learning_rates": [1e-2, 2e-2]}},
+        "seeds": [0],
+        "forgetting": {"file": str(tmp_path / "general.txt")},
+    }
+    found = run_sweep(parse_sweep(asked), tmp_path / "out", provenance={})
+    assert all(r.ok for r in found), found
+    bases = {r.general_loss_base for r in found}
+    assert len(bases) == 1 and found[0].general_loss != found[1].general_loss
+    assert found[0].forgetting == pytest.approx(found[0].general_loss - bases.pop())  # type: ignore[operator]
+    summary = summarise(parse_sweep(asked), found)
+    assert summary["metric"] == "loss" and summary["smaller_is_better"] and "forgetting" in to_markdown(summary)
+
+
+def test_general_loss_of_a_model_that_knows_nothing_is_the_log_of_its_words(tmp_path: Path) -> None:
+    import torch
+    import transformers as tf
+
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=64)
+    )
+    torch.nn.init.zeros_(model.lm_head.weight)
+    (tmp_path / "general.txt").write_text("w1 w2 w3 " * 20)
+    asked = GeneralText(file=str(tmp_path / "general.txt"), hub=None, hub_config=None, split="test", tokens=50)
+    assert general_loss(model, tiny.tokenizer(), asked) == pytest.approx(math.log(64))
+    (tmp_path / "general.txt").write_text("")
+    with pytest.raises(DataError, match="asked for general text, found 0 tokens"):
+        general_loss(model, tiny.tokenizer(), asked)
+
+
+def test_the_summary_is_of_the_chosen_rate_alone() -> None:
+    sweep = parse_sweep(plain_sweep())
+    runs = [
+        record(rate=rate, seed=seed, validation=v + seed / 100, test=t + seed / 10)
+        for rate, v, t in ((1e-3, 0.5, 0.9), (1e-2, 0.6, 0.4), (1e-1, 0.4, 0.9))
+        for seed in (0, 1)
+    ]
+    (row,) = summarise(sweep, runs)["rows"]
+    assert (row["rate"], row["at_edge"], row["seeds"]) == (1e-2, False, 2)
+    assert row["test"] == pytest.approx(0.45) and row["low"] == pytest.approx(0.4) and row["high"] == pytest.approx(0.5)
+    assert row["validation"] == pytest.approx(0.605) and row["spread"] == pytest.approx(0.1 / math.sqrt(2))
+    at_end = [replace(r, metrics={k: {"accuracy": r.rate} for k in ("validation", "test")}) for r in runs]
+    said = summarise(sweep, at_end)["says"]
+    assert any("a (task)" in sentence and "end of its grid" in sentence for sentence in said)
+
+
+def test_results_stand_in_the_form_of_pefts_method_comparison(tmp_path: Path) -> None:
+    sweep = parse_sweep(plain_sweep())
+    runs = [record(rate=1e-2, seed=s, validation=0.7, test=0.6 + s / 10) for s in (0, 1)] + [record(rate=1e-3)]
+    written = write_method_comparison(sweep, runs, tmp_path)
+    assert [p.name for p in written] == ["a--base-seed0.json", "a--base-seed1.json"]
+    row = json.loads(written[1].read_text())
+    # What processing.py of method_comparison reads.
+    last = row["train_info"]["metrics"][-1]
+    assert last["test accuracy"] == 0.7 and last["train samples"] == 40
+    assert row["run_info"]["peft_config"]["peft_type"] == "SPECTUNE" and row["train_info"]["status"] == "success"
+    for name in ("reserved_avg", "max", "reserved_99th"):
+        assert isinstance(row["train_info"][f"accelerator_memory_{name}"], int)
+    for package in ("peft", "transformers", "datasets", "torch", "bitsandbytes"):
+        assert f"{package}-version" in row["meta_info"]["package_info"]
+    full = replace(runs[0], config=runs[0].config | {"adapter": "none"})
+    assert as_method_comparison(sweep, full)["run_info"]["peft_config"] is None
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    written: SweepRecord = record(final_loss=math.inf, test=math.nan)
+    written.write(tmp_path / "r.json")
+    read = read_record(tmp_path / "r.json")
+    assert math.isnan(read.metrics["test"]["accuracy"]) and read.final_loss == math.inf
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(OutputError, match="this is no record of a run"):
+        read_record(tmp_path / "r.json")
+
+
+def test_the_example_sweep_is_read() -> None:
+    sweep = load_sweep(Path(__file__).parents[2] / "examples" / "sweep.yaml", ["seeds=[0]"])
+    assert sweep.seeds == [0] and {"spectral_a", "lora", "full"} <= set(sweep.methods)
