@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -12,6 +13,9 @@ import typer
 from ..errors import SpectuneError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+# Libraries may swallow a KeyboardInterrupt, seen while they were being imported; then it is raised again after so
+# many seconds. Cleaning up after the first one must be done by then, and deletes a few files. Chosen.
+AGAIN_SECONDS = 10
 
 app = typer.Typer(
     name="spectune",
@@ -30,11 +34,21 @@ for verb in (
 WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt, and once more later unless the process has ended by then."""
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.alarm(AGAIN_SECONDS)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line: exit 0 when all went well, 1 for a refused request, 2 for wrong usage, 130 for Ctrl-C.
 
     A failure is one line on stderr. SPECTUNE_DEBUG=1 shows where it came from.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:  # Typer has already turned Ctrl-C into this status
