@@ -53,6 +53,25 @@ def test_padding_is_left_out() -> None:
         torch.testing.assert_close(padded[name], gram_II, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [
+        (nn.Conv2d(3, 5, (3, 2), padding=(1, 0), stride=(2, 1), dilation=(1, 2), bias=False), (2, 3, 8, 9)),
+        (nn.Conv2d(3, 5, 3, bias=False), (3, 8, 9)),
+        (nn.Conv1d(3, 5, 4, padding=2, stride=3, dilation=2, bias=False), (2, 3, 19)),
+    ],
+    ids=["2d", "unbatched", "1d"],
+)
+def test_inputs_of_a_convolution_are_its_patches(convolution: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    gram_II = collect_grams(nn.Sequential(convolution), [x], layers=["0"])["0"]
+    weight_OI = convolution.weight.detach().flatten(1).double()
+    # |W X|^2 = tr(W X X^T W^T)
+    torch.testing.assert_close(
+        (weight_OI @ gram_II @ weight_OI.T).trace(), (convolution(x).detach().double() ** 2).sum(), rtol=1e-5, atol=0
+    )
+
+
 def test_what_cannot_be_collected_is_refused() -> None:
     model = MODELS["mlp"].fresh()
     with pytest.raises(OptionError, match="MLP: the model carries no adapter"):
@@ -61,7 +80,7 @@ def test_what_cannot_be_collected_is_refused() -> None:
         collect_grams(model, [torch.ones(2, 10)], layers=["lin2"])
     with pytest.raises(OptionError, match="lin0: no batch went through this layer"):
         collect_grams(model, [], layers=["lin0"])
-    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(OptionError, match="0: gradient fusion reads the inputs of linear layers"):
-        collect_grams(conv, [torch.ones(1, 3, 8, 8)], layers=["0"])
+    conv = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(OptionError, match="0: gradient fusion reads the inputs of linear layers .* this is a Conv2d"):
+        collect_grams(conv, [torch.ones(1, 4, 8, 8)], layers=["0"])
     assert not model.lin0._forward_pre_hooks and not conv[0]._forward_pre_hooks

@@ -25,28 +25,52 @@ class _Running:
         self.mask: torch.Tensor | None = None
 
     def hook(self, name: str, layer: nn.Module) -> Callable[..., None]:
-        linear = _is_linear(layer)
+        inner = _innermost(layer)
+        convolves, multiplies = _convolves(inner), _multiplies(inner)
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if not linear or not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            if not (convolves or multiplies) or not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 raise OptionError(
-                    f"{name}: gradient fusion reads the inputs of linear layers, this is a "
-                    f"{type(layer).__name__}. Name the layers to collect with layers=[...]."
+                    f"{name}: gradient fusion reads the inputs of linear layers and of convolutions with zero padding "
+                    f"and one group, this is a {type(inner).__name__}. Name the layers to collect with layers=[...]."
                 )
-            x_NI = _seen(x, self.mask).detach().to(self.dtype)
+            rows_NI = _patches(inner, x) if convolves else _seen(x, self.mask)
+            x_NI = rows_NI.detach().to(self.dtype)
             gram_II = (x_NI.mT @ x_NI).cpu()
             self.grams[name] = self.grams[name].add_(gram_II) if name in self.grams else gram_II
 
         return add
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    """Ask whether the innermost layer multiplies its input by a matrix (a quantised one is stored as a matrix too)."""
+def _innermost(layer: nn.Module) -> Any:
+    """Get the base's own layer out of what adapters wrap around it."""
     while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
         layer = inner
+    return layer
+
+
+def _multiplies(layer: nn.Module) -> bool:
+    """Ask whether a layer multiplies its input by a matrix (a quantised one is stored as a matrix too)."""
     weight = getattr(layer, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.ndim == 2
+
+
+def _convolves(layer: nn.Module) -> bool:
+    """Ask whether a layer multiplies patches of its input by one matrix, `weight.flatten(1)`."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return False
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _patches(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Get what a convolution multiplies by its weight as rows, in the order of `weight.flatten(1)`."""
+    sizes = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
+    if isinstance(layer, nn.Conv1d):  # an image of height one
+        x, sizes = x.unsqueeze(-2), [(fill, *size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]  # type: ignore[misc]
+    x_BCHW = x if x.ndim == 4 else x[None]
+    kernel, dilation, padding, stride = sizes
+    return nn.functional.unfold(x_BCHW, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
 
 
 def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -65,12 +89,15 @@ def collect_grams(
 ) -> Grams:
     """Get G_II = sum_n x_n x_n^T of the inputs of every adapted layer, for `fuse(rule="gradient")`.
 
+    The inputs of a convolution are its patches, in the order of `weight.flatten(1)`: I is channels times kernel size.
+
     `model` carries the adapter (through PEFT or `load_adapter`), `batches` are its own prompts or examples: keyword
     arguments of the model, or one tensor. Tokens that an `attention_mask` hides are left out. `layers` names other
     layers than the adapted ones, or a few of them: one I x I matrix per layer is held, on the CPU in `dtype`. In
     float32 the smallest eigenvalues drown in roundoff and `eps` must be larger. The model runs in eval mode and is left
     as it was.
-    `OptionError` for a name that is no layer, a layer that no batch went through, or one that is not linear.
+    `OptionError` for a name that is no layer, a layer that no batch went through, or one that is neither linear nor
+    a convolution (1d, 2d) of one group with zero padding.
     """
     wanted = _layers(model, layers)
     running, training = _Running(dtype), {module: module.training for module in model.modules()}
