@@ -66,8 +66,9 @@ def test_average_writes_a_lora_of_stated_rank(shelf: Path, tmp_path: Path) -> No
     assert found["kind"] == "lora" and found["max_rank"] == 4 and max(found["lost"].values()) > 0
 
 
-def test_gradient_reads_the_examples_of_each_adapter(shelf: Path, tmp_path: Path) -> None:
-    words = ["fuse", shelf / "dog", shelf / "cat", "--rule", "gradient", "-o", tmp_path / "out", "--json"]
+@pytest.mark.parametrize("second", ["cat", "lora"])
+def test_gradient_reads_the_examples_of_each_adapter(shelf: Path, tmp_path: Path, second: str) -> None:
+    words = ["fuse", shelf / "dog", shelf / second, "--rule", "gradient", "-o", tmp_path / "out", "--json"]
     done = run(*words, "--examples", shelf / "dog.txt", "--examples", shelf / "cat.jsonl")
     assert done.exit_code == 0, done.output
     gradient = json.loads(done.stdout)

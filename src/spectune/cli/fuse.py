@@ -80,7 +80,7 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from ..export.source import open_source
+    from ..export.source import open_adapted
     from ..fusion import collect_grams
     from .progress import Stages
 
@@ -91,8 +91,8 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
     texts, found = [_texts(path) for path in examples], []
     with Stages(Console(stderr=True)) as stages:
         for path, lines in zip(adapters, texts, strict=True):
-            source = open_source(path, base, None)
-            tokenizer = AutoTokenizer.from_pretrained(source.base)
+            model, name = open_adapted(path, base)
+            tokenizer = AutoTokenizer.from_pretrained(name)
             step = stages.begin(f"examples of {path.name}", len(lines))
 
             def batches(lines: list[str] = lines, tokenizer: Any = tokenizer, step: Any = step) -> Any:
@@ -100,7 +100,7 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
                     yield dict(tokenizer(line, return_tensors="pt", truncation=True))
                     step(place + 1, len(lines), None)
 
-            found.append(collect_grams(source.model, batches()))
+            found.append(collect_grams(model, batches()))
     return found
 
 

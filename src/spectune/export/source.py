@@ -61,10 +61,20 @@ def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: 
             f"adapter_name: {adapter_name!r} was asked of a folder, which holds one adapter. Leave it out."
         )
     folder = read_adapter_folder(adapter).require("SPECTUNE")
-    model, base = _base_model(folder, base_model)
-    _load(model, folder)
+    model, base = _adapted(folder, base_model)
     carried = {name: folder.tensor(name) for name in folder.names if ".spectune_adapter." not in name}
     return Source(model, ADAPTER_NAME, carried, base)
+
+
+def open_adapted(adapter: str | Path, base_model: Any = None) -> tuple[nn.Module, str | None]:
+    """Get a base model with a saved adapter on it, spectral or LoRA, and the base's name; errors as `open_source`."""
+    return _adapted(read_adapter_folder(adapter).require("SPECTUNE", "LORA"), base_model)
+
+
+def _adapted(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | None]:
+    model, base = _base_model(folder, base_model)
+    _load(model, folder)
+    return model, base
 
 
 def refuse_to_replace_the_source(adapter: nn.Module | str | Path, output_dir: str | Path) -> None:
