@@ -9,14 +9,11 @@ Writes benchmarks/results/compare_small.json, and in FOLDER what `spectune compa
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
-from rich.console import Console
+from recorded_sweep import record_sweep
 
-from spectune.cli.comparison_files import run_under_bar, write_files
 from spectune.recipes import parse_sweep
 from spectune.recipes.small_models import digits
 
@@ -61,16 +58,7 @@ def main() -> None:
             "metric": "accuracy",
         }
     )
-    console = Console()
-    records = run_under_bar(sweep, asked.work, console)
-    summary = write_files(sweep, records, asked.work, console)
-    del summary["provenance"]
-    runs = [
-        {"method": r.method, "rate": r.rate, "seed": r.seed, "seconds": round(r.seconds, 2), "metrics": r.metrics}
-        for r in records
-    ]
-    record = {"what": sweep.title, **provenance(), "summary": summary, "runs": runs}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    record_sweep(sweep, asked.work, RESULTS)
 
 
 if __name__ == "__main__":

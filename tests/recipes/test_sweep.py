@@ -195,6 +195,17 @@ def test_the_summary_is_of_the_chosen_rate_alone() -> None:
     assert any("a (task)" in sentence and "end of its grid" in sentence for sentence in said)
 
 
+def test_each_task_is_told_in_its_own_metric() -> None:
+    sweep = parse_sweep(plain_sweep() | {"tasks": {"sst2": {}, "stsb": {}}})
+    pearson = {split: {"pearson": 0.8, "spearman": 0.7} for split in ("validation", "test")}
+    runs = [record(task="sst2"), replace(record(task="stsb"), metrics=pearson)]
+    summary = summarise(sweep, runs)
+    assert summary["task_metrics"] == {"sst2": "accuracy", "stsb": "pearson"}
+    assert summary["metric"] == "accuracy or pearson" and not summary["smaller_is_better"]
+    told = to_markdown(summary)
+    assert "test accuracy" in told.split("## stsb")[0] and "test pearson" in told.split("## stsb")[1]
+
+
 def test_results_stand_in_the_form_of_pefts_method_comparison(tmp_path: Path) -> None:
     sweep = parse_sweep(plain_sweep())
     runs = [record(rate=1e-2, seed=s, validation=0.7, test=0.6 + s / 10) for s in (0, 1)] + [record(rate=1e-3)]

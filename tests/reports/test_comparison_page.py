@@ -31,7 +31,9 @@ def summary(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
         "tuning_seeds": 2, "grids": {}, "tasks": ["t"], "methods": names, "rows": list(rows), "averages": [],
         "failed": [], "runs": 4, "device": "cpu", "provenance": {"commit": "abc"}, "says": ["Read <this>."],
     }  # fmt: skip
-    return values | more
+    values |= more
+    names = {"task_metrics": values["metric"], "task_chosen_by": values["chosen_by"]}
+    return {key: dict.fromkeys(values["tasks"], name) for key, name in names.items()} | values
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -70,11 +70,12 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
 
     table = Table("task", "method", f"test {summary['metric']}", "low to high", "rate", "trained", "step, ms")
     for row in summary["rows"]:
-        low, high = (shown(row[key], summary["metric"]) for key in ("low", "high"))
+        metric = summary["task_metrics"][row["task"]]
+        low, high = (shown(row[key], metric) for key in ("low", "high"))
         rate = "–" if row["rate"] is None else f"{row['rate']:g}"
         step = "–" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}"
         trained = "–" if row["trainable"] is None else f"{row['trainable']:,}"
-        test = shown(row["test"], summary["metric"])
+        test = shown(row["test"], metric)
         table.add_row(row["task"], row["method"], test, f"{low} to {high}", rate, trained, step)
     console.print(table)
     for failed in summary["failed"]:

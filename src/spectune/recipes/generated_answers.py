@@ -113,5 +113,6 @@ def harness_scores(
         f"{task}/{metric.removesuffix(',none').replace(',', '/')}": float(value)
         for task, figures in found["results"].items()
         for metric, value in figures.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        # lm-eval puts the number of questions among the figures.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and metric != "sample_len"
     }

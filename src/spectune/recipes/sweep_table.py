@@ -23,14 +23,17 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, A
     """Get the sweep's outcome: rows, averages over the tasks, failed runs, and where the runs took place."""
     rows = [row(sweep, records, task, method) for task in sweep.tasks for method in sweep.methods]
     good = next((record for record in records if record.ok), None)
-    metric = metric_of(good.metrics, REPORTED, sweep.report or sweep.metric)[0] if good else sweep.report or ""
-    chosen_by = metric_of(good.metrics, ("validation",), sweep.metric)[0] if good else sweep.metric or ""
+    reported = task_metrics(sweep, records, REPORTED, sweep.report or sweep.metric)
+    chosen = task_metrics(sweep, records, ("validation",), sweep.metric)
+    metric, chosen_by = (" or ".join(dict.fromkeys(names.values())) for names in (reported, chosen))
     return {
         "format": FORMAT,
         "title": sweep.title,
         "metric": metric,
         "chosen_by": chosen_by,
-        "smaller_is_better": better_is_smaller(metric),
+        "task_metrics": reported,
+        "task_chosen_by": chosen,
+        "smaller_is_better": all(map(better_is_smaller, reported.values())),
         "seeds": list(sweep.seeds),
         "tuning_seeds": len(sweep.seeds[: sweep.tuning_seeds]),
         "grids": {name: list(method.learning_rates) for name, method in sweep.methods.items()},
@@ -46,6 +49,17 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, A
         "provenance": good.provenance if good else {},
         "says": remarks(sweep, rows, records),
     }
+
+
+def task_metrics(
+    sweep: SweepConfig, records: Sequence[SweepRecord], splits: Sequence[str], name: str | None
+) -> dict[str, str]:
+    """Get the metric of each task: GLUE's tasks have their own."""
+    found = {}
+    for task in sweep.tasks:
+        good = next((record for record in records if record.ok and record.task == task), None)
+        found[task] = metric_of(good.metrics, splits, name)[0] if good else name or ""
+    return found
 
 
 def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: str) -> dict[str, Any]:
@@ -142,11 +156,11 @@ def _told(summary: Mapping[str, Any]) -> str:
 
 def _table(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     forgets = any(row["forgetting"] is not None for row in rows)
-    names = ["method", f"test {summary['metric']}", "low to high", "seeds", "rate", "trained numbers", "step, ms"]
+    metric = summary["task_metrics"][rows[0]["task"]]
+    names = ["method", f"test {metric}", "low to high", "seeds", "rate", "trained numbers", "step, ms"]
     names += ["peak, MiB", "file, KiB", *(["forgetting, nats"] if forgets else [])]
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     for row in rows:
-        metric = summary["metric"]
         cells = [
             row["method"],
             shown(row["test"], metric),

@@ -35,14 +35,15 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    metric, smaller = summary["metric"], summary["smaller_is_better"]
-    chosen_smaller = summary["chosen_by"] in ("loss", "perplexity")
-    parts = []
+    smaller, parts = summary["smaller_is_better"], []
     for task in summary["tasks"]:
+        metric, chosen_by = summary["task_metrics"][task], summary["task_chosen_by"][task]
         rows = [row for row in summary["rows"] if row["task"] == task]
-        charts = (front_chart(rows, metric, smaller), rate_chart(rows, summary["chosen_by"], chosen_smaller))
+        charts = (front_chart(rows, metric, smaller), rate_chart(rows, chosen_by, chosen_by in ("loss", "perplexity")))
         printed = {} if published is None else {m: r.get(task) for m, r in published["rows"].items()}
-        parts.append({"task": task, "rows": _ranked(rows, smaller), "charts": charts, "printed": printed})
+        parts.append(
+            {"task": task, "metric": metric, "rows": _ranked(rows, smaller), "charts": charts, "printed": printed}
+        )
     environment.filters |= {"bytes": readable_bytes, "figure": lambda value: _figure(value, smaller)}
     template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     return template.render(

@@ -1,0 +1,30 @@
+"""A sweep as `spectune compare` runs it, and its outcome as one results file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from provenance import provenance
+from rich.console import Console
+
+from spectune.checkpoint import write_atomically
+from spectune.cli.comparison_files import run_under_bar, write_files
+from spectune.recipes import SweepConfig
+
+
+def record_sweep(sweep: SweepConfig, work: Path, results: Path, published: Mapping[str, Any] | None = None) -> None:
+    """Run what has not been run and write the summary with every run's figures."""
+    console = Console()
+    records = run_under_bar(sweep, work, console)
+    summary = write_files(sweep, records, work, console, published)
+    del summary["provenance"]
+    runs = [
+        {"task": r.task, "method": r.method, "rate": r.rate, "seed": r.seed, "seconds": round(r.seconds, 2)}
+        | {"metrics": r.metrics}
+        for r in records
+    ]
+    record = {"what": sweep.title, **provenance(), "summary": summary, "runs": runs}
+    write_atomically(results, json.dumps(record, indent=1) + "\n")
