@@ -178,7 +178,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     told = parser.parse_args()
     torch.set_num_threads(1)
-    record = {"tasks": measure(told.work.resolve(), told.tasks, told.methods), "adapters": ADAPTERS, **provenance()}
+    record = {
+        "tasks": measure(told.work.resolve(), told.tasks, told.methods),
+        "adapters": {method: ADAPTERS[method] for method in told.methods},
+        "defaults": {method: default_of(method) for method in told.methods},
+        **provenance(),
+    }
     write_atomically(told.results, json.dumps(record, indent=1) + "\n")
 
 

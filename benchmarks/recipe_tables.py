@@ -1,0 +1,92 @@
+"""Tables of what the recipes measured: sweeps, learning rates, GSM8K."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def sweep_table(record: dict[str, Any]) -> str:
+    """Get one table a task, the mean over the tasks, and what a reader must know."""
+    summary, minutes = record["summary"], sum(run["seconds"] for run in record["runs"]) / 60
+    lines = [
+        f"{summary['title']}: {len(record['runs'])} runs, {minutes:.0f} minutes in all, one CPU thread each; mean of "
+        f"{len(summary['seeds'])} seeds on test, with lowest and highest.",
+        "",
+    ]
+    for task in summary["tasks"]:
+        rows = [row for row in summary["rows"] if row["task"] == task]
+        if len(summary["tasks"]) > 1:
+            lines += [f"**{task}**", ""]
+        lines += [
+            f"| method | {summary['task_metrics'][task]}, % | low to high | rate | trained numbers | step / LoRA's |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        lora = next((row["step_seconds"] for row in rows if row["method"] == "lora"), None)
+        lines += [_sweep_row(row, lora) for row in sorted(rows, key=lambda row: -(row["test"] or -math.inf))] + [""]
+    if summary["averages"]:
+        means = sorted(summary["averages"], key=lambda row: -(row["test"] or -math.inf))
+        lines += [
+            "Mean of the tasks: " + ", ".join(f"{row['method']} {100 * row['test']:.1f}" for row in means) + ".",
+            "",
+        ]
+    lines += [f"- {sentence}" for sentence in [*summary.get("published", {}).get("deviations", []), *summary["says"]]]
+    return "\n".join(lines).rstrip()
+
+
+def _sweep_row(row: dict[str, Any], lora: float | None) -> str:
+    figures = [f"{100 * row[key]:.1f}" for key in ("test", "low", "high")]
+    rate = f"{row['rate']:g}" + (" (end of grid)" if row["at_edge"] else "")
+    step = "–" if lora is None else f"{row['step_seconds'] / lora:.2f}"
+    cells = [row["method"], figures[0], f"{figures[1]} to {figures[2]}", rate, f"{row['trainable']:,}", step]
+    return "| " + " | ".join(cells) + " |"
+
+
+def rates_table(record: dict[str, Any]) -> str:
+    """Get each method's best rate on each task beside its default, and what the default costs against the best."""
+    tasks = record["tasks"]
+    lines = [
+        "| method | default | " + " | ".join(f"{task}: best, at default" for task in tasks) + " |",
+        "|---|---:|" + "---:|" * len(tasks),
+    ]
+    for method in record["adapters"]:
+        cells = []
+        for task in tasks.values():
+            found, percent = task["methods"][method], task["metric"] != "loss"
+            at_default = value_near(found["curve"], record["defaults"][method])
+            cells.append(f"{found['best']:g}: {_value(found['value'], percent)}, {_value(at_default, percent)}")
+        lines.append(f"| `{method}` | {record['defaults'][method]:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def value_near(curve: dict[str, float | None], rate: float) -> float | None:
+    """Get the figure of the tried rate that is nearest, by their ratio."""
+    return curve[min(curve, key=lambda tried: abs(math.log(float(tried) / rate)))]
+
+
+def _value(value: float | None, percent: bool) -> str:
+    return "diverged" if value is None else f"{value:.1%}" if percent else f"{value:.3f}"
+
+
+def gsm8k_table(record: dict[str, Any]) -> str:
+    """Get exact match and loss before and after."""
+    lines = [
+        f"{record['what']}: {record['steps']} steps of {record['batch_size']} examples in bfloat16, seed "
+        f"{record['seed']}, scored on {record['questions']} test questions by the official rule "
+        f"(`python benchmarks/gsm8k.py`, {record['machine']['cpus']} CPU cores).",
+        "",
+        "| method | rate | trained numbers | exact match before | after | loss of the answer before | after | s/step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method, row in record["methods"].items():
+        before, after = row["before"], row["after"]
+        cells = [
+            f"`{method}`",
+            f"{row['learning_rate']:g}",
+            f"{row['trained']:,}",
+            *(f"{figures['gsm8k']:.1%}" for figures in (before, after)),
+            *(f"{figures['loss']:.3f}" for figures in (before, after)),
+            f"{row['step_seconds']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
