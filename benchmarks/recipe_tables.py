@@ -10,7 +10,7 @@ def sweep_table(record: dict[str, Any]) -> str:
     """Get one table a task, the mean over the tasks, and what a reader must know."""
     summary, minutes = record["summary"], sum(run["seconds"] for run in record["runs"]) / 60
     lines = [
-        f"{summary['title']}: {len(record['runs'])} runs, {minutes:.0f} minutes in all, one CPU thread each; mean of "
+        f"{len(record['runs'])} runs, {minutes:.0f} minutes in all on one thread of a busy machine; mean of "
         f"{len(summary['seeds'])} seeds on test, with lowest and highest.",
         "",
     ]
@@ -19,26 +19,26 @@ def sweep_table(record: dict[str, Any]) -> str:
         if len(summary["tasks"]) > 1:
             lines += [f"**{task}**", ""]
         lines += [
-            f"| method | {summary['task_metrics'][task]}, % | low to high | rate | trained numbers | step / LoRA's |",
-            "|---|---:|---:|---:|---:|---:|",
+            f"| method | {summary['task_metrics'][task]}, % | low to high | rate | trained numbers |",
+            "|---|---:|---:|---:|---:|",
         ]
-        lora = next((row["step_seconds"] for row in rows if row["method"] == "lora"), None)
-        lines += [_sweep_row(row, lora) for row in sorted(rows, key=lambda row: -(row["test"] or -math.inf))] + [""]
+        lines += [_sweep_row(row) for row in sorted(rows, key=lambda row: -(row["test"] or -math.inf))] + [""]
     if summary["averages"]:
         means = sorted(summary["averages"], key=lambda row: -(row["test"] or -math.inf))
         lines += [
             "Mean of the tasks: " + ", ".join(f"{row['method']} {100 * row['test']:.1f}" for row in means) + ".",
             "",
         ]
-    lines += [f"- {sentence}" for sentence in [*summary.get("published", {}).get("deviations", []), *summary["says"]]]
+    # Of memory and forgetting nothing is shown here.
+    said = [sentence for sentence in summary["says"] if not sentence.startswith(("Peak memory", "Forgetting"))]
+    lines += [f"- {sentence}" for sentence in [*summary.get("published", {}).get("deviations", []), *said]]
     return "\n".join(lines).rstrip()
 
 
-def _sweep_row(row: dict[str, Any], lora: float | None) -> str:
+def _sweep_row(row: dict[str, Any]) -> str:
     figures = [f"{100 * row[key]:.1f}" for key in ("test", "low", "high")]
     rate = f"{row['rate']:g}" + (" (end of grid)" if row["at_edge"] else "")
-    step = "–" if lora is None else f"{row['step_seconds'] / lora:.2f}"
-    cells = [row["method"], figures[0], f"{figures[1]} to {figures[2]}", rate, f"{row['trainable']:,}", step]
+    cells = [row["method"], figures[0], f"{figures[1]} to {figures[2]}", rate, f"{row['trainable']:,}"]
     return "| " + " | ".join(cells) + " |"
 
 
