@@ -75,8 +75,8 @@ def gsm8k_table(record: dict[str, Any]) -> str:
         f"{record['seed']}, scored on {record['questions']} test questions by the official rule "
         f"(`python benchmarks/gsm8k.py`, {record['machine']['cpus']} CPU cores).",
         "",
-        "| method | rate | trained numbers | exact match before | after | loss of the answer before | after | s/step |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | rate | trained numbers | exact match before | after | loss of the answer before | after |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for method, row in record["methods"].items():
         before, after = row["before"], row["after"]
@@ -86,7 +86,6 @@ def gsm8k_table(record: dict[str, Any]) -> str:
             f"{row['trained']:,}",
             *(f"{figures['gsm8k']:.1%}" for figures in (before, after)),
             *(f"{figures['loss']:.3f}" for figures in (before, after)),
-            f"{row['step_seconds']:.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
