@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from spectune import METHODS, SpectralConfig, SpectuneError, export_lora, merge_checkpoint
 from spectune.algebra import truncate
+from spectune.checkpoint import open_checkpoint
 from spectune.methods import spectral_modules
 
 from ..models import MODELS, Tiny, output
@@ -78,6 +79,43 @@ def test_modules_trained_in_full_are_merged_too(tmp_path: Path) -> None:
     assert done.copied == ("classifier",)
     merged = reopened(tiny, tmp_path / "merged")
     torch.testing.assert_close(output(merged, tiny.inputs()), output(model, tiny.inputs()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("bias", ["all", "spectune_only"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_trained_biases_are_merged_too(name: str, bias: str, tmp_path: Path) -> None:
+    tiny = MODELS[name]
+    base, model = saved_base(tiny, tmp_path / "base"), adapted(tiny, "spectral_a", bias=bias)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    trained = output(model, tiny.inputs())
+    merged = reopened(tiny, tmp_path / "merged")
+    assert open_checkpoint(tmp_path / "merged").names == open_checkpoint(base).names
+    torch.testing.assert_close(output(merged, tiny.inputs()), trained, rtol=0, atol=2e-5)
+    torch.testing.assert_close(output(model.merge_and_unload(), tiny.inputs()), trained, rtol=0, atol=2e-5)
+
+
+def test_shards_of_equal_names_in_folders_of_their_own_stay_apart(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base")
+    whole = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    weight_map = {}
+    for place, name in enumerate(sorted(whole)):
+        shard = f"part{place % 2}/model.safetensors"
+        weight_map[name] = shard
+    for shard in set(weight_map.values()):
+        (base / shard).parent.mkdir()
+        save_file({name: whole[name] for name in whole if weight_map[name] == shard}, base / shard, {"format": "pt"})
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    model = adapted(tiny, "spectral_a")
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    merged = open_checkpoint(tmp_path / "merged")
+    assert {name: str(file.path.relative_to(tmp_path / "merged")) for name, file in merged.files.items()} == weight_map
+    live = model.merge_and_unload().state_dict()
+    for name in whole:
+        torch.testing.assert_close(merged.tensor(name), live[name], rtol=0, atol=1e-6)
 
 
 def test_a_base_checkpoint_without_the_bodys_name_is_understood(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from .adapter_folder import AdapterFolder as AdapterFolder
 from .adapter_folder import read_adapter_folder as read_adapter_folder
+from .claim import hold_folder as hold_folder
 from .fingerprint import fingerprint as fingerprint
 from .lora_file import LoraFile as LoraFile
 from .lora_file import read_lora as read_lora
@@ -10,6 +11,8 @@ from .reader import open_checkpoint as open_checkpoint
 from .targets import Target as Target
 from .targets import find_targets as find_targets
 from .tensor_file import TensorFile as TensorFile
+from .writer import disk_error as disk_error
 from .writer import fresh_folder as fresh_folder
 from .writer import save_tensors as save_tensors
+from .writer import sync_tree as sync_tree
 from .writer import write_atomically as write_atomically

@@ -2,16 +2,18 @@
 
 Everything is written under a temporary name beside its goal, pushed to the disk, and then renamed. A
 rename inside one folder is atomic, so a crash or Ctrl-C never leaves half a file under the real name.
-A process that is killed outright may leave a `.NAME.partial-*` behind, which can be deleted.
+A process that is killed outright may leave a `.NAME.partial-*` behind: the next `fresh_folder` of that name deletes a
+folder, a file can be deleted by hand.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import OutputError
+from .claim import PARTIAL, REPLACED, claimed_folder, clear_abandoned, exchange, sibling
+
+# What the disk says when it takes no more; other errors of a block that writes are not about the disk.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+# safetensors tells its errors in words, and torch's writer knows no more than that fewer bytes were written.
+FOREIGN_ERROR = re.compile(r"\(os error (\d+)\)")
+TORCH_WRITER = "inline_container.cc"
 
 
 @contextmanager
@@ -26,23 +35,44 @@ def fresh_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """Get an empty folder to write in, which becomes `path` when the block ends, and vanishes when it raises.
 
     Missing parents are created. `OutputError`, before the block runs, where `path` is a file, a folder
-    that holds something, or cannot be written. With `overwrite` a full folder is replaced, but only once
-    the new one is complete; it is put back should the last rename fail. A folder that holds the working
-    or the home directory is never replaced.
+    that holds something, or cannot be written; after it, where another process has filled `path` meanwhile.
+    With `overwrite` a full folder is replaced in one step, once the new one is complete (where the system
+    cannot swap folders, in two; what a kill between them left is put back by the next call): of two
+    processes the last one stands. A folder that holds the working or the home directory is never replaced.
+    A full disk in the block is an `OutputError`, whoever wrote.
     """
     goal = Path(os.path.realpath(path))
+    clear_abandoned(goal)
     _refuse_occupied(goal, overwrite)
-    partial = _sibling(goal, "partial")
     created = _make_parents(goal)
     try:
-        _make_folder(partial, goal)
-        yield partial
-        _sync_tree(partial)
-        _put_in_place(partial, goal)
+        with _made_folder(goal) as partial:
+            try:
+                yield partial
+                sync_tree(partial)
+                _put_in_place(partial, goal, overwrite)
+            except BaseException as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                if isinstance(error, OutputError):  # the hidden name is gone and tells nobody anything
+                    raise OutputError(str(error).replace(str(partial), str(goal))) from error
+                if reason := disk_error(error):
+                    raise OutputError(f"{goal}: the folder could not be written: {reason}. {_remedy(goal)}") from error
+                raise
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(created)
         raise
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Get what the disk said, if that is what an error is about: full, read-only, or broken."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return _reason(error)
+    told = FOREIGN_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+    if told and int(told[1]) in DISK_ERRORS:
+        return os.strerror(int(told[1]))
+    if isinstance(error, RuntimeError) and TORCH_WRITER in str(error):
+        return "torch could not write all bytes"
+    return None
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
@@ -78,19 +108,21 @@ def save_tensors(
 @contextmanager
 def _replaced_file(path: Path, size: int) -> Iterator[Path]:
     goal = Path(os.path.realpath(path))
-    partial = _sibling(goal, "partial")
+    partial = sibling(goal, PARTIAL)
     try:
         yield partial
         _sync(partial)
         os.replace(partial, goal)
     except BaseException as error:
-        partial.unlink(missing_ok=True) if goal.parent.is_dir() else None
+        with suppress(OSError):  # no folder, or a disk that takes no change: the first error is the one to tell
+            partial.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise OutputError(
                 f"{path}: {size:,} bytes could not be written: {_reason(error)}. {_remedy(goal)}"
             ) from error
         raise
-    _sync(goal.parent)
+    with suppress(OSError):  # it stands there whole already
+        _sync(goal.parent)
 
 
 def _refuse_occupied(goal: Path, overwrite: bool) -> None:
@@ -121,11 +153,14 @@ def _make_parents(goal: Path) -> list[Path]:
     return missing
 
 
-def _make_folder(partial: Path, goal: Path) -> None:
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise OutputError(f"{goal}: the folder cannot be created: {_reason(error)}. {_remedy(goal)}") from error
+@contextmanager
+def _made_folder(goal: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            partial = stack.enter_context(claimed_folder(goal))
+        except OSError as error:
+            raise OutputError(f"{goal}: the folder cannot be created: {_reason(error)}. {_remedy(goal)}") from error
+        yield partial
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -134,29 +169,37 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _put_in_place(partial: Path, goal: Path) -> None:
-    old = _sibling(goal, "replaced")
+def _put_in_place(partial: Path, goal: Path, overwrite: bool) -> None:
+    if overwrite and goal.exists() and exchange(partial, goal):
+        with suppress(OSError):
+            _sync(goal.parent)
+        shutil.rmtree(partial, ignore_errors=True)  # the old one, by now
+        return
+    old = sibling(goal, REPLACED)
     try:
-        if goal.exists():
-            goal.rename(old)
-        partial.rename(goal)
+        if goal.exists() and (overwrite or os.name == "nt"):
+            goal.rename(old) if overwrite else goal.rmdir()
+        partial.rename(goal)  # takes the place of an empty folder, and of nothing else
     except BaseException as error:
         if old.exists() and not goal.exists():
             old.rename(goal)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise OutputError(
+                f"{goal}: another process has written into this folder meanwhile. Look at what is there, or choose "
+                f"another folder."
+            ) from error
         if isinstance(error, OSError):
             raise OutputError(
                 f"{goal}: the finished folder cannot be moved here: {_reason(error)}. {_remedy(goal)}"
             ) from error
         raise
-    _sync(goal.parent)
+    with suppress(OSError):
+        _sync(goal.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sibling(goal: Path, word: str) -> Path:
-    return goal.with_name(f".{goal.name}.{word}-{secrets.token_hex(4)}")
-
-
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Push a folder's files to the disk, so that a rename cannot overtake them; OSError where the disk is full."""
     for parent, _, files in os.walk(folder):
         for file in files:
             _sync(Path(parent, file))
@@ -164,13 +207,17 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    # Windows cannot open a folder, and some network disks refuse to sync one; the data are written anyway.
-    with suppress(OSError):
+    try:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        # Windows cannot open a folder, and some network disks refuse to sync one; the data are written anyway. But a
+        # disk that notices only now that it is full (quotas, network disks) has not written them.
+        if error.errno in DISK_ERRORS - {errno.EROFS}:
+            raise
 
 
 def _umask() -> int:

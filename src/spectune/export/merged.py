@@ -120,7 +120,12 @@ def _write_shards(
     checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], target: Path
 ) -> tuple[str, ...]:
     """Write every file of the base again with the merged tensors in it; get the modules that were copied whole."""
-    trained = {name.removeprefix(PEFT_PREFIX): name for name in folder.names if ".spectune_adapter." not in name}
+    # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
+    trained = {
+        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): name
+        for name in folder.names
+        if ".spectune_adapter." not in name
+    }
     at_base = {}
     for name, key in trained.items():
         layer, _, kind = name.rpartition(".")
@@ -132,7 +137,9 @@ def _write_shards(
         tensors = {name: _tensor(name, checkpoint, folder, places, at_base) for name in names}
         if path == files[-1]:
             tensors |= {name: folder.tensor(key) for name, key in at_base.items() if name not in checkpoint.files}
-        save_tensors(target / path.name, tensors)
+        goal = target / (path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else path.name)
+        goal.parent.mkdir(parents=True, exist_ok=True)  # shards in folders of their own may bear equal names
+        save_tensors(goal, tensors)
     return tuple(sorted({name.rpartition(".")[0] for name in at_base}))
 
 
