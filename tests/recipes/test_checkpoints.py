@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from spectune.checkpoint import hold_folder
 from spectune.errors import OutputError
 from spectune.recipes import Interrupted, RunResult, parse_config, run
 from spectune.recipes.checkpoints import checkpoints
@@ -105,6 +106,32 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: p
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"] == [p.name for p in folder.iterdir()]
     monkeypatch.setattr(torch, "save", save)
     assert run(config, tmp_path / "run", resume=True).losses == whole.losses
+
+
+def test_what_a_process_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path) -> None:
+    config = parse_config(tiny.text_run(tmp_path))
+    left = [tmp_path / "run" / name for name in (".lock", ".run.yaml.partial-0123abcd")]
+    left[0].parent.mkdir()
+    for path in left:
+        path.write_bytes(b"half")
+    (tmp_path / "run" / "checkpoints" / ".partial").mkdir(parents=True)
+    with pytest.raises(OutputError, match="found other files in it"):
+        run(config, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / ".partial").rmdir()
+    (tmp_path / "run" / "checkpoints").rmdir()
+    run(config, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {
+        "run.yaml", "result.json", "adapter", "checkpoints",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_another_process_trains_is_refused_at_once(tmp_path: Path, resume: bool) -> None:
+    config = parse_config(tiny.text_run(tmp_path))
+    (tmp_path / "run").mkdir()
+    with hold_folder(tmp_path / "run"), pytest.raises(OutputError, match="another process is writing into this"):
+        run(config, tmp_path / "run", resume=resume)
+    assert not (tmp_path / "run" / "run.yaml").exists()
 
 
 def test_old_checkpoints_are_deleted_and_no_pickled_arguments_are_written(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def test_every_method_has_known_rates_around_its_default() -> None:
         assert advice(name, method.learning_rate) is None
     for name, known in KNOWN.items():
         assert known.low <= known.high and (name in METHODS or known.low <= (known.usual or 0) <= known.high), name
+
+
+def test_defaults_stand_where_the_committed_sweeps_say() -> None:
+    """At most half a decade above the best compromise of small models, a decade below: papers' models are larger."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "rates.json"
+    found = json.loads(path.read_text())
+    for name, method in METHODS.items():
+        best = found["compromise"][name]
+        assert best / 10.01 <= method.learning_rate <= 3.01 * best, name
+        assert found["defaults"][name] == method.learning_rate, name
 
 
 def test_a_rate_far_outside_is_warned_about() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from spectune.checkpoint import hold_folder
 from spectune.errors import DataError, OptionError, OutputError
 from spectune.recipes import SweepRecord, load_sweep, parse_sweep, run_sweep, summarise, sweep_run, to_markdown
 from spectune.recipes.general_text import general_loss
@@ -22,6 +23,11 @@ from tests.recipes import tiny
 from tests.recipes.sweeps import in_this_process, record, text_sweep
 
 GRID = {"adapter": {"method": "svft", "target_modules": ["q"]}, "learning_rates": [1e-3, 1e-2, 1e-1]}
+
+
+def test_a_sweep_that_another_process_is_at_is_refused(tmp_path: Path) -> None:
+    with hold_folder(tmp_path), pytest.raises(OutputError, match="another process is writing into this folder"):
+        run_sweep(parse_sweep(text_sweep(tmp_path)), tmp_path, provenance={})
 
 
 def plain_sweep(**more: Any) -> dict[str, Any]:

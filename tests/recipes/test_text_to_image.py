@@ -140,8 +140,8 @@ def test_the_record_is_plain_json(home: Path, run: ConceptRun) -> None:
 def test_any_peft_method_trains_alone_with_a_prior(home: Path, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=ATTENTION)
     told = options(
-        home, unet=lora, text_encoder=None, unet_rate=None, prior_prompts=("a shape on the left",), prior_images=2,
-        validation_prompts=(), snr_gamma=5.0, batch_size=1,
+        home, unet=lora, text_encoder=None, unet_rate=None, text_encoder_rate=None,
+        prior_prompts=("a shape on the left",), prior_images=2, validation_prompts=(), snr_gamma=5.0, batch_size=1,
     )  # fmt: skip
     done = train_concept(told, tmp_path / "lora", say=lambda line: None)
     assert set(done.trainable) == {"unet", "token"} and not (tmp_path / "lora" / "text_encoder").exists()

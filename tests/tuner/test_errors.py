@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectune import METHODS, SpectralConfig, SpectuneError
-from spectune.tuner import SpectralLayer
+from spectune.tuner import SpectralLayer, swap_adapter
 
 from ..models import MODELS, Tiny, output
 from .conftest import OPTIONS, adapted, config_for
@@ -109,6 +109,28 @@ def test_an_adapter_of_another_base_is_refused(method: str, native: bool, tmp_pa
             output(other, LLAMA.inputs())
         else:
             PeftModel.from_pretrained(LLAMA.fresh(seed=1), tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("door", ["peft", "transformers", "swap"])
+def test_nan_in_a_file_is_refused_and_a_live_adapter_stays_as_it_is(door: str, value: float, tmp_path: Path) -> None:
+    live = adapted(LLAMA, "spectral_a")
+    live.save_pretrained(tmp_path)
+    before = output(live, LLAMA.inputs())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith(".A_U"))
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(SpectuneError, match="NaN or infinity in the adapter file"):
+        if door == "peft":
+            PeftModel.from_pretrained(LLAMA.fresh(), tmp_path)
+        elif door == "transformers":
+            other = LLAMA.fresh()
+            other.load_adapter(str(tmp_path))  # fills the modules itself; they look at the numbers when first used
+            output(other, LLAMA.inputs())
+        else:
+            swap_adapter(live, tmp_path)
+    assert torch.equal(output(live, LLAMA.inputs()), before)
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -16,13 +16,21 @@ SHARES = ("accuracy", "f1", "macro_f1", "exact_match", "gsm8k")
 MOST_EXAMPLES = 12
 
 
-def write_run_page(folder: Path, result: RunResult, recipe: Recipe, model: Any, console: Console) -> None:
-    """Write run.json and report.html into a run's folder; without jinja2 the page is left out, and that is said."""
+def write_run_page(
+    folder: Path, result: RunResult, recipe: Recipe, model: Any, console: Console, *, main: bool = True
+) -> None:
+    """Write run.json and report.html into a run's folder; without jinja2 the page is left out, and that is said.
+
+    Every process of a distributed run calls this, because a sharded model answers only where all of them ask it; the
+    `main` one writes.
+    """
     from ..checkpoint import write_atomically
     from ..errors import MissingExtraError
     from ..reports import write_report
 
     record = run_record(result, recipe, model)
+    if not main:
+        return
     write_atomically(folder / "run.json", record.to_json() + "\n")
     try:
         write_report(record, folder / "report.html")

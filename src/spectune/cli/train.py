@@ -26,7 +26,7 @@ def train(
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
     from rich.console import Console
 
-    from ..recipes import Interrupted, RunResult, advice, learning_rate, load_config, method_of, run, train_run
+    from ..recipes import Interrupted, RunResult, advice, join, learning_rate, load_config, method_of, run, train_run
     from ..recipes.concept_file import is_concept
     from .concept_run import train_from_file
     from .progress import Stages
@@ -35,13 +35,16 @@ def train(
     if is_concept(config):
         if resume:
             raise OptionError("--resume: a run of text_to_image cannot be resumed. Start it into a new folder.")
+        if join().num_processes > 1:
+            raise OptionError(f"{config}: text_to_image trains on one process. Start it without a launcher.")
         train_from_file(config, overrides or [], output or Path("runs", config.stem), as_json)
         return
     asked = load_config(config, overrides or [])
     folder = output or Path("runs", config.stem)
-    console = Console(stderr=True, quiet=as_json)
+    main = join().is_main_process
+    console = Console(stderr=True, quiet=as_json or not main)
     warning = advice(method_of(asked), learning_rate(asked))
-    if warning:
+    if warning and main:
         Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
     finished = resume and (folder / "result.json").is_file()
     step: Any = None
@@ -58,11 +61,14 @@ def train(
             else:
                 trained = train_run(asked, folder, resume=resume, on_step=on_step)
                 result = trained.result
-                write_run_page(folder, trained.result, trained.recipe, trained.model, console)
+                write_run_page(folder, trained.result, trained.recipe, trained.model, console, main=main)
         except Interrupted as stop:
             stages.stop()
-            print(f"spectune: {stop}", file=sys.stderr)
+            if main:
+                print(f"spectune: {stop}", file=sys.stderr)
             raise SystemExit(130) from None
+    if not main:
+        return
     if as_json:
         values = json.loads(result.to_json())
         print(json.dumps({name: value for name, value in values.items() if name != "losses"}, indent=2))

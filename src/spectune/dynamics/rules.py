@@ -59,4 +59,15 @@ def decay_by_spectrum(module: SpectralModule, learning_rates: dict[int, float], 
         parameter = getattr(module, name)
         rate = learning_rates.get(id(parameter))
         if rate is not None:
-            parameter.mul_((1 - rate * decay * profile).to(parameter.dtype))
+            parameter.mul_(_beside((1 - rate * decay * profile).to(parameter.dtype), parameter))
+
+
+def _beside(factor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Get a factor that every process has whole in the form that a sharded parameter (FSDP2) can be multiplied by."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return factor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole: torch.Tensor = DTensor.from_local(factor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole

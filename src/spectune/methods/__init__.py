@@ -3,6 +3,7 @@
 from .contract import Method as Method
 from .modules import Dynamics as Dynamics
 from .modules import SpectralModule as SpectralModule
+from .modules import bases_as_parameters as bases_as_parameters
 from .modules import modules_with_dynamics as modules_with_dynamics
 from .modules import spectral_modules as spectral_modules
 from .saved import base_tensor as base_tensor

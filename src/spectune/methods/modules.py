@@ -25,6 +25,11 @@ ADAPTERS_ATTRIBUTE = "spectune_adapter"
 # rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
 FOREIGN_RESIDUAL = 0.03
 
+BASIS = ("U_OR", "S_R", "Vh_RI")
+# The large frozen tensors, which `bases_as_parameters` lets FSDP2 shard; what else is frozen is a few numbers for each
+# direction (singular values, sketch, places of a pattern).
+LARGE = ("U_OR", "Vh_RI", "U_rest", "Vh_rest", "P", "Q", "A")
+
 # A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
 # little memory. A wider one is rounded in each forward, which next to the products with it is nothing. Chosen.
 KEPT_SHARE = 4
@@ -75,7 +80,7 @@ class SpectralModule(nn.Module):
         self._record: Spectrum | None = None
         self._cast: dict[tuple[str, torch.dtype], tuple[torch.Tensor, int, torch.Tensor]] = {}
         device = spectrum.S_R.device
-        for buffer in ("U_OR", "S_R", "Vh_RI"):
+        for buffer in BASIS:
             self.register_buffer(buffer, getattr(spectrum, buffer).contiguous())
         self.frozen_names = tuple(frozen := method.frozen(spectrum))
         for name, tensor in frozen.items():
@@ -105,7 +110,10 @@ class SpectralModule(nn.Module):
     @dynamics.setter
     def dynamics(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
-        (_WITH_DYNAMICS.add if dynamics else _WITH_DYNAMICS.discard)(self)
+        if dynamics:
+            _WITH_DYNAMICS[self] = None
+        else:
+            _WITH_DYNAMICS.pop(self, None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,11 +127,42 @@ class SpectralModule(nn.Module):
         """The basis as a record, turned onto the stored sketch."""
         if self._buffers["sketch"] is not self._settled_on:
             self.settle()
+            self._refuse_non_finite()  # transformers writes a file's numbers straight into the module
         return self._basis()
 
+    def _kept(self, name: str) -> torch.Tensor:
+        """Get a frozen tensor, a buffer or a parameter; faster than asking torch for the attribute."""
+        tensor = self._buffers[name] if name in self._buffers else self._parameters[name]
+        assert tensor is not None
+        return tensor
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Put another frozen tensor in a place."""
+        frozen = name in self._parameters
+        setattr(self, name, nn.Parameter(tensor.contiguous(), requires_grad=False) if frozen else tensor)
+
+    def bases_as_parameters(self) -> None:
+        """Keep the large frozen tensors as frozen parameters: FSDP2 shards these, and copies buffers to every process.
+
+        torch's tools for sharded models want every parameter in the state dict; the adapter's file is as before.
+        """
+        for name in LARGE:
+            tensor = self._buffers.get(name)
+            if tensor is not None and tensor.numel():
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self._forget()
+
+    @property
+    def found_names(self) -> list[str]:
+        """The names of frozen parameters that are found again and do not travel in the adapter's file."""
+        embedded = "sketch" in self._non_persistent_buffers_set  # torch keeps such a note of buffers alone
+        travels = {name for name in LARGE if (embedded if name in BASIS else self.method.saves_frozen())}
+        frozen = [name for name in LARGE if name in self._parameters and name not in self.own_names]
+        return [name for name in frozen if name not in travels]
+
     def _basis(self) -> Spectrum:
-        U_OR, S_R, Vh_RI = (self._buffers[name] for name in ("U_OR", "S_R", "Vh_RI"))
-        assert U_OR is not None and S_R is not None and Vh_RI is not None
+        U_OR, S_R, Vh_RI = (self._kept(name) for name in BASIS)
         held = self._record
         # Kept, because every forward asks for it; a basis that was turned or moved is another tensor.
         if held is None or held.U_OR is not U_OR or held.S_R is not S_R or held.Vh_RI is not Vh_RI:
@@ -176,7 +215,8 @@ class SpectralModule(nn.Module):
         return self._rounded("U_OR", basis.U_OR, dtype), self._rounded("Vh_RI", basis.Vh_RI, dtype)
 
     def _rounded(self, name: str, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        frozen = factor is self._buffers[name] and len(self.columns) * KEPT_SHARE <= min(
+        # A sharded basis is not kept a second time, whole: it is a parameter then.
+        frozen = factor is self._buffers.get(name) and len(self.columns) * KEPT_SHARE <= min(
             self.U_OR.shape[0], self.Vh_RI.shape[1]
         )
         if not frozen or torch.compiler.is_compiling() or factor.is_inference():
@@ -195,7 +235,7 @@ class SpectralModule(nn.Module):
 
     def embed_basis(self, embed: bool) -> None:
         """Choose what describes the basis in a file: the basis itself, or only its sketch."""
-        for buffer in ("U_OR", "S_R", "Vh_RI", "sketch"):
+        for buffer in (*BASIS, "sketch"):
             if embed == (buffer != "sketch"):
                 self._non_persistent_buffers_set.discard(buffer)
             else:
@@ -203,6 +243,13 @@ class SpectralModule(nn.Module):
 
     def settle(self) -> None:
         """Turn the basis onto the sketch that came from a file; `AdapterError` if it belongs to another weight."""
+        if hasattr(self._kept("Vh_RI"), "device_mesh"):  # no process has it whole
+            if self._buffers["sketch"] is not self._settled_on:
+                raise AdapterError(
+                    f"{self.name}: numbers were loaded after fully_shard, and a sharded basis cannot be turned onto "
+                    f"theirs. Load the adapter first, then call fully_shard."
+                )
+            return
         if self.sketch.numel() and "sketch" not in self._non_persistent_buffers_set:
             basis = self._basis()
             turned, unexplained = align(basis, self.sketch)
@@ -213,11 +260,19 @@ class SpectralModule(nn.Module):
                     f"vectors differs by {unexplained:.1%} from this base's, rounding explains at most {allowed:.1%}. "
                     f"Load it on the base model that it was trained on."
                 )
-            self.U_OR, self.S_R, self.Vh_RI = turned.U_OR, turned.S_R, turned.Vh_RI
+            for name in BASIS:
+                self._keep(name, getattr(turned, name))
         elif len(self.columns):
             self._refuse_foreign_basis()
             self._complete_frozen()
         self._settled_on = self.sketch
+
+    def _refuse_non_finite(self) -> None:
+        for name in self.own_names:
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise AdapterError(
+                    f"{self.name}.{name}: NaN or infinity in the adapter file. Train or copy the adapter again."
+                )
 
     def _refuse_foreign_basis(self) -> None:
         """Raise `AdapterError` when an embedded basis is missing, or is not one of this base weight."""
@@ -242,7 +297,7 @@ class SpectralModule(nn.Module):
         if not self.method.saves_frozen():
             for name, tensor in self.method.frozen(self._basis()).items():
                 if tensor.is_floating_point():
-                    setattr(self, name, tensor.to(self.S_R))
+                    self._keep(name, tensor.to(self.S_R))
 
     def _forget(self) -> None:
         """Drop what was kept for the forwards."""
@@ -278,7 +333,26 @@ class SpectralModule(nn.Module):
         return f"{self.method}, directions={len(self.columns)}, solver={self.quality.solver}"
 
 
-_WITH_DYNAMICS: weakref.WeakSet[SpectralModule] = weakref.WeakSet()
+def bases_as_parameters(model: nn.Module) -> int:
+    """Get how many adapters of a model now keep their frozen bases as parameters; call it before `fully_shard`.
+
+    FSDP2 shards parameters and copies buffers to every process; a basis is a buffer, so that DDP and PEFT leave it
+    alone. Raises `AdapterError` for a method whose weights share trained numbers: each would belong to two shards.
+    """
+    found = [module for _, _, module in spectral_modules(model)]
+    for module in found:
+        if module.method.shared_shapes():
+            raise AdapterError(
+                f"{module.name}: {module.method.name} trains numbers that all adapted weights share, and FSDP2 shards "
+                f"each layer for itself. Set shared_core to false, or use DDP."
+            )
+        module.bases_as_parameters()
+    return len(found)
+
+
+# In the order of their creation, which is the same in every process: the norm of a sharded gradient is a collective,
+# and in the order of a WeakSet, that of addresses, processes would add up the gradients of different layers.
+_WITH_DYNAMICS: weakref.WeakKeyDictionary[SpectralModule, None] = weakref.WeakKeyDictionary()
 
 
 def modules_with_dynamics() -> Iterator[SpectralModule]:

@@ -34,7 +34,8 @@ class SpecAdapt(Method):
     paper: ClassVar[str] = (
         "SpecAdapt, optimizer-level adaptation in a truncated SVD basis (zhangkunzk/SpecAdapt_pytorch)"
     )
-    # The trainer's rate for all nineteen VTAB-1k tasks, with gradients normalised to unit rms.
+    # The trainer's rate for all nineteen VTAB-1k tasks, with gradients normalised to unit rms; it also suits small
+    # models best, without that (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-3
 
     r: int = 8

@@ -31,7 +31,8 @@ class SpectralR(Method):
 
     name: ClassVar[str] = "spectral_r"
     paper: ClassVar[str] = "Spectral Adapter: Fine-Tuning in Spectral Space, arXiv 2405.13952"
-    # The rate of the paper's r = 2 and r = 40 runs on the UNet (section 4.3 settings, r = 8 took 5e-2).
+    # The rate of the paper's r = 2 and r = 40 runs on the UNet (section 4.3 settings, r = 8 took 5e-2); small models do
+    # best at 1e-2 to 3e-2 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-2
 
     r: int = 8

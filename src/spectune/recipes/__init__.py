@@ -17,6 +17,7 @@ from .lr_range import RangeTest as RangeTest
 from .lr_range import range_test as range_test
 from .method_comparison import as_method_comparison as as_method_comparison
 from .method_comparison import write_method_comparison as write_method_comparison
+from .processes import join as join
 from .rates import advice as advice
 from .rates import learning_rate as learning_rate
 from .rates import method_of as method_of

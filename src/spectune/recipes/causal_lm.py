@@ -19,7 +19,7 @@ from .data import Row, limited, load_splits
 from .generated_answers import GENERATED, continuations, harness_scores, prompt_ids
 from .recipe import Answered, Recipe, Shown, pretrained, some
 from .run_config import DataSection, PathOrName, RunConfig, Section
-from .trainer import Plan, loop_arguments, looped
+from .trainer import Plan, checked_arguments, loop_arguments, looped
 
 IGNORED = -100  # torch's cross entropy leaves this label out
 
@@ -208,7 +208,7 @@ class CausalLM(Recipe):
         }
         return looped(SFTTrainer)(
             model=model,
-            args=SFTConfig(**(arguments | more)),
+            args=checked_arguments(SFTConfig, arguments | more),
             # Tokens and labels are made here, so that `check` shows, and evaluation scores, what is trained on.
             train_dataset=Dataset.from_list(self.rows("train")),
             eval_dataset=Dataset.from_list(self.rows(self.validation_split())) if validates else None,

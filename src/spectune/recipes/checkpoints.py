@@ -17,10 +17,14 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from ..checkpoint import sync_tree
 from ..errors import OutputError
+from .processes import anywhere
 
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
+# How many examples one optimizer step sees, over all processes: what must stay when a run moves to more or fewer.
+STEP_FILE = "step.json"
 # Everything is written in here first; what a killed process left is deleted when the next checkpoint is saved.
 PARTIAL = ".partial"
 
@@ -65,12 +69,16 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 class StopWhenAsked(TrainerCallback):
-    """Saves and ends the loop after the step in which a stop was asked for."""
+    """Saves and ends the loop after the step in which a stop was asked for, of any process.
+
+    A scheduler may signal one process alone, or all of them in different steps; they must save the same step.
+    """
 
     def __init__(self, request: StopRequest) -> None:
         self.request = request
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.request.asked = anywhere(self.request.asked)
         if self.request.asked:
             control.should_save = control.should_training_stop = True
 
@@ -93,6 +101,20 @@ def history(checkpoint: Path) -> list[dict[str, Any]]:
     return read
 
 
+def write_examples_a_step(checkpoint: Path, examples: int) -> None:
+    """Note beside a checkpoint how many examples an optimizer step of its run sees."""
+    (checkpoint / STEP_FILE).write_text(json.dumps({"examples": examples}) + "\n")
+
+
+def examples_a_step(checkpoint: Path) -> int | None:
+    """Get how many examples an optimizer step of the checkpoint's run sees, over all processes; None if unknown."""
+    try:
+        found = json.loads((checkpoint / STEP_FILE).read_text())["examples"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if isinstance(found, int) else None
+
+
 def save_whole(
     folder: Path, name: str, write: Callable[[], None], keep: int, wait: Callable[[], None], main: bool
 ) -> None:
@@ -109,9 +131,9 @@ def save_whole(
         write()
         wait()
         if main:
-            _sync(partial / name)
+            sync_tree(partial / name)
             if goal.exists():
-                shutil.rmtree(goal)
+                os.replace(goal, partial / f"old-{name}")
             os.replace(partial / name, goal)
     except (OSError, SafetensorError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError.
@@ -125,17 +147,12 @@ def save_whole(
             f"continue with --resume."
         ) from error
     if main:
-        shutil.rmtree(partial, ignore_errors=True)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # under its own name, half of it could be taken for a whole one
+                os.replace(old, partial / old.name)
+        clear_partial(folder)
 
 
-def _sync(folder: Path) -> None:
-    """Push a folder's files to the disk, so that the rename cannot overtake them."""
-    for path in [*folder.rglob("*"), folder]:
-        with suppress(OSError):  # some network disks cannot, and Windows opens no folder
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+def clear_partial(folder: Path) -> None:
+    """Delete what a killed process was writing or deleting."""
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class ConceptOptions:
                 f"token={self.token!r}, initial_word={self.initial_word!r}: a new word starts from a known one. "
                 f"Give both or neither."
             )
+        for part in ADAPTED:
+            if getattr(self, part) is None and getattr(self, f"{part}_rate") is not None:
+                raise OptionError(f"{part}_rate={getattr(self, f'{part}_rate')}: no adapter of {part} is asked for.")
         for name in ("steps", "batch_size", "validation_every", "sampling_steps"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)}: at least 1 is needed.")
@@ -82,7 +85,7 @@ class ConceptOptions:
 
     def to_json(self) -> dict[str, Any]:
         """Get the options as JSON holds them; an adapter's config as PEFT writes it."""
-        plain = asdict(replace(self, unet=None, text_encoder=None))
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
         configs = {part: getattr(self, part) for part in ADAPTED}
         plain |= {part: None if config is None else config.to_dict() for part, config in configs.items()}
         found: dict[str, Any] = json.loads(json.dumps(plain, default=_plain))

@@ -32,6 +32,8 @@ def held_out(rows: Mapping[str, Sequence[Any]], data: DataSection, seed: int) ->
     """Get the splits, a share of train moved to validation where `data.validation_share` asks for it."""
     found = {split: list(part) for split, part in rows.items()}
     if data.validation_share is not None:
+        if "validation" in found:
+            raise DataError("data.validation_share: the data bring validation examples of their own. Leave it out.")
         everything = found["train"]
         order = _shuffled(range(len(everything)), seed)
         kept_back = set(order[: max(1, round(data.validation_share * len(order)))])

@@ -30,17 +30,17 @@ class KnownRates:
 SVFT = "SVFT, arXiv 2405.19597"
 SPECTRAL = "Spectral Adapter, arXiv 2405.13952"
 BENCH = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
+# Models of up to 23 million parameters, a hundred steps: larger models and longer runs want the lower end.
+SMALL = "small models, benchmarks/results/rates.json"
 KNOWN: dict[str, KnownRates] = {
-    "spectral_a": KnownRates(
-        1e-5, 1.2e-3, f"{SPECTRAL}: 1e-5 (Llama-3-8B) to 7e-4 (MRPC); benchmarks/results/demo.json"
-    ),
-    "spectral_r": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: 1e-4 (text encoder) to 5e-2 (UNet); benchmarks/demo.py"),
-    "svft": KnownRates(1e-3, 1e-1, f"{SVFT}: 1e-3 (random, LLaMA-3) to 8e-2 (plain, CoLA); benchmarks/demo.py"),
-    "specadapt": KnownRates(3e-3, 3e-3, "SpecAdapt's official trainer, all of VTAB-1k"),
-    "svdiff": KnownRates(1e-4, 1e-3, f"{SPECTRAL}: its SVDiff runs (UNet, text encoder)"),
-    "lidb": KnownRates(1e-4, 5e-4, f"{SPECTRAL}: its LiDB runs (UNet, text encoder)"),
-    "orthogonal_adaptation": KnownRates(1e-5, 1e-4, f"{SPECTRAL}: as its LoRA runs (text encoder, UNet)"),
-    "LORA": KnownRates(1e-5, 5e-3, f"{SPECTRAL}: 1e-5 to 2e-4; {SVFT}: 4e-3; benchmarks/results/demo.json", 2e-4),
+    "spectral_a": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: 1e-5 (Llama-3-8B) to 7e-4 (MRPC); {SMALL}"),
+    "spectral_r": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: 1e-4 (text encoder) to 5e-2 (UNet); {SMALL}"),
+    "svft": KnownRates(1e-3, 1e-1, f"{SVFT}: 1e-3 (random, LLaMA-3) to 8e-2 (plain, CoLA); {SMALL}"),
+    "specadapt": KnownRates(3e-4, 1e-2, f"SpecAdapt's official trainer: 3e-3, all of VTAB-1k; {SMALL}"),
+    "svdiff": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: its SVDiff runs, 1e-4 and 1e-3; {SMALL}"),
+    "lidb": KnownRates(1e-4, 1e-2, f"{SPECTRAL}: its LiDB runs, 1e-4 and 5e-4; {SMALL}"),
+    "orthogonal_adaptation": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: as its LoRA runs, 1e-5 and 1e-4; {SMALL}"),
+    "LORA": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: 1e-5 to 2e-4; {SVFT}: 4e-3; {SMALL}", 2e-4),
     "ADALORA": KnownRates(5e-4, 2.2e-3, f"{SPECTRAL}: GLUE", 1e-3),
     "OFT": KnownRates(8e-5, 9e-4, f"{SPECTRAL}: GLUE", 2e-4),
     "BOFT": KnownRates(1e-4, 4e-3, f"{SVFT}: 4e-3 (vision); {BENCH}: 1e-4", 1e-3),

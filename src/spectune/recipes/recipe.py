@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..errors import DataError, OptionError
 from .run_config import RunConfig
-from .trainer import Loss, Plan, loop_arguments, looped
+from .trainer import Loss, Plan, checked_arguments, loop_arguments, looped
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class Recipe:
     ) -> Any:
         """Get the Trainer of this recipe; `more` goes over the loop's arguments."""
         validates = self.config.training.validate_every is not None
-        return looped(Trainer)(
+        made = looped(Trainer)(
             model=model,
-            args=TrainingArguments(**(loop_arguments(self.config, folder) | more)),
+            args=checked_arguments(TrainingArguments, loop_arguments(self.config, folder) | more),
             train_dataset=self.rows("train"),
             eval_dataset=self.rows(self.validation_split()) if validates else None,
             data_collator=self.collate,
@@ -129,6 +129,10 @@ class Recipe:
             callbacks=list(callbacks),
             plan=plan,
         )
+        # Most classifiers take the number of labels in all the batches of a step and do not divide by it; the Trainer
+        # believes that they do, and would add the batches' means up in place of taking their mean.
+        made.model_accepts_loss_kwargs = False
+        return made
 
     def validation_split(self) -> str:
         """Get the name of the validation split; `DataError` if there is none."""

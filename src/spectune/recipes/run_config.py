@@ -86,6 +86,8 @@ class Training(Section):
     def _one_length(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give steps or epochs, one of them")
+        if self.schedule == "constant" and self.warmup not in (0, Training.model_fields["warmup"].default):
+            raise ValueError("schedule constant has no warmup; use constant_with_warmup or leave warmup out")
         return self
 
 

@@ -2,7 +2,7 @@
 
 run.yaml      the configuration, defaults included      checkpoints/  whole ones only, for --resume
 adapter/      the adapter, with tokenizer and template  result.json   `RunResult`: written last
-model/        instead of adapter/, with adapter: none
+model/        instead of adapter/, with adapter: none    .lock         empty; held while a process trains here
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,21 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from ..checkpoint import fresh_folder, write_atomically
+from ..checkpoint import fresh_folder, hold_folder, write_atomically
 from ..errors import AdapterError, DataError, OptionError, OutputError
 from ..methods import spectral_modules
 from ..tuner import attach, build_adapter_config, load_attached
-from .checkpoints import Interrupted, StopWhenAsked, checkpoints, history, steps_done, stop_on_signal
+from .checkpoints import (
+    Interrupted,
+    StopWhenAsked,
+    checkpoints,
+    clear_partial,
+    examples_a_step,
+    history,
+    steps_done,
+    stop_on_signal,
+)
+from .processes import join, on_main
 from .rates import head_learning_rate, learning_rate
 from .recipe import Recipe
 from .run_config import RunConfig
@@ -33,8 +44,13 @@ from .yaml_file import write_yaml
 
 CONFIG_FILE, RESULT_FILE = "run.yaml", "result.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+# Processes that read data ask every five seconds whether the run that began them still lives (torch's
+# MP_STATUS_CHECK_INTERVAL), and hold its lock until then.
+WORKERS_LINGER = 10.0
 # What may differ when a run goes on: it does not change the weights.
 HARMLESS = ("save_every", "keep_checkpoints", "report_to", "validate_every", "workers")
+# What may differ as long as their product with the number of processes stays: a run moves to other machines so.
+STEP_PARTS = ("batch_size", "gradient_accumulation")
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,13 @@ def train_run(
 ) -> Trained:
     """Get a trained model with its result; the folder is as after `run`."""
     folder = Path(output_dir)
-    _open_folder(config, folder, resume)
+    processes = join()
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(_opened_folder(config, folder, resume)))
+        return _train(config, folder, on_step, processes)
+
+
+def _train(config: RunConfig, folder: Path, on_step: OnStep | None, processes: Any) -> Trained:
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
     model, plan = build(recipe)
@@ -151,20 +173,27 @@ def train_run(
         file_bytes=size,
         folder=str(folder.resolve()),
     )
-    if trainer.accelerator.is_main_process:
+    if processes.is_main_process:
         write_atomically(folder / RESULT_FILE, result.to_json())
+    processes.wait_for_everyone()
     return Trained(result, model, recipe)
 
 
 def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
     """Get the model that a run trains, its adapter attached, with what trains at which rate."""
     config = recipe.config
+    if config.training.precision == "float16" and not torch.accelerator.is_available():
+        raise OptionError(
+            "training.precision=float16: asked for an accelerator's autocast, found a CPU, which would compute in "
+            "float32. Use bfloat16 or float32."
+        )
     set_seed(config.seed)  # a new head and LoRA's A are random
     model = recipe.build_model()
     heads = recipe.head(model)
     options = config.adapter_options
     if options is not None:
         options.setdefault("task_type", recipe.task_type)
+        options.setdefault("revision", config.revision)  # who loads the adapter needs the very same base
         if heads:
             options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
         model = attach(model, build_adapter_config(options))
@@ -174,6 +203,8 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
     body = [p for _, p in named if id(p) not in known]
     if not body:
         raise OptionError(f"adapter: {config.adapter} leaves nothing to train. Name other target_modules.")
+    if not head and config.training.head_learning_rate is not None:
+        raise OptionError("training.head_learning_rate: this run has no new head. Leave it out.")
     return model, Plan([(body, learning_rate(config)), (head, head_learning_rate(config))], recipe.loss)
 
 
@@ -185,6 +216,11 @@ def _fit(trainer: Any, last: Path | None) -> None:
     if last is None:
         trainer.train()
         return
+    if trainer.is_fsdp_enabled or not (last / "optimizer.pt").is_file():
+        raise OutputError(
+            f"{last}: asked to continue, but runs under FSDP and DeepSpeed cannot be resumed: the optimizer's state is "
+            f"not in a form that other processes read. Begin the run again in another folder, or use DDP."
+        )
     steps = trainer.args.max_steps
     total = steps if steps > 0 else _all_steps(trainer)
     if steps_done(last) < total:
@@ -237,9 +273,10 @@ def _save(recipe: Recipe, trainer: Any, folder: Path) -> int:
     full = recipe.config.adapter_options is None
     goal = folder / (MODEL if full else ADAPTER)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    whole = {} if not trainer.is_fsdp_enabled else {"state_dict": trainer.accelerator.get_state_dict(trainer.model)}
     if trainer.accelerator.is_main_process:
         with fresh_folder(goal, overwrite=True) as partial:
-            model.save_pretrained(str(partial))
+            model.save_pretrained(str(partial), **whole)
             if recipe.processing is not None:
                 recipe.processing.save_pretrained(str(partial))
     trainer.accelerator.wait_for_everyone()
@@ -270,37 +307,58 @@ def _memory() -> tuple[int | None, str]:
     return peak * (1 if sys.platform == "darwin" else 1024), "cpu"
 
 
-def _open_folder(config: RunConfig, folder: Path, resume: bool) -> None:
-    """Write run.yaml into a new folder, or see that the folder's run is this one."""
+@contextmanager
+def _opened_folder(config: RunConfig, folder: Path, resume: bool) -> Iterator[None]:
+    """Be the only process that trains into the folder, which is new, or holds this very run."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: asked for an output folder, found a file. Choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+    with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
+        _begin_or_continue(config, folder, resume)
+        yield
+
+
+def _begin_or_continue(config: RunConfig, folder: Path, resume: bool) -> None:
+    """Write run.yaml into a new folder, or see that the folder's run is this one; clear what a killed process left."""
     if (folder / CONFIG_FILE).is_file():
         if not resume:
             state = "a finished run" if (folder / RESULT_FILE).is_file() else "an unfinished run"
             raise OutputError(f"{folder}: found {state} in it. Continue it with --resume, or choose another folder.")
         _refuse_other_run(config, folder)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif any(not path.name.startswith((".lock", f".{CONFIG_FILE}.partial-")) for path in folder.iterdir()):
         raise OutputError(
             f"{folder}: asked for an empty output folder, found other files in it. Choose another folder."
         )
     else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
         write_atomically(folder / CONFIG_FILE, write_yaml(config.plain()))
+    for left in [*folder.glob(f".{CONFIG_FILE}.partial-*"), *folder.glob(f".{RESULT_FILE}.partial-*")]:
+        left.unlink(missing_ok=True)
+    clear_partial(folder / CHECKPOINTS)
 
 
 def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     before, now = load_config(folder / CONFIG_FILE).plain(), config.plain()
+    last = next(iter(reversed(checkpoints(folder / CHECKPOINTS))), None)
+    examples = None if last is None else examples_a_step(last)
     for values in (before, now):
-        for name in HARMLESS:
+        for name in (*HARMLESS, *(() if examples is None else STEP_PARTS)):
             values["training"].pop(name)
     different = sorted(_differences(before, now))
     if different:
         raise OutputError(
             f"{folder}: asked to continue, but the run in it was told otherwise: {', '.join(different[:3])}. "
             f"Give the same configuration, or choose another folder."
+        )
+    asked, processes = config.training, join().num_processes
+    found = asked.batch_size * asked.gradient_accumulation * processes
+    if examples is not None and examples != found:
+        raise OutputError(
+            f"{folder}: asked to continue with {asked.batch_size} x {asked.gradient_accumulation} examples on each of "
+            f"{processes} processes, {found} a step, but the run in it has {examples} a step. Give a "
+            f"training.batch_size and gradient_accumulation that make {examples}, or choose another folder."
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..errors import DataError, OptionError, nearest
 from .run_config import PathOrName, RunConfig, Section, validate
@@ -37,6 +37,12 @@ class GeneralText(Section):
     hub_config: str | None = Field(None, description="Configuration of the hub data set.")
     split: str = Field("test", description="Split of the hub data set.")
     tokens: int = Field(50_000, gt=0, description="How much of it is read.")
+
+    @model_validator(mode="after")
+    def _hub(self) -> GeneralText:
+        if self.hub_config is not None and self.hub is None:
+            raise ValueError("hub_config needs hub")
+        return self
 
 
 class SweepConfig(Section):

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..checkpoint import write_atomically
+from ..checkpoint import hold_folder, write_atomically
 from ..errors import OutputError
 from .rates import method_of
 from .runs import ADAPTER, CHECKPOINTS, MODEL, RESULT_FILE, RunResult
@@ -45,9 +45,19 @@ def run_sweep(
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: asked for an output folder, found a file. Choose another folder.")
     require_splits(sweep)
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    (folder / RUNS).mkdir(exist_ok=True)
-    write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
+    try:
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        (folder / RUNS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+    with hold_folder(folder):
+        write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
+        return _run_all(sweep, folder, provenance, on_run)
+
+
+def _run_all(
+    sweep: SweepConfig, folder: Path, provenance: Mapping[str, Any], on_run: OnRun | None
+) -> list[SweepRecord]:
     running = _Running(sweep, folder, provenance, on_run, _count(sweep))
     first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
     for task in sweep.tasks:

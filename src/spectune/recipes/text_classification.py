@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -168,17 +169,21 @@ class TextClassification(Recipe):
             options |= {"problem_type": "single_label_classification"}
         else:
             options |= {"problem_type": "regression"}
+        if self.config.dropout is not None:
+            options |= dict.fromkeys(self._dropouts(weights), self.config.dropout)
         mean = self.config.pooling == "mean"
         kind = AutoModelForTokenClassification if mean else AutoModelForSequenceClassification
         model: Any = pretrained(kind, self.config, weights, **options)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.processing.pad_token_id
-        if self.config.dropout is not None:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = self.config.dropout
         built: nn.Module = model
         return built
+
+    def _dropouts(self, weights: Path | None) -> list[str]:
+        """Get the names of the dropouts in the model's config: some of its modules read them there at every step."""
+        found: Any = pretrained(AutoConfig, self.config, weights)
+        named = [name for name in found.to_dict() if "dropout" in name or name.endswith("pdrop")]
+        return [name for name in named if type(getattr(found, name)) in (int, float, type(None))]
 
     def head(self, model: nn.Module) -> list[str]:
         # Every sequence or token classifier of transformers calls its head so.

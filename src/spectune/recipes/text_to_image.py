@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
-from ..checkpoint import fresh_folder, write_atomically
+from ..checkpoint import fresh_folder, hold_folder, write_atomically
 from ..errors import OptionError
 from ..methods import METHODS
 from .concept_data import read_shots, to_latents, to_weights
@@ -66,8 +67,21 @@ def train_concept(
     rows = _rows(pipeline, options)
     with fresh_folder(folder):
         pass  # refused if it holds something; from here on its files appear one by one, so that a run can be watched
+    with hold_folder(folder):
+        return _train(options, folder, pipeline, rows, on_step, say)
+
+
+def _train(
+    options: ConceptOptions,
+    folder: Path,
+    pipeline: Any,
+    rows: list[dict[str, Any]],
+    on_step: OnStep | None,
+    say: Callable[[str], None],
+) -> ConceptRun:
     index = None if options.token is None else _new_word(pipeline, options)
     prior = _prior(pipeline, options)
+    set_seed(options.seed)  # LoRA's A is random
     say(f"{len(rows)} pictures of the concept, {len(prior)} of its class")
     model = ConceptModel(pipeline, options.unet, options.text_encoder, index)
     watch = _Validation(model, options, folder, on_step, say)

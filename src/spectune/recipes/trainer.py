@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
-from ..methods import spectral_modules
-from .checkpoints import PARTIAL, save_whole
+from ..errors import OptionError
+from ..methods import SpectralModule, bases_as_parameters, spectral_modules
+from .checkpoints import PARTIAL, save_whole, write_examples_a_step
 from .run_config import RunConfig
 
 OnStep = Callable[[int, int, float], None]
@@ -50,9 +51,25 @@ class Loop:
         self.plan = plan
         super().__init__(*args, **kwargs)
         self._run_dir: Path | None = None
+        self._place_bases()
+        self.add_callback(AllocateBudget())  # type: ignore[attr-defined]
         for callback in list(self.callback_handler.callbacks):  # type: ignore[attr-defined]
             if type(callback).__name__ == "PrinterCallback":  # it prints every log line as a dict
                 self.remove_callback(callback)  # type: ignore[attr-defined]
+
+    def _place_bases(self) -> None:
+        """Shard the frozen bases with the model under FSDP2, and keep DDP from sending them."""
+        me: Any = self
+        modules = [module for _, _, module in spectral_modules(me.model)]
+        if me.is_fsdp_enabled:
+            refuse_fsdp_options(me.accelerator.state.fsdp_plugin)
+            bases_as_parameters(me.model)
+        if me.is_deepspeed_enabled:
+            refuse_deepspeed_options(me.accelerator.state.deepspeed_plugin, modules)
+        # DDP would send every buffer before every forward.
+        tensors = {id(t) for module in modules for t in module.buffers()}
+        names = [name for name, buffer in me.model.named_buffers() if id(buffer) in tensors]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(me.model, names)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         me: Any = self
@@ -108,9 +125,12 @@ class Loop:
             self._run_dir = folder / PARTIAL
             with same_bases(me.model):
                 super(Loop, self)._save_checkpoint(model, trial)  # type: ignore[misc]
+            if me.args.should_save:
+                asked = me.args.per_device_train_batch_size * me.args.gradient_accumulation_steps
+                write_examples_a_step(folder / PARTIAL / name, asked * me.args.world_size)
 
+        name = f"checkpoint-{me.state.global_step}"
         try:
-            name = f"checkpoint-{me.state.global_step}"
             save_whole(folder, name, write, keep, me.accelerator.wait_for_everyone, me.args.should_save)
         finally:
             self._run_dir, me.args.save_total_limit = None, keep
@@ -123,6 +143,11 @@ class Loop:
             saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
             me.model.load_state_dict(saved.state_dict())
             return
+        if hasattr(me.model.base_model, "update_and_allocate"):
+            raise OptionError(
+                f"{resume_from_checkpoint}: an AdaLoRA run cannot go on: PEFT saves neither the ranks that are "
+                f"switched off nor how important each was. Start it into a new folder."
+            )
         with same_bases(me.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
@@ -133,6 +158,38 @@ class Loop:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """trl writes one beside every checkpoint; the run's report is the card."""
+
+
+def refuse_fsdp_options(plugin: Any) -> None:
+    """Raise `OptionError` for what FSDP can be told and an adapted model cannot do."""
+    told = {
+        f"fsdp_version={plugin.fsdp_version}": (plugin.fsdp_version != 2, "fsdp_version: 2"),
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
+        f"state_dict_type={plugin.state_dict_type}": (
+            "FULL" not in str(plugin.state_dict_type),
+            "fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+    }
+    for asked, (refused, instead) in told.items():
+        if refused:
+            raise OptionError(
+                f"accelerate: asked for FSDP with {asked}, with which bases are not sharded or checkpoints not whole. "
+                f"Set {instead} (examples/accelerate/fsdp2.yaml)."
+            )
+
+
+def refuse_deepspeed_options(plugin: Any, modules: Sequence[SpectralModule]) -> None:
+    """Raise `OptionError` for what DeepSpeed can be told and a run cannot do."""
+    if plugin.zero_stage == 3:
+        raise OptionError(
+            "accelerate: asked for DeepSpeed ZeRO-3, which leaves bases whole on every process and no process with an "
+            "adapter to save. Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
+        )
+    if any(module.dynamics for module in modules):
+        raise OptionError(
+            "adapter: asked for singular_decay or grad_norm under DeepSpeed, whose optimizer holds other tensors than "
+            "the adapter's, so that neither would act. Leave them out, or use DDP or FSDP2."
+        )
 
 
 @contextmanager
@@ -170,6 +227,8 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
         "lr_scheduler_type": asked.schedule,
         "max_grad_norm": asked.max_grad_norm,
         "optim": asked.optimizer,
+        # Else transformers refuses bfloat16 on a CPU, which torch autocasts to as well.
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": asked.precision == "bfloat16",
         "fp16": asked.precision == "float16",
         "gradient_checkpointing": asked.gradient_checkpointing,
@@ -189,6 +248,23 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
+
+
+def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
+    """Get transformers' (or trl's) arguments; what they refuse, such as an optimizer's name, is an `OptionError`."""
+    try:
+        return kind(**values)
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"training: {' '.join(str(error).split())[:300]}") from error
+
+
+class AllocateBudget(TrainerCallback):
+    """Does AdaLoRA's part of each step: without it PEFT moves no rank, and every option of its budget does nothing."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+        if allocate is not None:
+            allocate(state.global_step + 1)  # counted from one, as in PEFT's example
 
 
 class Watch(TrainerCallback):

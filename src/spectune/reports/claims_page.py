@@ -15,8 +15,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #131312; --card: #1b1b1a; --ink: #ebe8e2; --muted: #a39f96;
   --rule: #31302d; } }
 body { margin: 2rem auto; max-width: 960px; padding: 0 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+  overflow-wrap: break-word; font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; } .say { color: var(--muted); font-size: .9rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; background: var(--card); font-size: .92rem; }
 th, td { text-align: left; padding: .5rem .7rem; border: 1px solid var(--rule); font-weight: 400; }
 thead th { color: var(--muted); } pre { overflow-x: auto; font-size: .8rem; color: var(--muted); }
@@ -37,8 +38,9 @@ def write_claims(found: Mapping[str, Any], path: str | Path) -> None:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>"
-        f'<p class="say">{html.escape(str(found["source"]))}</p><table><thead><tr><th>claim</th><th>published</th>'
-        f"<th>found</th><th>agrees</th></tr></thead><tbody>{rows}</tbody></table>"
+        f'<p class="say">{html.escape(str(found["source"]))}</p>'
+        '<div class="scroll"><table><thead><tr><th>claim</th><th>published</th>'
+        f"<th>found</th><th>agrees</th></tr></thead><tbody>{rows}</tbody></table></div>"
         f"<pre>{html.escape(json.dumps(found['provenance'], indent=2))}</pre></body></html>\n"
     )
     write_atomically(path, page)

@@ -11,6 +11,8 @@ from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, line, li
 HEIGHT = 330
 # Two names closer than a line of text would overprint each other.
 LINE = 13
+# So much room for letters is beside every dot, also where it is least.
+LETTERS = 20
 # Dash patterns tell lines apart that colours alone would not for every reader.
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
 COLOURS = 6
@@ -74,9 +76,13 @@ def _mark(
         f"<g><title>{html.escape(words)}</title>"
         f'<line class="range" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
         f'<circle class="{"best" if best else "dot"}" cx="{at:.1f}" cy="{middle:.1f}" r="4.5"/>'
-        + text(label[0], label[1], str(row["method"]), "ink halo", label[2])
+        + text(label[0], label[1], _short(str(row["method"])), "ink halo", label[2])
         + "</g>"
     )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
 
 
 def _label_places(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:

@@ -18,7 +18,7 @@ ROW, HEAD, NAMES = 18, 34, 190
 # A narrower cell has no room for its figure, only for its colour (a pointer still shows it).
 ROOM_FOR_FIGURE = 34
 # At the size of the drawing's small print, in the place that layer names have.
-LETTERS = 28
+LETTERS = 24
 
 Measure = Callable[[PairOverlap], float]
 MEASURES: dict[str, tuple[str, Measure]] = {

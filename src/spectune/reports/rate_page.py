@@ -17,7 +17,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --page: #131312; --ink: #ebe8e2; --muted: #a39f96; --rule: #31302d;
   --raw: #3f5f93; --after: #7fb0ff; --change: #f0955c; } }
 body { margin: 2rem auto; max-width: 760px; padding: 0 1rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
+  overflow-wrap: break-word; font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.2rem; } .chart { display: block; width: 100%; height: auto; }
 .chart text { font-size: 12px; fill: var(--muted); } .chart .grid { stroke: var(--rule); }
 .chart .axis, .chart .tick { stroke: var(--muted); }

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.config import PeftConfig
 
 from ..errors import OptionError, SpectuneError, UnknownOptionError, nearest
 from .config import SpectralConfig
+
+# Options of LoRA that PEFT leaves without effect, or trips over, until something else is called: the first three
+# compute a start from activations or gradients. Without it LoRA would start from random numbers, and say nothing.
+NEEDS_A_CALL = {
+    "eva_config": "initialize_lora_eva_weights",
+    "corda_config": "preprocess_corda",
+    "lora_ga_config": "preprocess_loraga",
+    "arrow_config": "create_arrow_model",
+}
 
 
 def build_adapter_config(options: Mapping[str, Any]) -> PeftConfig:
@@ -25,6 +36,8 @@ def build_adapter_config(options: Mapping[str, Any]) -> PeftConfig:
             f"adapter: asked for {given or 'nothing'}. Name one of them: 'method' (one of spectune's) or 'peft_type' "
             f"(one of PEFT's, such as LORA)."
         )
+    if "base_model_name_or_path" in given:
+        raise OptionError("adapter: base_model_name_or_path is filled in from the model itself. Leave it out.")
     if "method" in given:
         return SpectralConfig(**given)
     asked = str(given.pop("peft_type")).upper()
@@ -39,9 +52,34 @@ def _foreign(kind: type[PeftConfig], name: str, given: dict[str, Any]) -> PeftCo
     for option in given:
         if option not in fields:
             raise UnknownOptionError(f"adapter: {name} has no option {option!r}. {nearest(option, fields)}")
+    start = str(given.get("init_lora_weights")).lower()
+    for option, call in NEEDS_A_CALL.items():
+        if given.get(option) is not None or f"{start}_config" == option:
+            raise OptionError(
+                f"adapter: {option.removesuffix('_config')} needs a call of PEFT's {call}, which is not made here, and "
+                f"would do nothing. Leave it out."
+            )
     try:
-        return kind(**given)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            config = kind(**_nested(kind, given))
     except SpectuneError:
         raise
     except (ValueError, TypeError) as error:
         raise OptionError(f"adapter: {name} refuses these options: {error}") from error
+    for warning in warned:
+        if "ignored" in str(warning.message):
+            raise OptionError(f"adapter: {name}: {' '.join(str(warning.message).split())} Leave it out.")
+        warnings.warn_explicit(
+            warning.message, warning.category, warning.filename, warning.lineno, module=kind.__module__
+        )
+    return config
+
+
+def _nested(kind: type[PeftConfig], given: dict[str, Any]) -> dict[str, Any]:
+    """Get the options with PEFT's own class where a field has one (LoRA's runtime_config): YAML holds plain values."""
+    hints = get_type_hints(kind)
+    return {
+        name: hints[name](**value) if isinstance(value, dict) and is_dataclass(hints.get(name)) else value
+        for name, value in given.items()
+    }

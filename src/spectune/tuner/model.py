@@ -170,13 +170,19 @@ class SpectralTuner(BaseTuner):
         for _, _, module in spectral_modules(model):
             module.settle()
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(model=model, **kwargs)
-        return tensors
+        found_again = {
+            f"{layer}.spectune_adapter.{adapter}.{name}"
+            for layer, adapter, module in spectral_modules(model)
+            for name in module.found_names
+        }
+        return {name: tensor for name, tensor in tensors.items() if name not in found_again}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SpectralConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Check the file against the model, tensor by tensor, before anything is loaded."""
+        _refuse_non_finite(state_dict)
         in_file = {key.removeprefix("base_model.model.") for key in state_dict}
         for layer_name, name, module in spectral_modules(model):
             if name == adapter_name:
@@ -227,11 +233,21 @@ def refuse_unmatched_targets(config: SpectralConfig, model: nn.Module) -> None:
             )
 
 
+def _refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:
+    """Raise `AdapterError` for NaN or infinity in a file: the model would answer nonsense from then on."""
+    for name, tensor in state_dict.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(
+                f"{name.removeprefix('base_model.model.')}: NaN or infinity in the adapter file. Train or copy the "
+                f"adapter again."
+            )
+
+
 def _expect_what_the_file_has(layer_name: str, module: SpectralModule, in_file: set[str]) -> None:
     stem = f"{layer_name}.spectune_adapter."
     module.embed_basis(stem + "U_OR" in in_file)
     for tensor in module.state_dict():
-        if stem + tensor not in in_file:
+        if stem + tensor not in in_file and tensor not in module.found_names:
             raise AdapterError(
                 f"{layer_name}: the adapter file has no tensor {stem + tensor!r}: it is incomplete, or it was not "
                 f"written for this model and method. Export or copy the adapter again."

@@ -1,0 +1,60 @@
+"""The processes of a distributed run: who writes, and how all of them learn what one of them knows.
+
+`torchrun` and `accelerate launch` say in the environment how many there are; without them a run is one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ..errors import MissingExtraError, OutputError
+
+# How long one process waits for the others: transformers' own ddp_timeout. Preparing data or a long evaluation may
+# take longer on one process than torch's ten minutes with NCCL.
+PATIENCE = timedelta(minutes=30)
+
+
+def join() -> Any:
+    """Get accelerate's `PartialState` of this process; the first call connects it to the others.
+
+    Called before the model is built, so that the processes share the decompositions out.
+    """
+    try:
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+    except ImportError as error:
+        raise MissingExtraError(
+            f"training: accelerate cannot be imported ({error}). pip install 'spectune[train]'"
+        ) from None
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Have the main process do something while the others wait; its `OutputError` is raised on all of them."""
+    state, failure = join(), ""
+    if state.is_main_process:
+        try:
+            work()
+        except OutputError as error:
+            failure = str(error)
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        (failure,) = broadcast_object_list([failure])
+    if failure:
+        raise OutputError(failure)
+
+
+def anywhere(flag: bool) -> bool:
+    """Ask whether the flag is set in any process; all of them get the same answer."""
+    state = join()
+    if state.num_processes == 1:
+        return flag
+    from accelerate.utils import reduce
+
+    return bool(reduce(torch.tensor(float(flag), device=state.device), reduction="sum") > 0)
