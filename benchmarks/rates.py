@@ -145,6 +145,22 @@ def curve(task: str, method: str, at: Callable[[float], dict[str, Any]]) -> dict
         found[further] = at(rung(further))
 
 
+def compromise(curves: list[tuple[str, dict[str, float | None]]]) -> float:
+    """Get the rate whose worst shortfall over the tasks is least; (task, curve) of one method.
+
+    The shortfall is the way from the best figure of the curve, as a share of the way from best to worst.
+    """
+    worst: dict[float, float] = {}
+    for rate in set.intersection(*({float(tried) for tried in curve} for _, curve in curves)):
+        shares = []
+        for task, curve in curves:
+            values = {float(tried): better(task, value) for tried, value in curve.items()}
+            best, least = max(values.values()), min(v for v in values.values() if math.isfinite(v))
+            shares.append((best - values[rate]) / ((best - least) or 1.0))
+        worst[rate] = max(shares)
+    return min(worst, key=lambda rate: (worst[rate], rate))
+
+
 def measure(work: Path, tasks: list[str], methods: list[str]) -> dict[str, Any]:
     """Get task -> method -> curve, best rate and where the default stands."""
     table: dict[str, Any] = {}
@@ -178,8 +194,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     told = parser.parse_args()
     torch.set_num_threads(1)
+    tasks = measure(told.work.resolve(), told.tasks, told.methods)
     record = {
-        "tasks": measure(told.work.resolve(), told.tasks, told.methods),
+        "tasks": tasks,
+        "compromise": {
+            method: compromise([(name, task["methods"][method]["curve"]) for name, task in tasks.items()])
+            for method in told.methods
+        },
         "adapters": {method: ADAPTERS[method] for method in told.methods},
         "defaults": {method: default_of(method) for method in told.methods},
         **provenance(),

@@ -46,8 +46,8 @@ def rates_table(record: dict[str, Any]) -> str:
     """Get each method's best rate on each task beside its default, and what the default costs against the best."""
     tasks = record["tasks"]
     lines = [
-        "| method | default | " + " | ".join(f"{task}: best, at default" for task in tasks) + " |",
-        "|---|---:|" + "---:|" * len(tasks),
+        "| method | default | compromise | " + " | ".join(f"{task}: best, at default" for task in tasks) + " |",
+        "|---|---:|---:|" + "---:|" * len(tasks),
     ]
     for method in record["adapters"]:
         cells = []
@@ -55,7 +55,8 @@ def rates_table(record: dict[str, Any]) -> str:
             found, percent = task["methods"][method], task["metric"] != "loss"
             at_default = value_near(found["curve"], record["defaults"][method])
             cells.append(f"{found['best']:g}: {_value(found['value'], percent)}, {_value(at_default, percent)}")
-        lines.append(f"| `{method}` | {record['defaults'][method]:g} | " + " | ".join(cells) + " |")
+        rates = [f"{record[key][method]:g}" for key in ("defaults", "compromise")]
+        lines.append("| " + " | ".join([f"`{method}`", *rates, *cells]) + " |")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe_tables import gsm8k_table, sweep_table
+from recipe_tables import gsm8k_table, rates_table, sweep_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -235,6 +235,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "fusion": ("docs/fusion.md", fusion_table),
     "gradient_fusion": ("docs/fusion.md", gradient_fusion_table),
     "gsm8k": ("docs/results.md", gsm8k_table),
+    "rates": ("docs/results.md", rates_table),
     "small_glue": ("docs/results.md", sweep_table),
 }
 
