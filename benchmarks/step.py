@@ -26,21 +26,22 @@ from provenance import provenance
 from step_cases import ADAPTERS, FLOOR, FULL_BASIS, LORA, MODELS, adapted, batch
 from torch import nn
 
+from spectune.checkpoint import write_atomically
+
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("forward", "backward", "optimizer")
 SHORT = [name for name in ADAPTERS if name not in FULL_BASIS]
 # (models, tokens a step, dtypes, compiled, adapters, rounds)
 SUITES: dict[str, list[dict[str, Any]]] = {
     "small": [
-        {"models": ["minilm"], "tokens": [256], "rounds": 21},
+        {"models": ["minilm"], "tokens": [256], "rounds": 9},
         {"models": ["minilm"], "tokens": [2048], "rounds": 7},
-        {"models": ["minilm"], "tokens": [2048], "rounds": 7, "dtypes": ["bfloat16"], "adapters": SHORT},
-        {"models": ["stack1024"], "tokens": [256], "rounds": 9, "adapters": SHORT},
     ],
     "compile": [
         {"models": ["minilm"], "tokens": [2048], "rounds": 9, "compiled": [True], "adapters": SHORT},
     ],
     "medium": [
+        {"models": ["minilm"], "tokens": [2048], "rounds": 7, "dtypes": ["bfloat16"], "adapters": SHORT},
         {"models": ["minilm"], "tokens": [8192], "rounds": 5},
         {"models": ["smollm"], "tokens": [256, 2048], "rounds": 5, "adapters": SHORT},
         {"models": ["stack1024"], "tokens": [256, 2048], "rounds": 5},
@@ -172,8 +173,10 @@ def settings(part: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(("model", "tokens", "dtype", "compiled"), one, strict=True)) for one in itertools.product(*axes)]
 
 
-def run(parts: list[dict[str, Any]], name: str, least_rounds: int | None = None) -> dict[str, Any]:
-    """Get the record of a suite."""
+def run(
+    parts: list[dict[str, Any]], name: str, least_rounds: int | None = None, file: Path | None = None
+) -> dict[str, Any]:
+    """Get the record of a suite; written to `file` after every setting, since a long one may run out of memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for part in parts:
@@ -182,7 +185,11 @@ def run(parts: list[dict[str, Any]], name: str, least_rounds: int | None = None)
             names = part.get("adapters") or list(ADAPTERS)
             found.append(measure(setting, names, least_rounds or part["rounds"], device))
             gc.collect()
-    return {"suite": name, **provenance(), "device": device, "threads": torch.get_num_threads(), "settings": found}
+            record = {"suite": name, **provenance(), "device": device, "threads": torch.get_num_threads()}
+            record["settings"] = found
+            if file is not None:
+                write_atomically(file, json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def main() -> None:
@@ -201,9 +208,7 @@ def main() -> None:
         adapters = list(dict.fromkeys([FLOOR, LORA, *(given.adapters or ADAPTERS)]))
         parts = [{"rounds": 9, "adapters": adapters, "compiled": [given.compiled]}]
         parts[0] |= {"models": given.models, "tokens": given.tokens, "dtypes": given.dtypes}
-    record = run(parts, name or "once", given.rounds)
-    if name:
-        (RESULTS / f"step-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    run(parts, name or "once", given.rounds, RESULTS / f"step-{name}.json" if name else None)
 
 
 if __name__ == "__main__":

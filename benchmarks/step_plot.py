@@ -3,21 +3,23 @@
     python benchmarks/step_plot.py [--check]
 
 Tables stand between their markers; a result that is not there yet leaves its place empty. The plot is docs/speed.svg:
-one dot for each method, time of a step against bytes kept, both as multiples of LoRA's.
+time of a step and bytes kept for each method, as multiples of LoRA's.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from typing import Any
 
 from step import RESULTS
 from tables import ROOT, rewritten
 
+from spectune import METHODS
+
 PAGE, PLOT = ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.svg"
-WIDTH, HEIGHT, EDGE = 640, 420, 60
+# In the units of the picture: where the two panels begin, the length of LoRA's bar, the longest bar in multiples of it.
+WIDTH, TOP, LINE, PANELS, UNIT, LONGEST = 860, 52, 20, (220, 560), 100, 2.2
 
 
 def ratio(figures: list[float]) -> str:
@@ -71,32 +73,43 @@ def startup_table(record: dict[str, Any]) -> str:
 
 
 def plot(setting: dict[str, Any]) -> str:
-    """Get the drawing of one setting: x bytes kept, y time of a step, both logarithmic multiples of LoRA's."""
+    """Get the drawing of one setting: a line for each method, bars of its time and of the bytes kept, LoRA's being 1."""
     rows = {name: row for name, row in setting["adapters"].items() if row["kept_bytes"]}
     lora = rows["LoRA"]["kept_bytes"]
-    points = {name: (row["kept_bytes"] / lora, row["to_lora"]["step"][1]) for name, row in rows.items()}
-    (left, right), (low, high) = ((min(v) * 0.9, max(v) * 1.3) for v in zip(*points.values(), strict=True))
-
-    def place(value: float, low: float, high: float, start: float, end: float) -> float:
-        return round(start + (end - start) * math.log(value / low) / math.log(high / low), 1)
-
+    found = {name: (row["to_lora"]["step"][1], row["kept_bytes"] / lora) for name, row in rows.items()}
+    height, bottom = TOP + LINE * len(found) + 12, TOP + LINE * len(found)
+    said = f"{setting['model']}, {setting['tokens']} tokens a step, {setting['dtype']}"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"',
-        ' font-family="sans-serif" font-size="11">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 12}" text-anchor="middle">bytes kept / LoRA&apos;s</text>',
-        f'<text x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})" text-anchor="middle">'
-        f"time of a step / LoRA&apos;s ({setting['model']}, {setting['tokens']} tokens)</text>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif"',
+        ' font-size="12" fill="#333">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="12" y="18">{said}; LoRA = 1, red: methods of Spectune</text>',
     ]
-    for name, (kept, time) in points.items():
-        x, y = place(kept, left, right, EDGE, WIDTH - EDGE), place(time, low, high, HEIGHT - EDGE, EDGE / 2)
-        colour = "#b3261e" if name.split()[0] in OURS else "#555"
-        parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"><title>{name}: {time:.2f}</title></circle>')
-        parts.append(f'<text x="{x + 6}" y="{y + 4}" fill="{colour}">{name} {time:.2f}</text>')
+    for left, title in zip(PANELS, ("time of a step", "bytes kept for backward"), strict=True):
+        parts.append(f'<text x="{left}" y="{TOP - 10}" font-weight="bold">{title} / LoRA&apos;s</text>')
+    for place, (name, values) in enumerate(sorted(found.items(), key=lambda item: item[1])):
+        middle = TOP + LINE * place + LINE // 2
+        colour = "#b3261e" if name.split()[0].rstrip(",") in METHODS else "#777"
+        parts.append(f'<text x="{PANELS[0] - 8}" y="{middle + 4}" text-anchor="end" fill="{colour}">{name}</text>')
+        for left, value in zip(PANELS, values, strict=True):
+            parts += bar(left, middle, value, colour)
+    parts += [
+        f'<line x1="{left + UNIT}" x2="{left + UNIT}" y1="{TOP}" y2="{bottom}" stroke="#000"/>' for left in PANELS
+    ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-OURS = {"spectral_a", "spectral_r", "svft", "specadapt", "svdiff,", "lidb", "orthogonal_adaptation"}
+def bar(left: int, middle: int, value: float, colour: str) -> list[str]:
+    """Get one bar and its figure; a bar beyond the panel ends at its edge, with an arrow."""
+    length = round(min(value, LONGEST) * UNIT, 1)
+    arrow = " \u2192" if value > LONGEST else ""
+    figure = UNIT if UNIT - 32 < length < UNIT else length  # not across the line at 1
+    return [
+        f'<rect x="{left}" y="{middle - 6}" width="{length}" height="12" fill="{colour}"/>',
+        f'<text x="{left + figure + 5}" y="{middle + 4}">{value:.2f}{arrow}</text>',
+    ]
+
+
 TABLES = {
     "step-small": step_tables,
     "step-medium": step_tables,
