@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from spectune.cli.comparison_files import run_under_bar, write_files
 from spectune.recipes import SweepConfig
 
 
-def record_sweep(sweep: SweepConfig, work: Path, results: Path, published: Mapping[str, Any] | None = None) -> None:
+def record_sweep(
+    sweep: SweepConfig, work: Path, results: Path, published: Mapping[str, Any] | None = None, jobs: int = 1
+) -> None:
     """Run what has not been run and write the summary with every run's figures."""
-    console = Console()
-    records = run_under_bar(sweep, work, console)
+    console, started = Console(), time.perf_counter()
+    records = run_under_bar(sweep, work, console, jobs)
+    minutes = (time.perf_counter() - started) / 60
     summary = write_files(sweep, records, work, console, published)
     del summary["provenance"]
     runs = [
@@ -26,5 +30,6 @@ def record_sweep(sweep: SweepConfig, work: Path, results: Path, published: Mappi
         | {"metrics": r.metrics}
         for r in records
     ]
-    record = {"what": sweep.title, **provenance(), "summary": summary, "runs": runs}
+    record = {"what": sweep.title, **provenance(), "jobs": jobs, "minutes": round(minutes, 1)}
+    record |= {"summary": summary, "runs": runs}
     write_atomically(results, json.dumps(record, indent=1) + "\n")

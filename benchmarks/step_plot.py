@@ -73,7 +73,7 @@ def startup_table(record: dict[str, Any]) -> str:
 
 
 def plot(setting: dict[str, Any]) -> str:
-    """Get the drawing of one setting: a line for each method, bars of its time and of the bytes kept, LoRA's being 1."""
+    """Get the drawing of one setting: bars of each method's time and bytes kept, LoRA's being 1."""
     rows = {name: row for name, row in setting["adapters"].items() if row["kept_bytes"]}
     lora = rows["LoRA"]["kept_bytes"]
     found = {name: (row["to_lora"]["step"][1], row["kept_bytes"] / lora) for name, row in rows.items()}

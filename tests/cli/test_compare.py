@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from spectune.cli.comparison_files import commit
-from spectune.recipes import small_models, sweep_run
+from spectune.recipes import small_models
+from spectune.recipes.sweep_process import Workers
 from tests.cli.test_runs import spectune
 from tests.recipes.sweeps import in_this_process, text_sweep
 
@@ -17,7 +18,7 @@ from tests.recipes.sweeps import in_this_process, text_sweep
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sweep_run, "launch", in_this_process)
+    monkeypatch.setattr(Workers, "run", in_this_process)
 
 
 def test_compare_leaves_page_tables_and_pefts_form(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
-from spectune.recipes import RunResult, load_sweep, parse_config, run_sweep, summarise, sweep_run, to_markdown
+from spectune.recipes import RunResult, load_sweep, parse_config, run_sweep, summarise, to_markdown
 from spectune.recipes.general_text import general_loss
 from spectune.recipes.sweep import GeneralText
+from spectune.recipes.sweep_process import Workers
 from tests.recipes import tiny
 from tests.recipes.every_field import Different, Entries, Told
 from tests.recipes.sweeps import text_sweep
@@ -47,11 +49,8 @@ class Sweep:
 
     @cached_property
     def records(self) -> Any:
-        before, sweep_run.launch = sweep_run.launch, self.launch  # type: ignore[assignment]
-        try:
+        with patch.object(Workers, "run", self.launch):
             return run_sweep(self.asked, self.output, provenance={})
-        finally:
-            sweep_run.launch = before
 
     @property
     def summary(self) -> Any:
@@ -136,6 +135,7 @@ SWEEP: Entries = {
         "methods.full.over.training.batch_size=2", lambda sweep: set(sweep.each("training", "batch_size")), {4, 2}
     ),
     "seeds": Told("seeds=[4, 7]", lambda sweep: set(sweep.each("seed")), {4, 7}),
+    "grow": Told("grow=2", lambda sweep: sorted({r.rate for r in sweep.records}), [1e-3, 1e-2, 0.1, 1.0]),
     "tuning_seeds": Told("tuning_seeds=1", lambda sweep: len(sweep.records), 5),
     "metric": Told("metric=f1", lambda sweep: sweep.row["rate"], 1e-3),
     "report": Told("report=f1", lambda sweep: sweep.row["test"], 0.99),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectune.recipes import SweepRecord
+from spectune.recipes.sweep_process import Workers
 from spectune.recipes.sweep_worker import main
 from tests.recipes import tiny
 
@@ -25,8 +26,8 @@ def text_sweep(folder: Path, **more: Any) -> dict[str, Any]:
     return {"title": "Tiny", "run": run, "methods": methods, "seeds": [0, 1], "tuning_seeds": 1} | more
 
 
-def in_this_process(job: Path, log: Path, on_step: Callable[..., None]) -> int:
-    """In place of `launch`: a process of its own costs seconds."""
+def in_this_process(workers: Workers, job: Path, log: Path, on_step: Callable[..., None]) -> int:
+    """In place of `Workers.run`: a process of its own costs seconds."""
     log.write_text("")
     return main(json.loads(job.read_text()))
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,12 @@ import pytest
 
 from spectune.checkpoint import hold_folder
 from spectune.errors import DataError, OptionError, OutputError
-from spectune.recipes import SweepRecord, load_sweep, parse_sweep, run_sweep, summarise, sweep_run, to_markdown
+from spectune.recipes import SweepRecord, load_sweep, parse_sweep, run_sweep, summarise, to_markdown
 from spectune.recipes.general_text import general_loss
 from spectune.recipes.method_comparison import as_method_comparison, write_method_comparison
-from spectune.recipes.sweep import GeneralText
-from spectune.recipes.sweep_choice import chosen_rate
-from spectune.recipes.sweep_process import last_words
+from spectune.recipes.sweep import GeneralText, cell
+from spectune.recipes.sweep_choice import chosen_rate, rate_beyond
+from spectune.recipes.sweep_process import Workers, last_words
 from spectune.recipes.sweep_record import read_record
 from tests.recipes import tiny
 from tests.recipes.sweeps import in_this_process, record, text_sweep
@@ -83,7 +87,7 @@ def test_a_rate_that_crashed_or_diverged_does_not_win() -> None:
 def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_run, "launch", in_this_process)
+    monkeypatch.setattr(Workers, "run", in_this_process)
     asked = text_sweep(tmp_path)
     asked["methods"]["bad"] = {
         "adapter": {"peft_type": "LORA", "target_modules": ["nowhere"]},
@@ -119,26 +123,86 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     assert "| full |" in words and "Rates were chosen with 1 of 2 seeds." in words and "task--bad" in words
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path) -> None:
+def test_two_runs_are_at_work_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=60)  # broken where the second run waits for the first
+
+    def one(self: Workers, job: Path, log: Path, on_step: Any) -> int:
+        together.wait()
+        log.write_text("ended")
+        return 1
+
+    monkeypatch.setattr(Workers, "run", one)
+    asked = text_sweep(tmp_path, seeds=[0])
+    asked["methods"] |= {"again": asked["methods"]["full"] | {"learning_rates": [1e-3, 1e-2]}}
+    del asked["methods"]["full"]
+    found = run_sweep(parse_sweep(asked), tmp_path / "out", provenance={}, jobs=2)
+    assert [(r.method, r.rate, r.jobs) for r in found] == [
+        (method, rate, 2) for method in ("spectral_a", "again") for rate in (1e-3, 1e-2)
+    ]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path, jobs: int) -> None:
     """In processes of their own, as users have it."""
     asked = text_sweep(tmp_path, seeds=[0])
-    asked["run"]["training"] |= {"steps": 40, "save_every": 1000}
-    asked["methods"] = {"spectral_a": asked["methods"]["spectral_a"] | {"learning_rates": [1e-2]}}
+    asked["run"]["training"] |= {"steps": 400, "save_every": 1000}
+    one = asked["methods"]["spectral_a"] | {"learning_rates": [1e-2]}
+    asked["methods"] = {name: one for name in "ab"[:jobs]}
     sweep, out = parse_sweep(asked), tmp_path / "out"
+    reached = dict[str, int]()
 
     def stop(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
-        if step == 3:
+        reached[name] = step
+        if len(reached) == jobs and min(reached.values()) >= 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(sweep, out, provenance={}, on_run=stop)
-    (saved,) = (out / "runs" / "task--spectral_a--0.01--0" / "checkpoints").glob("checkpoint-*")
-    reached = int(saved.name.removeprefix("checkpoint-"))
-    assert 3 <= reached <= 40 and not list((out / "records").iterdir())
-    steps = list[int]()
-    (found,) = run_sweep(sweep, out, provenance={}, on_run=lambda *said: steps.append(said[3]))
-    assert found.ok and found.steps == 40 and [s for s in steps if s] == list(range(reached + 1, 41))
-    assert found.peak_bytes is None or found.peak_bytes > 0
+        run_sweep(sweep, out, provenance={}, on_run=stop, jobs=jobs)
+    assert len(reached) == jobs and not list((out / "records").iterdir())
+    saved = {path.parts[-3]: int(path.name.removeprefix("checkpoint-")) for path in out.rglob("checkpoint-*")}
+    assert saved.keys() == reached.keys() and all(3 <= step <= 400 for step in saved.values())
+    assert min(saved.values()) < 400
+    steps = dict[str, list[int]]()
+    found = run_sweep(sweep, out, provenance={}, on_run=lambda *said: steps.setdefault(said[2], []).append(said[3]))
+    assert all(r.ok and r.steps == 400 and (r.peak_bytes is None or r.peak_bytes > 0) for r in found)
+    assert {n: [s for s in told if s] for n, told in steps.items()} == {n: [*range(saved[n] + 1, 401)] for n in saved}
+
+
+@pytest.mark.parametrize("when", ["while it loads", "while it trains"])
+def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, when: str) -> None:
+    """A shell lets background jobs ignore Ctrl-C, and their processes inherit that."""
+    asked = text_sweep(tmp_path)
+    asked["run"]["training"] |= {"steps": 100_000, "save_every": 100_000}
+    sweep = parse_sweep(asked)
+    told = {"config": cell(sweep, "task", "full", 1e-3, 0).config.plain(), "folder": str(tmp_path / "run")}
+    told |= {"answer": str(tmp_path / "answer"), "forgetting": None, "base_loss": None}
+    (tmp_path / "job").write_text(json.dumps(told))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spectune.recipes.sweep_worker", str(tmp_path / "job")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        assert process.stdout is not None and process.stdin is not None
+        try:
+            if when == "while it trains":
+                assert process.stdout.readline().startswith("[1,")
+            process.stdin.close()
+            process.stdout.close()
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
+    saved = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert bool(saved) == (when == "while it trains")
+
+
+def test_a_grid_goes_on_by_its_own_last_step_and_no_further_than_asked() -> None:
+    assert rate_beyond([1e-3, 3e-3, 9e-3], 9e-3) == 2.7e-2 and rate_beyond([9e-3, 3e-3, 1e-3], 1e-3) == 3.3e-4
+    assert rate_beyond([1e-3, 3e-3, 9e-3], 3e-3) is None and rate_beyond([1e-3], 1e-3) is None
+    assert rate_beyond([1e-3, 3e-3], None) is None
 
 
 def test_a_process_that_dies_leaves_one_line(tmp_path: Path) -> None:
@@ -149,7 +213,7 @@ def test_a_process_that_dies_leaves_one_line(tmp_path: Path) -> None:
 
 def test_forgetting_is_the_rise_of_the_loss_on_general_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
-    monkeypatch.setattr(sweep_run, "launch", in_this_process)
+    monkeypatch.setattr(Workers, "run", in_this_process)
     (tmp_path / "general.txt").write_text("w1 w2 w3 w4 " * 30)
     run = tiny.lm_run(tmp_path, training={"steps": 2, "batch_size": 4}, data={"validation_share": 0.3})
     del run["adapter"], run["training"]["learning_rate"]

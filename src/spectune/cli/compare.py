@@ -15,6 +15,7 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: comparisons/ and the file's name.")
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of cores.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Compare methods: rates chosen on validation, figures on test. The same command goes on where it was stopped."""
@@ -26,7 +27,7 @@ def compare(
     asked = load_sweep(sweep, overrides or [])
     folder = output or Path("comparisons", sweep.stem)
     console = Console(stderr=True, quiet=as_json)
-    records = run_under_bar(asked, folder, console)
+    records = run_under_bar(asked, folder, console, jobs)
     summary = write_files(asked, records, folder, console)
     if as_json:
         print(json.dumps(summary, indent=2))

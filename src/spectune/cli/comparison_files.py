@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     from ..recipes import SweepConfig, SweepRecord
 
 
-def run_under_bar(sweep: SweepConfig, folder: Path, console: Console) -> list[SweepRecord]:
-    """Get every record of a sweep, with a bar of the runs and the steps of the one at work."""
+def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int = 1) -> list[SweepRecord]:
+    """Get every record of a sweep, with a bar of the runs and the steps of those at work."""
     from ..recipes import run_sweep
     from .progress import Stages
 
     with Stages(console) as stages:
         bar = stages.add_task("runs", total=None, said="")
+        latest = dict[str, str]()  # what each run said last
 
         def on_run(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
             at = f"step {step}/{steps}" if steps else "starting"
-            said = f"{name}  {at}" + ("" if loss is None else f"  loss {loss:.3f}")
-            stages.update(bar, total=runs, completed=done, said=said)
+            latest.pop(name, None)
+            latest[name] = f"{name}  {at}" + ("" if loss is None else f"  loss {loss:.3f}")
+            at_work = sorted(list(latest)[-jobs:])
+            stages.update(bar, total=runs, completed=done, said="   ".join(latest[one] for one in at_work))
 
         try:
-            records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run)
+            records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run, jobs=jobs)
         except KeyboardInterrupt:
             stages.stop()
             console.print(f"stopped; the same command goes on in {folder}", markup=False, soft_wrap=True)

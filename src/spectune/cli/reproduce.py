@@ -25,6 +25,7 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: reproductions/ and the name.")
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of cores.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Run a published experiment and name every deviation. The same command goes on where it was stopped."""
@@ -44,7 +45,7 @@ def reproduce(
     ready = prepare(
         experiment, folder, small=small, data=data, overrides=overrides or [], say=lambda words: console.print(words)
     )
-    records = run_under_bar(ready.sweep, folder, console)
+    records = run_under_bar(ready.sweep, folder, console, jobs)
     summary = write_files(ready.sweep, records, folder, console, ready.published)
     if as_json:
         print(json.dumps(summary, indent=2))

@@ -58,6 +58,11 @@ class SweepConfig(Section):
     tuning_seeds: int | None = Field(
         None, gt=0, description="Only so many seeds try every rate, the rest only the chosen one; default: all."
     )
+    grow: int = Field(
+        0,
+        ge=0,
+        description="So many more rates a method may try on a task while its best stands at an end of its grid.",
+    )
     metric: str | None = Field(None, description="The rate is chosen by it; default: the run's first metric.")
     report: str | None = Field(None, description="Reported on test (or of lm_eval); default: the same metric.")
     forgetting: GeneralText | None = Field(None, description="For language models: loss on general text.")
@@ -124,9 +129,9 @@ def cell(sweep: SweepConfig, task: str, method: str, rate: float, seed: int) -> 
     return Cell(task, method, rate, seed, parse_config(merged(values, own), f"{task}, {method}"))
 
 
-def cells(sweep: SweepConfig, task: str, method: str, seeds: Sequence[int]) -> list[Cell]:
-    """Get the runs of one method on one task: every rate, each with the seeds that are given."""
-    return [cell(sweep, task, method, rate, seed) for rate in sweep.methods[method].learning_rates for seed in seeds]
+def cells(sweep: SweepConfig, task: str, method: str, rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+    """Get the runs of one method on one task: every rate with every seed."""
+    return [cell(sweep, task, method, rate, seed) for rate in rates for seed in seeds]
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,3 +34,15 @@ def chosen_rate(records: Sequence[SweepRecord], metric: str | None) -> float | N
     name = next(metric_of(r.metrics, ("validation",), metric)[0] for r in records if r.ok)
     sign = 1 if better_is_smaller(name) else -1
     return min(means, key=lambda rate: (sign * means[rate], rate))
+
+
+def rate_beyond(rates: Sequence[float], best: float | None) -> float | None:
+    """Get the next rate past the end of a grid at which its best stands; None where it stands inside.
+
+    The step is the grid's own last one there: 1e-3, 3e-3 and 9e-3 go on with 2.7e-2 or 3.3e-4.
+    """
+    grid = sorted(set(rates))
+    if len(grid) < 2 or best not in (grid[0], grid[-1]):
+        return None
+    end, inner = (grid[0], grid[1]) if best == grid[0] else (grid[-1], grid[-2])
+    return float(f"{end * end / inner:.2g}")

@@ -1,58 +1,102 @@
-"""`launch`: a job in a process of its own, its steps heard, Ctrl-C passed on, its last words kept."""
+"""`Workers`: jobs in processes of their own, their steps heard, Ctrl-C passed on, their last words kept."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 OnStep = Callable[[int, int, "float | None"], None]
 """Called with (step, steps, loss or None)."""
 
 
-def launch(job: Path, log: Path, on_step: OnStep) -> int:
-    """Run a job in a process of its own, and get its exit status.
+class Workers:
+    """The processes of a sweep that are at work."""
 
-    Ctrl-C and SIGTERM are passed on once, and the process is waited for: it saves its checkpoint first.
-    """
-    command = [sys.executable, "-m", "spectune.recipes.sweep_worker", str(job)]
-    with log.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            # A terminal's Ctrl-C would reach it too, and twice is at once: without a checkpoint.
-            start_new_session=True,
-        )
-        assert process.stdout is not None and process.stdin is not None
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if _is_main_thread() else None
-        try:
-            for line in process.stdout:
-                if line.startswith("["):
-                    on_step(*json.loads(line))
-            return process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        finally:
-            if process.poll() is None:
-                process.kill()
+    def __init__(self, jobs: int = 1) -> None:
+        """Take how many will be at work at a time: then each gets its share of the cores."""
+        self._environment = dict(os.environ)
+        if jobs > 1:
+            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
+        self._at_work = set[subprocess.Popen[str]]()
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def run(self, job: Path, log: Path, on_step: OnStep) -> int:
+        """Run a job in a process of its own, and get its exit status; KeyboardInterrupt when it was stopped."""
+        with log.open("w", encoding="utf-8") as stderr:
+            process = self._start(job, stderr)
+            assert process.stdout is not None and process.stdin is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith("["):
+                        on_step(*json.loads(line))
+                status = process.wait()
+            except BaseException:  # of on_step
+                process.send_signal(signal.SIGINT)
                 process.wait()
-            process.stdin.close()
-            process.stdout.close()
-            if before is not None:
-                signal.signal(signal.SIGTERM, before)
+                raise
+            finally:
+                with self._lock:
+                    self._at_work.discard(process)
+                process.stdin.close()
+                process.stdout.close()
+        if self._stopping:
+            raise KeyboardInterrupt
+        return status
+
+    def _start(self, job: Path, stderr: TextIO) -> subprocess.Popen[str]:
+        with self._lock:  # none begins after `stop`
+            if self._stopping:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                [sys.executable, "-m", "spectune.recipes.sweep_worker", str(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=self._environment,
+                # A terminal's Ctrl-C would reach it too, and twice is at once: without a checkpoint.
+                start_new_session=True,
+            )
+            self._at_work.add(process)
+            return process
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Have every process save its checkpoint and end, or end without; no other one begins."""
+        with self._lock:
+            self._stopping = True
+            for process in self._at_work:
+                if at_once:
+                    process.kill()
+                else:
+                    process.send_signal(signal.SIGINT)
 
 
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let schedulers stop a sweep as people do; signals are the main thread's, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def last_words(status: int, log: Path) -> str:

@@ -41,6 +41,8 @@ class SweepRecord:
     device: str = ""
     seconds: float = 0.0
     """Of the whole process, start and evaluation included; of the last part where the run was continued."""
+    jobs: int = 1
+    """How many runs were at work at a time, itself included."""
     created: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,8 +20,8 @@ from ..errors import OutputError
 from .rates import method_of
 from .runs import ADAPTER, CHECKPOINTS, MODEL, RESULT_FILE, RunResult
 from .sweep import Cell, SweepConfig, cells, require_splits
-from .sweep_choice import chosen_rate
-from .sweep_process import OnStep, last_words, launch
+from .sweep_choice import chosen_rate, rate_beyond
+from .sweep_process import OnStep, Workers, last_words, sigterm_as_ctrl_c
 from .sweep_record import SweepRecord, read_record
 
 RECORDS, RUNS, ASKED = "records", "runs", "sweep.json"
@@ -33,13 +34,19 @@ class OnRun(Protocol):
 
 
 def run_sweep(
-    sweep: SweepConfig, output_dir: str | Path, *, provenance: Mapping[str, Any], on_run: OnRun | None = None
+    sweep: SweepConfig,
+    output_dir: str | Path,
+    *,
+    provenance: Mapping[str, Any],
+    on_run: OnRun | None = None,
+    jobs: int = 1,
 ) -> list[SweepRecord]:
     """Get the record of every run; what was finished before is read, a failed run is tried once more.
 
-    `provenance` (versions, machine, commit) is put into every record. `OutputError` where the folder holds the same
-    runs told otherwise, `DataError` where a task has no validation or test examples; KeyboardInterrupt after Ctrl-C,
-    when the run at work has saved its checkpoint: call it again and it goes on.
+    `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time, each with its
+    share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from their threads. `OutputError` where the
+    folder holds the same runs told otherwise, `DataError` where a task has no validation or test examples;
+    KeyboardInterrupt after Ctrl-C, when the runs at work have saved their checkpoints: call it again and it goes on.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -50,30 +57,26 @@ def run_sweep(
         (folder / RUNS).mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
-    with hold_folder(folder):
+    with hold_folder(folder), sigterm_as_ctrl_c():
         write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
-        return _run_all(sweep, folder, provenance, on_run)
+        return _run_all(_Running(sweep, folder, provenance, on_run, jobs))
 
 
-def _run_all(
-    sweep: SweepConfig, folder: Path, provenance: Mapping[str, Any], on_run: OnRun | None
-) -> list[SweepRecord]:
-    running = _Running(sweep, folder, provenance, on_run, _count(sweep))
-    first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
-    for task in sweep.tasks:
-        for method in sweep.methods:
-            tuning = [running.once(cell) for cell in cells(sweep, task, method, first)]
-            rate = chosen_rate(tuning, sweep.metric)
-            for cell in cells(sweep, task, method, rest):
-                if cell.rate == rate:
-                    running.once(cell)
-    return running.found
-
-
-def _count(sweep: SweepConfig) -> int:
-    first = len(sweep.seeds[: sweep.tuning_seeds])
-    rest = len(sweep.seeds) - first
-    return len(sweep.tasks) * sum(len(m.learning_rates) * first + rest for m in sweep.methods.values())
+def _run_all(running: _Running) -> list[SweepRecord]:
+    sweep, workers = running.sweep, running.workers
+    with ThreadPoolExecutor(running.jobs) as pool:
+        waiting = [pool.submit(running.line, task, method) for task in sweep.tasks for method in sweep.methods]
+        try:
+            for done in as_completed(waiting):
+                done.result()
+        except BaseException:
+            workers.stop()
+            try:
+                pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:  # asked twice
+                workers.stop(at_once=True)
+            raise
+    return [record for line in waiting for record in line.result()]
 
 
 @dataclass
@@ -84,8 +87,31 @@ class _Running:
     folder: Path
     provenance: Mapping[str, Any]
     on_run: OnRun | None
-    runs: int
+    jobs: int
     found: list[SweepRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sweep, seeds = self.sweep, len(self.sweep.seeds)
+        first = len(sweep.seeds[: sweep.tuning_seeds])
+        rates = [len(method.learning_rates) for method in sweep.methods.values()]
+        self.runs = len(sweep.tasks) * sum(count * first + seeds - first for count in rates)
+        self.workers = Workers(self.jobs)
+
+    def line(self, task: str, method: str) -> list[SweepRecord]:
+        """Get the records of one method on one task: the first seeds try the rates, the others run the chosen one."""
+        sweep, rates = self.sweep, list(self.sweep.methods[method].learning_rates)
+        first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
+        found = [self.once(cell) for cell in cells(sweep, task, method, rates, first)]
+        for _ in range(sweep.grow):
+            further = rate_beyond(rates, chosen_rate(found, sweep.metric))
+            if further is None:
+                break
+            rates.append(further)
+            self.runs += len(first)
+            found += [self.once(cell) for cell in cells(sweep, task, method, [further], first)]
+        rate = chosen_rate(found, sweep.metric)
+        chosen = [] if rate is None else [rate]
+        return found + [self.once(cell) for cell in cells(sweep, task, method, chosen, rest)]
 
     def once(self, cell: Cell) -> SweepRecord:
         """Get the record of a run, done now or read."""
@@ -115,7 +141,7 @@ class _Running:
         if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
             # Its weights were deleted, and now something is asked of them: train them again.
             (run_folder / RESULT_FILE).unlink(missing_ok=True)
-        record = _finished(cell, run_folder, self._work(cell, run_folder, on_step), self.provenance)
+        record = _finished(cell, run_folder, self._work(cell, run_folder, on_step), self.provenance, self.jobs)
         record.write(self.folder / RECORDS / f"{cell.name}.json")
         if record.ok:
             _tidy(run_folder, self.sweep.keep)
@@ -135,7 +161,7 @@ class _Running:
         }
         answer.unlink(missing_ok=True)
         write_atomically(job, json.dumps(told))
-        status = launch(job, log, on_step)
+        status = self.workers.run(job, log, on_step)
         answered = answer.is_file()
         found: dict[str, Any] = (
             json.loads(answer.read_text("utf-8")) if answered else {"error": last_words(status, log)}
@@ -145,7 +171,9 @@ class _Running:
         return found
 
 
-def _finished(cell: Cell, run_folder: Path, answer: dict[str, Any], provenance: Mapping[str, Any]) -> SweepRecord:
+def _finished(
+    cell: Cell, run_folder: Path, answer: dict[str, Any], provenance: Mapping[str, Any], jobs: int
+) -> SweepRecord:
     common: dict[str, Any] = {
         "task": cell.task,
         "method": cell.method,
@@ -155,6 +183,7 @@ def _finished(cell: Cell, run_folder: Path, answer: dict[str, Any], provenance: 
         "config": cell.config.plain(),
         "seconds": float(answer.get("seconds", 0.0)),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "jobs": jobs,
         "provenance": dict(provenance),
     }
     if "error" in answer or not (run_folder / RESULT_FILE).is_file():

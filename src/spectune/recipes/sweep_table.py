@@ -69,7 +69,7 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
     at = [r for r in mine if r.ok and r.rate == rate]
     tests = [metric_of(r.metrics, REPORTED, sweep.report or sweep.metric)[1] for r in at]
     means = validation_means(mine, sweep.metric)
-    grid = sorted(sweep.methods[method].learning_rates)
+    grid = sorted({*sweep.methods[method].learning_rates, *(r.rate for r in mine)})
     forgot = [r.forgetting for r in at if r.forgetting is not None]
     return {
         "task": task,
@@ -110,6 +110,8 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
     """Get what a reader must know before believing the table, one sentence each."""
     counts = {len(method.learning_rates) for method in sweep.methods.values()}
     said = [] if len(counts) == 1 else ["The methods tried different numbers of learning rates."]
+    if sweep.grow:
+        said.append(f"A grid whose best rate stood at its end was continued there, by at most {sweep.grow} rates.")
     edge = [f"{r['method']} ({r['task']})" for r in rows if r["at_edge"]]
     if edge:
         said.append(
@@ -121,6 +123,9 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
         said.append(f"Rates were chosen with {len(sweep.seeds[: sweep.tuning_seeds])} of {len(sweep.seeds)} seeds.")
     if not any(r.device != "cpu" for r in records if r.ok):
         said.append("Peak memory is that of the whole process; step times hold for this machine as busy as it was.")
+    jobs = max((r.jobs for r in records if r.ok), default=1)
+    if jobs > 1:
+        said.append(f"Up to {jobs} runs were at work side by side, and their step times with them.")
     if any(r.forgetting is None for r in records if r.ok):
         said.append("Forgetting (loss on general text) is measured for language models where the sweep names a text.")
     return said

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(step: int, steps: int, loss: float) -> None:
-    print(json.dumps([step, steps, loss if loss == loss and abs(loss) != float("inf") else None]), flush=True)
+    with suppress(BrokenPipeError):  # the sweep was killed; stdin says so too, and a checkpoint is saved
+        print(json.dumps([step, steps, loss if loss == loss and abs(loss) != float("inf") else None]), flush=True)
 
 
 def _end_with_the_sweep() -> None:
@@ -78,5 +80,7 @@ def _end_with_the_sweep() -> None:
 
 
 if __name__ == "__main__":
+    # A shell lets its background jobs ignore Ctrl-C, and this would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8"))))
