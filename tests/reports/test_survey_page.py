@@ -18,7 +18,6 @@ from spectune.reports.survey_charts import Bar, log_bars, share_bars, spectra_ch
 from spectune.reports.survey_page import (
     adapter_headline,
     common_stem,
-    house_style,
     readable_seconds,
     render_survey,
     share,
@@ -101,10 +100,6 @@ def test_without_jinja2_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"spectune\[report\]"):
         render_survey(model())
-
-
-def test_the_look_is_that_of_the_run_report() -> None:
-    assert ":root {" in house_style() and ".card {" in house_style() and "<" not in house_style().replace("<=", "")
 
 
 def test_spectra_lie_over_each_other_with_their_median() -> None:

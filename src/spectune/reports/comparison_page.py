@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..errors import MissingExtraError
 from .comparison_charts import COLOURS, front_chart, rate_chart
+from .frame import fill
 from .page import readable_bytes
-
-TEMPLATE = "comparison.html.j2"
 
 
 def write_comparison(summary: Mapping[str, Any], path: str | Path, published: Mapping[str, Any] | None = None) -> None:
@@ -28,13 +25,6 @@ def write_comparison(summary: Mapping[str, Any], path: str | Path, published: Ma
 
 def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] | None = None) -> str:
     """Get the page as text."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError("comparison: jinja2 is not installed. Run pip install 'spectune[report]'.") from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     smaller, parts = summary["smaller_is_better"], []
     for task in summary["tasks"]:
         metric, chosen_by = summary["task_metrics"][task], summary["task_chosen_by"][task]
@@ -44,9 +34,9 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
         parts.append(
             {"task": task, "metric": metric, "rows": _ranked(rows, smaller), "charts": charts, "printed": printed}
         )
-    environment.filters |= {"bytes": readable_bytes, "figure": lambda value: _figure(value, smaller)}
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
-    return template.render(
+    return fill(
+        "comparison.html.j2",
+        {"bytes": readable_bytes, "figure": lambda value: _figure(value, smaller)},
         summary=summary,
         parts=parts,
         published=published,

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from importlib import resources
 from itertools import combinations
 from pathlib import Path
 
 from ..checkpoint import write_atomically
-from ..errors import MissingExtraError
 from ..fusion import OverlapReport, PairOverlap
+from .frame import fill
 from .svg import WIDTH, drawing, text
 
-TEMPLATE = "overlap.html.j2"
 ROW, HEAD, NAMES = 18, 34, 190
 # A narrower cell has no room for its figure, only for its colour (a pointer still shows it).
 ROOM_FOR_FIGURE = 34
@@ -52,21 +50,12 @@ def write_overlap_page(report: OverlapReport, path: str | Path) -> None:
 
 def render_overlap(report: OverlapReport) -> str:
     """Get the page as text; everything that comes from the report is escaped."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError(
-            "overlap report: jinja2 is not installed. Run pip install 'spectune[report]'."
-        ) from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
     maps = []
     if report.pairs:
         for name, (say, measure) in MEASURES.items():
             maps.append((name, say, adapter_map(report, name, measure), layer_map(report, name, measure)))
-    return template.render(
+    return fill(
+        "overlap.html.j2",
         report=report,
         maps=maps,
         kept=[(name, weight, report.kept[name]) for name, weight in zip(report.adapters, report.weights, strict=True)],

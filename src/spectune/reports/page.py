@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..errors import MissingExtraError
 from .charts import bar_chart, loss_chart, spectrum_chart
+from .frame import fill
 from .run_record import Metric, RunRecord
 
-TEMPLATE = "template.html.j2"
 # Examples of each kind that the page shows; it says how many there are. Chosen, not measured.
 MOST_EXAMPLES = 12
 
@@ -29,19 +27,7 @@ def write_report(record: RunRecord, path: str | Path) -> None:
 
 def render(record: RunRecord) -> str:
     """Get the page as text."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError(
-            f"report: {record.title!r} was to be written as a page, jinja2 is not installed. "
-            f"Run pip install 'spectune[report]'."
-        ) from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"bytes": readable_bytes, "figure": figure}
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text("utf-8"))
-    return template.render(**_parts(record))
+    return fill("run.html.j2", {"bytes": readable_bytes, "figure": figure}, **_parts(record))
 
 
 def _parts(record: RunRecord) -> dict[str, Any]:

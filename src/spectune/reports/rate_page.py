@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint import write_atomically
+from .frame import fill
 from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, line, linear_ticks, log_ticks, text
 
 HEIGHT = 300
-STYLE = """
-:root { color-scheme: light dark; --page: #f7f6f3; --ink: #1d1c1a; --muted: #65625b; --rule: #e2dfd8; --raw: #9db6e3;
-  --after: #2458b8; --change: #b8501a; }
-@media (prefers-color-scheme: dark) { :root { --page: #131312; --ink: #ebe8e2; --muted: #a39f96; --rule: #31302d;
-  --raw: #3f5f93; --after: #7fb0ff; --change: #f0955c; } }
-body { margin: 2rem auto; max-width: 760px; padding: 0 1rem; background: var(--page); color: var(--ink);
-  overflow-wrap: break-word; font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.2rem; } .chart { display: block; width: 100%; height: auto; }
-.chart text { font-size: 12px; fill: var(--muted); } .chart .grid { stroke: var(--rule); }
-.chart .axis, .chart .tick { stroke: var(--muted); }
-.chart .line { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-.chart .raw { stroke: var(--raw); } .chart .after { stroke: var(--after); stroke-width: 2; }
-.chart .change { stroke: var(--change); stroke-width: 1.6; stroke-dasharray: 4 4; }
-"""
 
 
 def write_rate_page(
@@ -35,16 +21,13 @@ def write_rate_page(
     smoothed: Sequence[float],
     proposed: float | None,
 ) -> None:
-    """Write the curve as a page, whole or not at all: raw loss thin, smoothed loss strong, proposal dashed."""
+    """Write the curve as a page, whole or not at all: raw loss thin, smoothed loss strong, proposal dashed.
+
+    `MissingExtraError` without jinja2, `OutputError` where the file cannot be written.
+    """
     said = "No rate made the loss fall." if proposed is None else f"Proposed learning rate: {proposed:.2g}"
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        f"<p>{said}</p>{rate_chart(rates, losses, smoothed, proposed)}</body></html>\n"
-    )
-    write_atomically(path, page)
+    chart = rate_chart(rates, losses, smoothed, proposed)
+    write_atomically(path, fill("rates.html.j2", title=title, said=said, chart=chart))
 
 
 def rate_chart(

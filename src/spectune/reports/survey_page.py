@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..errors import MissingExtraError
 from .adapter_survey import KEPT_ENERGY, AdapterSurvey, adapter_group_figures
 from .budget import BudgetRow
+from .frame import fill
 from .intruders import INTRUDER_EPSILON, INTRUDER_K
 from .model_survey import ModelSurvey, group_figures
-from .page import TEMPLATE as RUN_TEMPLATE
 from .page import readable_bytes
 from .survey_charts import Bar, log_bars, share_bars, spectra_chart
-
-TEMPLATE = "survey.html.j2"
 
 
 def write_survey(survey: ModelSurvey | AdapterSurvey, path: str | Path) -> None:
@@ -29,29 +25,9 @@ def write_survey(survey: ModelSurvey | AdapterSurvey, path: str | Path) -> None:
 
 def render_survey(survey: ModelSurvey | AdapterSurvey) -> str:
     """Get the page as text."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtraError(
-            f"inspect: {survey.path!r} was to be shown as a page, jinja2 is not installed. "
-            f"Run pip install 'spectune[report]'."
-        ) from None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"bytes": readable_bytes, "seconds": readable_seconds, "share": share, "short": short}
-    template = environment.from_string(_resource(TEMPLATE))
     parts = _model_parts(survey) if isinstance(survey, ModelSurvey) else _adapter_parts(survey)
-    return template.render(style=house_style(), survey=survey, **parts)
-
-
-def house_style() -> str:
-    """Get the style sheet of the run report, so that there is one look and one place where it stands."""
-    return _resource(RUN_TEMPLATE).partition("<style>")[2].partition("</style>")[0]
-
-
-def _resource(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text("utf-8")
+    filters = {"bytes": readable_bytes, "seconds": readable_seconds, "share": share, "short": short}
+    return fill("survey.html.j2", filters, survey=survey, **parts)
 
 
 def _model_parts(survey: ModelSurvey) -> dict[str, Any]:
