@@ -76,7 +76,7 @@ class Session:
         seconds = time.monotonic() - self.started
         growth = peak_mib() - self.start_peak
         if growth > MOST_GROWTH_MIB:
-            self.findings["memory"] += 1
+            self.findings["memory"] = 1
         return {
             "target": self.target.name,
             "engine": self.engine,
@@ -88,6 +88,10 @@ class Session:
             "peak_growth_mib": round(growth, 1),
             "findings": dict(self.findings),
         }
+
+    def status(self) -> int:
+        """Get the status to exit with: 1 where anything was found, growth of memory among it."""
+        return 1 if self.report()["findings"] else 0
 
     def save(self) -> None:
         place = self.out / f"{self.target.name}-{self.engine}-{self.seed}.json"
@@ -124,8 +128,9 @@ def by_coverage(session: Session) -> None:
         session.one(data)
         if session.done >= session.count:
             session.save()
+            sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+            os._exit(session.status())
         if session.done % 5000 == 0:
             session.save()
 
@@ -143,14 +148,21 @@ def alarm(*_: Any) -> None:
     raise TooSlow
 
 
-def main() -> None:
+def main() -> int:
+    """Get the status to exit with."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target")
+    parser.add_argument("target", nargs="?")
+    parser.add_argument("--list", action="store_true", help="name the targets, and end")
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=("mutate", "atheris"), default="mutate")
     parser.add_argument("--out", type=Path, default=Path("fuzz/out"))
     asked = parser.parse_args()
+    if asked.list or asked.target is None:
+        from targets import all_targets
+
+        print(*all_targets(), sep="\n")
+        return 0 if asked.list else 2
     asked.out.mkdir(parents=True, exist_ok=True)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     signal.signal(signal.SIGALRM, alarm)
@@ -167,7 +179,8 @@ def main() -> None:
         session = Session(asked.target, asked.engine, asked.seed, asked.count, asked.out)
         by_mutation(session)
         print(json.dumps(session.report()))
+    return session.status()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -329,6 +329,10 @@ def all_targets() -> dict[str, Target]:
     seed = gguf_bytes()
     # transformers builds a model class for each whole GGUF file, on a machine that does other things.
     targets += [Target("gguf_header", gguf_header, (seed,)), Target("gguf_file", gguf_file, (seed,), seconds=20.0)]
+    from dataset_targets import dataset_targets  # which imports this module
+    from live_targets import live_targets
+
+    targets += [*dataset_targets(), *live_targets()]
     return {target.name: target for target in targets}
 
 

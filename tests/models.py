@@ -127,6 +127,12 @@ def pixels() -> dict[str, Any]:
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(7))}
 
 
+def vit_targets() -> tuple[str, ...]:
+    """Get what transformers calls two projections and the first layer of the MLP: it renamed them after 5.6."""
+    names = {name.rpartition(".")[2] for name, _ in vit().named_modules()}
+    return ("q_proj", "v_proj", "fc1") if "fc1" in names else ("query", "value", "intermediate.dense")
+
+
 def vectors() -> dict[str, Any]:
     return {"x": torch.randn(5, 10, generator=torch.Generator().manual_seed(7))}
 
@@ -136,7 +142,7 @@ MODELS: dict[str, Tiny] = {
     "gpt2": Tiny(gpt2, ("c_attn", "c_fc"), tokens),
     "bert": Tiny(bert, ("query", "value"), tokens),
     "t5": Tiny(t5, ("q", "v", "wo"), lambda: {"input_ids": ids(), "decoder_input_ids": ids(4)}),
-    "vit": Tiny(vit, ("q_proj", "v_proj", "fc1"), pixels),
+    "vit": Tiny(vit, vit_targets(), pixels),
     "mlp": Tiny(MLP, ("lin0", "lin1"), vectors),
 }
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from spectune import SpectralConfig, merge_checkpoint
 from spectune.checkpoint import open_checkpoint
-from spectune.errors import AdapterError, MissingExtraError
+from spectune.errors import AdapterError, ExportError, MissingExtraError
 
 from ..models import MODELS
 
@@ -80,3 +82,12 @@ def test_what_is_wrong_is_one_line(file: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(MissingExtraError, match="pip install gguf"):
         open_checkpoint(file)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_adapter_is_not_merged_into_it(file: Path, tmp_path: Path) -> None:
+    model = get_peft_model(MODELS["llama"].fresh(), SpectralConfig(target_modules=["q_proj"], r=2))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ExportError, match="GGUF is read here and not written"):
+        merge_checkpoint(file, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -7,83 +7,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from spectune import METHODS, SpectralConfig
 
+from ..models import MODELS as TINY
+
 VOCABULARY = 64
-
-
-def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-        )
-    )
-
-
-def bert() -> nn.Module:
-    return BertForSequenceClassification(
-        BertConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=VOCABULARY,
-            num_labels=3,
-        )
-    )
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=32))
-
-
-def t5() -> nn.Module:
-    return T5ForConditionalGeneration(
-        T5Config(
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=1,
-            num_heads=4,
-            vocab_size=VOCABULARY,
-            decoder_start_token_id=0,
-        )
-    )
-
-
-def vit() -> nn.Module:
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            image_size=16,
-            patch_size=8,
-            num_labels=3,
-        )
-    )
-
-
-MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2, "t5": t5, "vit": vit}
+MODELS = {name: tiny.build for name, tiny in TINY.items() if name != "mlp"}
 ALL_LLAMA = ["q_proj", "k_proj", "down_proj"]
 # (model, options of the config); every line is exported and read by plain PEFT.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

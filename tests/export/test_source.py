@@ -166,7 +166,7 @@ def test_damaged_and_foreign_adapters_are_refused(saved, tmp_path):
         if not name.endswith("layers.0.self_attn.q_proj.spectune_adapter.A_U")
     }
     save_file(missing, folder / "adapter_model.safetensors")
-    assert "layers.0.self_attn.q_proj: the adapter file does not fit" in refused(AdapterError, folder, tmp_path)
+    assert "layers.0.self_attn.q_proj: the adapter file " in refused(AdapterError, folder, tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(b"12345678901")
     assert "no safetensors file" in refused(AdapterError, folder, tmp_path)
 
@@ -181,5 +181,15 @@ def test_an_adapter_of_another_method_is_named(saved, tmp_path):
 def test_the_adapter_itself_is_never_replaced(saved, tmp_path, output):
     _, folder, _ = saved("llama-spectral_a")
     found = refused(OutputError, folder, tmp_path, output=output, overwrite=True)
-    assert "would replace the adapter" in found
+    assert "would replace" in found
     assert (folder / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["live", "named by the config", "passed"])
+def test_the_base_is_never_replaced(saved, tmp_path, how):
+    model, folder, base = saved("llama-spectral_a")
+    options = {"base_model": str(base)} if how == "passed" else {}
+    adapter = model if how == "live" else folder
+    with pytest.raises(OutputError, match="would replace .*base, a source"):
+        export_lora(adapter, base, overwrite=True, **options)
+    assert (base / "model.safetensors").exists()

@@ -122,6 +122,29 @@ def test_average_takes_every_method_and_rank(shelf: Path, tmp_path: Path) -> Non
     assert "of a LoRA only names and shapes" in fused.report.base
 
 
+@pytest.mark.parametrize("as_lora", [False, True])
+@pytest.mark.parametrize("output", ["b", "link", "x/../b", "base", "."])
+def test_saving_never_replaces_a_source(output: str, as_lora: bool, shelf: Path, tmp_path: Path) -> None:
+    for name in ("b", "c"):
+        shutil.copytree(shelf / name, tmp_path / name)
+    shutil.copytree(base_folder(shelf), tmp_path / "base")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    fused = fuse([tmp_path / "b", tmp_path / "c"], weights=1, base=tmp_path / "base")
+    with pytest.raises(OutputError, match="the output would replace .*, a source"):
+        fused.save(tmp_path / output, as_lora=as_lora, overwrite=True)
+    assert all((tmp_path / name / "adapter_config.json").exists() for name in ("b", "c"))
+    assert open_checkpoint(tmp_path / "base").names
+
+
+def test_saving_refuses_nan_in_a_module_trained_in_full(shelf: Path, tmp_path: Path) -> None:
+    shutil.copytree(shelf / "b", tmp_path / "b")
+    path = tmp_path / "b" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.lm_head.weight": torch.full((2, 2), torch.nan)}, path)
+    with pytest.raises(AdapterError, match=r"lm_head.weight: the fused adapter has NaN"):
+        fuse([tmp_path / "b"]).save(tmp_path / "out")
+
+
 def test_stacked_factors_lose_their_duplicates(shelf: Path, tmp_path: Path) -> None:
     shutil.copytree(shelf / "lora", tmp_path / "copy")
     saved = fuse([shelf / "lora", tmp_path / "copy"], rule="average").save(shelf / "same", overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from spectune.checkpoint import open_checkpoint, read_adapter_folder, read_lora
 from spectune.checkpoint.config_limits import refuse_absurd_size
-from spectune.checkpoint.patterns import names_layer
+from spectune.checkpoint.patterns import LayerPatterns
 from spectune.checkpoint.reader import read_json
 from spectune.checkpoint.targets import find_targets, ordered
 from spectune.checkpoint.tensor_file import TensorFile
@@ -67,6 +68,16 @@ def test_terabytes_that_are_promised_are_not_allocated(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", {"a": entry(shape=[2**40], data_offsets=[0, 2**42])})
     with pytest.raises(AdapterError, match="its header promises 4,398,"):
         TensorFile.open(path)
+
+
+def test_a_shape_of_a_million_sides_is_refused_before_they_are_multiplied(tmp_path: Path) -> None:
+    """80,000 sides of ten digits took eleven seconds."""
+    began = time.monotonic()
+    for sides in ([2_999_999_999] * 400_000, [1] * 65, [2**64], [2**40, 2**40, 2**40]):
+        path = written(tmp_path / "a.safetensors", {"a": entry(shape=sides)})
+        with pytest.raises(AdapterError, match="that are no safetensors file"):
+            TensorFile.open(path)
+    assert time.monotonic() - began < 10
 
 
 def outcome(path: Path) -> str:
@@ -161,22 +172,88 @@ def test_a_name_that_no_disk_can_hold_is_a_missing_file(name: str) -> None:
             opened(name)
 
 
+def names_layer(pattern: Any, layer: str) -> bool:
+    return LayerPatterns([pattern]).first(layer) is not None
+
+
 def test_a_pattern_that_never_ends_is_stopped() -> None:
     began = time.monotonic()
-    with pytest.raises(AdapterError, match=r"takes more than 0\.5 seconds"):
+    with pytest.raises(AdapterError, match=r"take more than 1\.0 seconds"):
         names_layer("(a|aa)+[bc]", "a" * 64)
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("pattern", ["(" * 500, "a{999999999999999}", "[", "a" * 1_001, 3, "(?P<a", "\\"])
+def test_all_patterns_of_a_config_have_one_deadline() -> None:
+    """Each alone stays under the limit: with a limit of its own, twenty of them took twelve seconds."""
+    slow = LayerPatterns([f"(a|aa)+[bc]{n}" for n in range(900)])
+    layer, began = "a" * 26, time.monotonic()
+    with pytest.raises(AdapterError, match=r"take more than 1\.0 seconds"):
+        for _ in range(1_000):
+            slow.first(layer)
+    assert time.monotonic() - began < 10
+
+
+def test_a_config_has_a_thousand_expressions_at_most_and_any_number_of_names() -> None:
+    with pytest.raises(AdapterError, match="more than 1,000 patterns"):
+        LayerPatterns(f"a{n}.*" for n in range(1_001))
+    with pytest.raises(AdapterError, match="more than 1,000 patterns"):  # in alike ones a look-up would be a search
+        LayerPatterns(f"{'.'.join('abcdefghijk')}".translate({46: "._-"[n % 3]}) + f".{n}.*" for n in range(1_001))
+    layers = [f"model.layers.{n}.q_proj" for n in range(20_000)]
+    exact, ends = LayerPatterns(f"^{re.escape(layer)}" for layer in layers), LayerPatterns(layers)
+    began = time.monotonic()
+    for place in range(0, 20_000, 10):
+        assert exact.first(layers[place]) == f"^{re.escape(layers[place])}"
+        assert ends.first(f"base.{layers[place]}") == layers[place] and exact.first(f"base.{layers[place]}") is None
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("pattern", ["((a{99}){99}){99}", "(a{1000}){1000}" * 50, "a{3}{9}{99}", "a{e<=2}", r"\p{L}"])
+def test_what_cannot_be_compiled_in_time_is_no_pattern(pattern: str) -> None:
+    """regex copies what is repeated: the second of these took three minutes and then all memory."""
+    with pytest.raises(AdapterError, match=r"copies|a brace that counts nothing"):
+        names_layer(pattern, "model.layers.0.q_proj")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(" * 500, "a{999999999999999}", "[", "a" * 1_001, 3, "(?P<a", "\\", "(?R)", "(?|a|b)"],
+)
 def test_what_is_no_pattern_is_refused(pattern: Any) -> None:
     with pytest.raises(AdapterError, match="pattern"):
         names_layer(pattern, "model.layers.0.q_proj")
 
 
-def test_patterns_match_as_peft_matches() -> None:
-    assert names_layer("q_proj", "model.layers.0.q_proj") and names_layer(r"layers\.\d+\..*", "model.layers.0.q_proj")
-    assert not names_layer("proj", "model.layers.0.q_proj") and not names_layer("q_proj", "q_proj.more")
+WRITTEN = ["q_proj", "^q_proj", "lin0", "^lin0", "0.q", "a.b.c", r"a\.b\.c", "a.b", r"x\.a\-b", "proj", ".*q", "q|lin0"]
+WRITTEN += [
+    "model.layers.0.q_proj",
+    "^model.layers.1.q_proj",
+    r"^model\.layers\.10\.q_proj",
+    r"\d",
+    "a_b",
+    "",
+    "q_proj$",
+]
+
+
+@pytest.mark.parametrize("pattern", WRITTEN)
+def test_patterns_match_as_peft_matches(pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    layers = ["model.layers.0.q_proj", "model.layers.10.q_proj", "lin0", "a_b.c", "x.a-b", "q_proj", "q_proj.more", "q"]
+    for layer in layers:
+        named = get_pattern_key([pattern, "nothing"], layer) == pattern
+        assert names_layer(pattern, layer) == (named and bool(re.match(rf"(.*\.)?({pattern})$", layer))), layer
+
+
+def test_the_first_pattern_in_the_config_wins_as_in_peft() -> None:
+    layer = "model.layers.0.q_proj"
+    for patterns in (
+        ["q_proj", r".*\.q_proj"],
+        [r".*\.q_proj", "q_proj"],
+        ["0.q_proj", "q_proj"],
+        ["k", "q.proj", layer],
+    ):
+        assert LayerPatterns(patterns).first(layer) == next(p for p in patterns if names_layer(p, layer))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from spectune.errors import WeightError
 from spectune.methods import spectral_modules
 from spectune.tuner import bases
 
+from ..abilities import needs_fsdp2_on_a_cpu
 from ..models import MODELS
 
 LLAMA = MODELS["llama"]
@@ -135,6 +136,7 @@ def _fully_sharded(rank: int) -> Any:
     return refused, all(g is not None for g in gradients), len(gradients)
 
 
+@needs_fsdp2_on_a_cpu
 def test_fsdp2_shards_an_adapted_model_and_refuses_to_adapt_a_sharded_one(tmp_path: Path) -> None:
     for refused, trained, count in together(_fully_sharded, tmp_path):
         assert "sharded over processes" in refused and "then call fully_shard" in refused

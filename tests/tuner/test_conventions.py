@@ -13,6 +13,7 @@ from spectune import METHODS, SpectralConfig, SpectuneError
 from spectune.methods import spectral_modules
 from spectune.tuner import swap_adapter
 
+from ..abilities import start_compiling
 from ..models import MODELS, Tiny, output
 from .conftest import adapted, config_for, train
 
@@ -143,6 +144,7 @@ def test_biases_train_and_travel_where_asked(bias: str, tmp_path: Path) -> None:
 
 
 def test_compiled_models_give_the_same_output(method: str) -> None:
+    start_compiling()
     model = adapted(MODELS["mlp"], method)
     x = MODELS["mlp"].inputs()["x"]
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -13,6 +13,7 @@ from spectune import SpectralConfig
 from spectune.errors import AdapterError
 from spectune.methods import bases_as_parameters, spectral_modules
 
+from ..abilities import needs_fsdp2_on_a_cpu
 from ..models import MODELS
 from .test_bases import together
 
@@ -79,6 +80,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return together(_every_method, tmp_path_factory.mktemp("sharded"))
 
 
+@needs_fsdp2_on_a_cpu
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_sharded_model_trains_what_a_whole_one_trains(name: str, sharded: list[dict[str, Any]]) -> None:
     model = adapted(name)

@@ -1,5 +1,9 @@
 """Files <-> tensors: nothing is read before it is asked for, nothing half-written stands under its name."""
 
+from .adapter_folder import CONFIG_FILE as CONFIG_FILE
+from .adapter_folder import CONFIG_LIMIT as CONFIG_LIMIT
+from .adapter_folder import PEFT_PREFIX as PEFT_PREFIX
+from .adapter_folder import TENSOR_FILE as TENSOR_FILE
 from .adapter_folder import AdapterFolder as AdapterFolder
 from .adapter_folder import read_adapter_folder as read_adapter_folder
 from .claim import hold_folder as hold_folder
@@ -8,6 +12,7 @@ from .lora_file import LoraFile as LoraFile
 from .lora_file import read_lora as read_lora
 from .reader import Checkpoint as Checkpoint
 from .reader import open_checkpoint as open_checkpoint
+from .sources import refuse_to_replace as refuse_to_replace
 from .targets import Target as Target
 from .targets import find_targets as find_targets
 from .tensor_file import TensorFile as TensorFile

@@ -15,7 +15,9 @@ from .tensor_file import TensorFile
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-# An adapter config is a few kilobytes; a longer one is no config. Chosen, not measured.
+# What PEFT puts before the path of every layer.
+PEFT_PREFIX = "base_model.model."
+# A config of an adapter or a model is a few kilobytes; a longer one is no config. Chosen, not measured.
 CONFIG_LIMIT = 2**20
 
 
@@ -79,7 +81,9 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
             f"{path}: adapter_model.bin is a pickle, and reading one would run code that it brings. "
             f"Save the adapter as safetensors instead."
         )
-    return AdapterFolder(path, config, TensorFile.open(path / TENSOR_FILE))
+    file = TensorFile.open(path / TENSOR_FILE)
+    file.refuse_foreign()
+    return AdapterFolder(path, config, file)
 
 
 def _whose_folder(path: Path) -> str:

@@ -14,11 +14,10 @@ import torch
 
 from ..errors import AdapterError, nearest
 from ..records import Delta
-from .adapter_folder import CONFIG_FILE, TENSOR_FILE, read_adapter_folder
-from .patterns import names_layer
+from .adapter_folder import CONFIG_FILE, PEFT_PREFIX, TENSOR_FILE, read_adapter_folder
+from .patterns import Clock, LayerPatterns
 from .tensor_file import TensorFile
 
-PEFT_PREFIX = "base_model.model."
 # How PEFT, diffusers (new and old) and kohya's trainer end the names of the two factors: A first, then B.
 ENDINGS = (
     (".lora_A.weight", ".lora_B.weight"),
@@ -111,7 +110,7 @@ def read_lora(path: str | Path) -> LoraFile:
     else:
         file = TensorFile.open(_only_lora(path))
     _refuse_foreign(path, file, config)
-    options = {"": config} if config else _diffusers_options(path, file)
+    options = _checked(path, {"": config} if config else _diffusers_options(path, file))
     layers: dict[str, LoraLayer] = {}
     for name in file.names:
         for A_end, B_end in ENDINGS:
@@ -147,9 +146,28 @@ def _diffusers_options(path: Path, file: TensorFile) -> dict[str, dict[str, Any]
     return parts
 
 
-def _layer(
-    path: Path, file: TensorFile, options: Mapping[str, Mapping[str, Any]], stem: str, A: str, B: str
-) -> LoraLayer:
+@dataclass(frozen=True)
+class _Options:
+    """PEFT's options for one part of the pipeline, and the patterns of its alpha_pattern."""
+
+    config: Mapping[str, Any]
+    patterns: LayerPatterns
+
+
+def _checked(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, _Options]:
+    """Get the options with their patterns read, all of them on one clock."""
+    clock, checked = Clock(), {}
+    for part, config in options.items():
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise AdapterError(
+                f"{path}: alpha_pattern={patterns!r} is no map from layers to alphas. Repair the config."
+            )
+        checked[part] = _Options(config, LayerPatterns(patterns, clock))
+    return checked
+
+
+def _layer(path: Path, file: TensorFile, options: Mapping[str, _Options], stem: str, A: str, B: str) -> LoraLayer:
     if B not in file.shapes:
         raise AdapterError(f"{path}: the factor {A!r} has no partner {B!r}: the file is incomplete. Copy it again.")
     (rank, *_), B_shape = file.shapes[A] or (0,), file.shapes[B]
@@ -173,17 +191,11 @@ def _layer(
     return LoraLayer(name, A, B, rank, scaling)
 
 
-def _peft_scaling(path: Path, config: Mapping[str, Any], layer: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)  # PEFT's default
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{path}: alpha_pattern={patterns!r} is no map from layers to alphas. Repair the config.")
-    for pattern, value in patterns.items():
-        if names_layer(pattern, layer):
-            alpha = value
-            break
-    alpha = _number(path, layer, alpha)
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+def _peft_scaling(path: Path, options: _Options, layer: str, rank: int) -> float:
+    pattern = options.patterns.first(layer)
+    alpha = options.config.get("lora_alpha", 8) if pattern is None else options.config["alpha_pattern"][pattern]
+    alpha = _number(path, layer, alpha)  # 8 is PEFT's default
+    return alpha / (rank**0.5 if options.config.get("use_rslora") else rank)
 
 
 def _number(path: Path, layer: str, alpha: object) -> float:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
 # `re` cannot be told to stop, and "(a|aa)+b" against sixty letters a takes it years. transformers needs `regex` too.
 import regex
 
@@ -9,21 +15,121 @@ from ..errors import AdapterError
 
 # Patterns of real files are module paths or short expressions. Chosen, not measured.
 LONGEST = 1_000
-# A match takes microseconds; what takes this long was made to. Chosen.
-SECONDS = 0.5
+# A file that names each layer brings thousands of plain names, which are looked up; expressions are few. Chosen.
+MOST = 1_000
+# All matches of one config together take milliseconds; what takes this long was made to. Chosen.
+SECONDS = 1.0
+# regex copies what is repeated, so "((a{1000}){1000}){1000}" would take all memory to compile. Real files count the
+# digits of a number, \d{1,3}. Chosen.
+MOST_COPIES = 1_000
+# Plain names that are alike up to their dots, dashes and underscores; more are matched as expressions. Chosen.
+MOST_ALIKE = 16
+
+# PEFT's forms (get_pattern_key, check_target_module_exists), word for word.
+END = r"(.*\.)?({})$"
+WHOLE = "{}"
+INSIDE = r"(^|.*\.){}($|\..*)"
+COUNTED = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?[.\-])+")
+PARTS = re.compile(r"\\?(.)")
+REPEATS = re.compile(r"\{(?:(\d*)(?:,(\d*))?\})?")
 
 
-def names_layer(pattern: str, layer: str) -> bool:
-    """Ask whether a pattern of PEFT's rank_pattern or alpha_pattern names a layer, or the end of its path.
+class Clock:
+    """How much time is left to compile and match the patterns of one config, and how many more it may bring."""
 
-    `AdapterError` for what is no pattern, is longer than 1,000 letters, or takes more than half a second.
-    """
-    if not isinstance(pattern, str) or len(pattern) > LONGEST:
-        raise AdapterError(f"{layer}: the config has {pattern!r} for a pattern of layer names. Repair the config.")
-    try:
-        return regex.match(rf"(.*\.)?({pattern})$", layer, timeout=SECONDS) is not None
-    except TimeoutError:
-        why = f"it takes more than {SECONDS} seconds to match"
-    except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
-        why = f"{error}"
-    raise AdapterError(f"{layer}: the config has {pattern!r}, which is no usable pattern: {why}. Repair the config.")
+    def __init__(self) -> None:
+        self.seconds, self.patterns = SECONDS, MOST
+
+
+class Expression:
+    """One pattern in one of PEFT's forms; compiled when it is first needed, on the clock of its config."""
+
+    def __init__(self, pattern: Any, form: str, clock: Clock) -> None:
+        if not isinstance(pattern, str) or len(pattern) > LONGEST:
+            raise AdapterError(f"the config has {pattern!r} for a pattern of layer names. Repair the config.")
+        clock.patterns -= 1
+        if clock.patterns < 0:
+            raise AdapterError(f"the config has more than {MOST:,} patterns of layer names. Repair the config.")
+        self.pattern, self.form, self.clock = pattern, form, clock
+        self._compiled: Any = None
+
+    def match(self, layer: str, whole: bool = False) -> Any:
+        """Get regex's match object or None; `AdapterError` for what is no pattern, or when the time is up."""
+        began = time.perf_counter()
+        try:
+            if self.clock.seconds <= 0:
+                raise TimeoutError
+            if self._compiled is None:
+                self._compiled = self._compile()
+            matcher = self._compiled.fullmatch if whole else self._compiled.match
+            return matcher(layer, timeout=self.clock.seconds)
+        except TimeoutError:
+            why = f"the patterns of this config take more than {SECONDS} seconds to match"
+        except (re.error, regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+            why = f"{error}"
+        finally:
+            self.clock.seconds -= time.perf_counter() - began
+        raise AdapterError(
+            f"{layer}: the config has {self.pattern!r}, which is no usable pattern: {why}. Repair the config."
+        )
+
+    def _compile(self) -> Any:
+        copies = 1
+        for repeat in REPEATS.finditer(self.pattern):
+            counts = [int(count[:9]) for count in repeat.groups() if count]
+            if not counts:
+                raise ValueError("a brace that counts nothing")
+            copies *= max(1, *counts)
+        if copies > MOST_COPIES:
+            raise ValueError(f"its repeats make more than {MOST_COPIES:,} copies")
+        words = self.form.format(self.pattern)
+        re.compile(words)  # what PEFT could not read is no pattern, whatever else regex understands
+        return regex.compile(words)
+
+
+class LayerPatterns:
+    """The keys of a rank_pattern or alpha_pattern: which of them is the first to name a layer, as PEFT counts."""
+
+    def __init__(self, patterns: Iterable[Any], clock: Clock | None = None) -> None:
+        clock = clock or Clock()
+        self._alike: dict[str, list[tuple[int, str]]] = {}
+        self._expressions: list[tuple[int, Expression]] = []
+        for place, pattern in enumerate(patterns):
+            plain = isinstance(pattern, str) and len(pattern) <= LONGEST and PLAIN.fullmatch(pattern)
+            alike = self._alike.setdefault(_folded(_unescaped(pattern)), []) if plain else []
+            if plain and len(alike) < MOST_ALIKE:
+                alike.append((place, pattern))
+            else:
+                self._expressions.append((place, Expression(pattern, END, clock)))
+
+    def first(self, layer: str) -> str | None:
+        """Get the first pattern that names a layer, or the end of its path; `AdapterError` as `Expression.match`."""
+        best, found = math.inf, None
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", layer))]
+        for start in starts:
+            for place, pattern in self._alike.get(_folded(layer[start:]), ()):
+                if place < best and _names(pattern, layer[start:], whole=start == 0):
+                    best, found = place, pattern
+        for place, expression in self._expressions:
+            if place < best and expression.match(layer):
+                return expression.pattern
+        return found
+
+
+def _unescaped(pattern: str) -> str:
+    return PARTS.sub(r"\1", pattern.removeprefix("^"))
+
+
+def _folded(name: str) -> str:
+    """Get a name with every separator as a dot: an unescaped dot of a pattern may stand for any of them."""
+    return re.sub(r"[^A-Za-z0-9]", ".", name)
+
+
+def _names(pattern: str, ending: str, whole: bool) -> bool:
+    """Ask whether a plain pattern is this ending, letter by letter; an unescaped dot stands for any letter."""
+    if pattern.startswith("^") and not whole:
+        return False
+    parts = zip(PARTS.finditer(pattern.removeprefix("^")), ending, strict=True)
+    return all(part[0] in (".", letter, f"\\{letter}") for part, letter in parts)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import OptionError, nearest
+from .adapter_folder import CONFIG_LIMIT
 from .reader import Checkpoint
 
 WEIGHT_ENDINGS = (".weight", "in_proj_weight")
@@ -22,7 +23,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # transformers' models whose linear layers are Conv1D, which stores in x out; nothing in the tensors tells.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_NAMES = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)$")
-CONFIG_LIMIT = 2**20
 
 
 @dataclass(frozen=True)

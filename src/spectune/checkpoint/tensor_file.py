@@ -18,6 +18,10 @@ from ..errors import AdapterError, nearest
 HEADER_LIMIT = 100_000_000
 # Names are paths of modules; the longest of transformers' and diffusers' are about 120 letters. Chosen.
 NAME_LIMIT = 500
+# torch takes 64 dimensions at most. Without a limit the product of a million long sides takes minutes.
+MOST_SIDES = 64
+# Of what a file system addresses: 2^63. A longer side or a larger product stands for nothing.
+LARGEST = 2**63
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -56,6 +60,17 @@ class TensorFile:
     def names(self) -> tuple[str, ...]:
         """The names of the tensors, sorted."""
         return tuple(sorted(self.shapes))
+
+    def refuse_foreign(self) -> None:
+        """Raise `AdapterError` for what safetensors itself would not read: its JSON is stricter, and it wants no hole.
+
+        For files that PEFT and transformers will open after us; nothing but the header is read.
+        """
+        try:
+            with safe_open(str(self.path), framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(_foreign(self.path, self.path.stat().st_size)) from error
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Read one tensor; `AdapterError` with the near misses where there is none of that name."""
@@ -120,10 +135,12 @@ def _bytes_of_tensors(header: Any, size: int) -> int:
             continue
         start, stop = entry["data_offsets"]
         sides = entry["shape"]
-        if not isinstance(sides, list) or any(type(number) is not int for number in (start, stop, *sides)):
+        if not isinstance(sides, list) or len(sides) > MOST_SIDES:
+            raise ValueError("no list of sides, or more than there are dimensions")
+        if any(type(number) is not int for number in (start, stop, *sides)):
             raise ValueError("an offset or a side is no integer")
-        if min([start, *sides]) < 0:
-            raise ValueError("negative offset or side")
+        if min([start, *sides]) < 0 or max([start, stop, *sides]) > LARGEST:
+            raise ValueError("a negative or an absurd offset or side")
         # No byte stands behind a side of an empty tensor, and who counts by it would allocate without end.
         if 0 in sides and max(sides) > size:
             raise ValueError("an empty tensor has a side longer than the file")

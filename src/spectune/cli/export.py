@@ -93,6 +93,8 @@ def _show(done: Merged, as_json: bool) -> None:
     print(f"rounding took at most {done.worst_rounding:.2%} of an update (its Frobenius norm)")
     if done.copied:
         print(f"trained in full and copied: {', '.join(done.copied)}")
+    if done.untied:
+        print(f"no longer one weight: {', '.join(done.untied)} (tie_word_embeddings is false in the new config.json)")
 
 
 def _print_proof(done: LoraExport) -> None:

@@ -14,11 +14,11 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint import CONFIG_LIMIT
 from ..checkpoint.config_limits import refuse_absurd_size
 from ..checkpoint.reader import read_json
 from ..errors import ExportError
 
-CONFIG_LIMIT = 2**20
 # The parts of a path that make it an output head: what PEFT saves whole for classification and leaves out of
 # "all-linear" (peft_model.py, tuners_utils.py), and the names that transformers gives to language heads.
 HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")

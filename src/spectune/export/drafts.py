@@ -11,21 +11,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ..algebra import dense
-from ..checkpoint import read_adapter_folder, save_tensors, write_atomically
+from ..checkpoint import PEFT_PREFIX, read_adapter_folder, save_tensors, write_atomically
 from ..errors import ExportError
 from ..methods import SpectralModule, build_method
-from ..methods.saved import saved_method
+from ..methods.saved import LayerRanks, saved_method
 from ..records import Weight
 from ..spectrum import decompose
 from .architecture import Place
 from .cut import Cut, best_factors
-from .layers import PEFT_PREFIX
 from .lora_config import rank_pattern
 from .spectral_fit import fit_spectral_a
 
-# Below this gap at the cut (a fraction of S[0]) another solver may find other directions, and the file brings them
-# along; the tuner does the same. 1e-6 is ten times float32 roundoff.
-EMBED_BELOW_GAP = 1e-6
 BaseMatrix = Callable[[str], torch.Tensor]
 
 
@@ -132,9 +128,7 @@ class SpectralDraft:
         method = build_method(self.form, {"r": r, "columns": self.columns})
         spectrum = decompose(Weight(place.module, W_OI), r, columns=self.columns)
         method.check(spectrum)
-        leading = spectrum.columns == tuple(range(r))
-        embed = spectrum.quality.gap < EMBED_BELOW_GAP or not leading
-        module = SpectralModule(method, spectrum, embed_basis=embed)
+        module = SpectralModule(method, spectrum, embed_basis=not spectrum.is_found_again)
         numbers = dict(zip(("A_U", "A_Vh"), fit_spectral_a(Weight(place.module, dW_OI), spectrum), strict=True))
         for name, number in numbers.items():
             getattr(module, name).data.copy_(number)
@@ -160,10 +154,11 @@ class SpectralDraft:
 
     def updates(self, folder: Path, base_matrix: BaseMatrix) -> Iterator[tuple[str, torch.Tensor]]:
         saved = read_adapter_folder(folder).require("SPECTUNE")
+        ranks = LayerRanks(saved.config.get("rank_pattern"))
         for layer in self.ranks:
             stem = f"{PEFT_PREFIX}{layer}.spectune_adapter."
             tensors = {name.removeprefix(stem): saved.tensor(name) for name in saved.names if name.startswith(stem)}
-            method = saved_method(saved.config, layer)
+            method = saved_method(saved.config, layer, ranks)
             rank, columns = method.basis(0, 0)
             spectrum = decompose(Weight(layer, base_matrix(layer)), rank, columns=columns)
             module = SpectralModule(method, spectrum, embed_basis="U_OR" in tensors)

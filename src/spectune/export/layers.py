@@ -10,12 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checkpoint import PEFT_PREFIX
 from ..errors import ExportError, nearest
 from ..methods import SpectralModule, spectral_modules
 from ..records import Delta, SparseCore
-
-# What PEFT puts before the path of every module of the base model, in a PeftModel and in its files.
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, eq=False)

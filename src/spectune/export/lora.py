@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ..algebra import to_factors, truncate
-from ..checkpoint import TensorFile, fresh_folder, save_tensors, write_atomically
+from ..checkpoint import PEFT_PREFIX, TensorFile, fresh_folder, refuse_to_replace, save_tensors, write_atomically
 from ..errors import ExportError, nearest
-from .layers import PEFT_PREFIX, AdaptedLayer, adapted_layers, in_double
+from .layers import AdaptedLayer, adapted_layers, in_double, inner_model
 from .lora_config import lora_config, refuse_trained_biases
-from .source import Source, open_source, refuse_to_replace_the_source
+from .source import Source, open_source
 from .verify import Proof, verify_lora
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,9 +85,12 @@ def export_lora(
     if dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ExportError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
-    refuse_to_replace_the_source(adapter, output_dir)
+    refuse_to_replace(output_dir, *(given for given in (adapter, base_model) if isinstance(given, (str, Path))))
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         source = open_source(adapter, base_model, adapter_name)
+        # Where the base came from is known only now, and nothing is replaced before the block ends.
+        named = source.base or getattr(inner_model(source.model), "name_or_path", None)
+        refuse_to_replace(output_dir, *([named] if named else []))
         layers = adapted_layers(source.model, source.adapter_name)
         refuse_trained_biases(source.model, source.adapter_name)
         lost = _losses(layers, max_rank, allow_lossy)
@@ -140,6 +143,11 @@ def _write(
 ) -> dict[str, int]:
     """Write tensors and config; get layer -> rank."""
     tensors = dict(source.carried)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ExportError(
+                f"{name}: trained in full, and has NaN or infinity in it. Train or copy the adapter again."
+            )
     ranks = {}
     for layer in layers:
         B_OP, A_PI = lora_factors(layer, dtype, pad_to, max_rank)

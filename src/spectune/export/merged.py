@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,12 +12,26 @@ from typing import Any
 import torch
 
 from ..algebra import dense
-from ..checkpoint import AdapterFolder, Checkpoint, fresh_folder, open_checkpoint, read_adapter_folder, save_tensors
-from ..checkpoint.reader import read_json
-from ..errors import ExportError
-from ..methods.saved import PEFT_PREFIX, saved_modules
+from ..checkpoint import (
+    CONFIG_LIMIT,
+    PEFT_PREFIX,
+    AdapterFolder,
+    Checkpoint,
+    fresh_folder,
+    open_checkpoint,
+    read_adapter_folder,
+    refuse_to_replace,
+    save_tensors,
+    write_atomically,
+)
+from ..checkpoint.reader import STEMS, read_json
+from ..checkpoint.tensor_file import HEADER_LIMIT
+from ..errors import AdapterError, ExportError
+from ..methods.saved import saved_modules
+from .tied import untied, write_untied_config
 
-CONFIG_LIMIT = 2**20
+# Weights in a form that is not merged would be the old ones: they and their indexes stay behind.
+UNMERGED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".index.json")
 OnTensor = Callable[[int, int, str], None]
 """Called with (merged so far, all, name of the tensor)."""
 
@@ -40,6 +55,8 @@ class Merged:
     tensors: tuple[MergedTensor, ...]
     copied: tuple[str, ...]
     """Modules that were trained in full and replace the base's."""
+    untied: tuple[str, ...] = ()
+    """Layers that shared one weight in the base and have their own now, as the adapter changed one of them alone."""
 
     @property
     def worst_rounding(self) -> float:
@@ -48,7 +65,7 @@ class Merged:
 
     def to_json(self) -> dict[str, Any]:
         """Get everything in plain numbers and words."""
-        return {"path": str(self.path), "tensors": [asdict(t) for t in self.tensors], "copied": list(self.copied)}
+        return asdict(self) | {"path": str(self.path)}
 
 
 @torch.no_grad()
@@ -63,32 +80,43 @@ def merge_checkpoint(
     """Write a base checkpoint with an adapter merged in: W' = W + dW in float32, rounded once to the base's dtype.
 
     `base` is a folder of safetensors, single or sharded; files, index and everything else in the folder keep their
-    names. In memory at once: one output shard and one decomposed weight. The folder appears only when complete.
+    names. Where the adapter changes one of two layers that share a weight, both are written and the config ties them
+    no more. In memory at once: one output shard and one decomposed weight. The folder appears only when complete.
 
-    `ExportError` for a quantised base (merging would round the update away), `AdapterError` for another base.
+    `ExportError` for a quantised base (merging would round the update away) and for shared weights that the model's
+    class cannot take apart, `AdapterError` for another base and for NaN, `OutputError` for an output that would
+    replace the base or the adapter.
     """
     base, checkpoint = Path(base), open_checkpoint(base)
     folder = read_adapter_folder(adapter_dir).require("SPECTUNE")
-    _refuse_quantised(base)
+    refuse_to_replace(output_dir, base, adapter_dir, *{file.path for file in checkpoint.files.values()})
+    _refuse_quantised(base, checkpoint)
+    checkpoint, apart = untied(base, checkpoint, folder)
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         report, merged = [], partial / ".merged"
         merged.mkdir()
-        layers = [*saved_layers(folder)]
-        for place, (_, name, transposed, module) in enumerate(saved_modules(folder, checkpoint)):
-            weight = checkpoint.tensor(name)
+        layers, front = saved_layers(folder), ""
+        for place, (layer, name, transposed, module) in enumerate(saved_modules(folder, checkpoint)):
+            weight, own = checkpoint.tensor(name), f"{layer}.weight"
+            front = name.removesuffix(own) if name.endswith(own) else front
             update = dense(module.delta())
             update = (update.T if transposed else update).reshape(weight.shape)
             exact = weight.to(update.dtype) + update
             stored = exact.to(weight.dtype)
+            _refuse_infinite(name, stored)
             report.append(_measure(name, weight, update, stored, exact))
             save_tensors(merged / f"{place}.safetensors", {name: stored})
             if on_tensor is not None:
                 on_tensor(place + 1, len(layers), name)
         places = {tensor.name: merged / f"{place}.safetensors" for place, tensor in enumerate(report)}
-        copied = _write_shards(checkpoint, folder, places, partial)
+        trained = _trained_in_full(folder, checkpoint, front)
+        _write_shards(checkpoint, folder, places, trained, partial)
         shutil.rmtree(merged)
+        if apart:
+            write_untied_config(base, partial, apart)
         _copy_the_rest(base, partial)
-    return Merged(Path(output_dir), tuple(report), copied)
+    copied = {name.rpartition(".")[0] for name in trained}
+    return Merged(Path(output_dir), tuple(report), tuple(sorted(copied)), apart)
 
 
 def saved_layers(folder: AdapterFolder) -> set[str]:
@@ -105,7 +133,11 @@ def _measure(
     return MergedTensor(name, size / whole, lost / size)
 
 
-def _refuse_quantised(base: Path) -> None:
+def _refuse_quantised(base: Path, checkpoint: Checkpoint) -> None:
+    if any(file.path.suffix == ".gguf" for file in checkpoint.files.values()):
+        raise ExportError(
+            f"{base}: GGUF is read here and not written. Merge into the safetensors model and convert that."
+        )
     config = base / "config.json"
     found = read_json(config, CONFIG_LIMIT).get("quantization_config") if config.exists() else None
     if found:
@@ -116,49 +148,86 @@ def _refuse_quantised(base: Path) -> None:
         )
 
 
+def _trained_in_full(folder: AdapterFolder, checkpoint: Checkpoint, front: str) -> dict[str, str]:
+    """Get name in the base -> key in the adapter's file, for what was trained as a whole.
+
+    The base may lack the first parts of a name (`bert`), the longest match is meant then, or have more of them
+    (`front`, as adapted layers show). What it has under no name is new.
+    """
+    found = {}
+    for key in folder.names:
+        if ".spectune_adapter." not in key:
+            # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
+            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+            shorter = [known for known in checkpoint.files if name == known or name.endswith("." + known)]
+            longer = [known for known in (front + name,) if known in checkpoint.files]
+            found[max(shorter or longer or [name], key=len)] = key
+    return found
+
+
 def _write_shards(
-    checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], target: Path
-) -> tuple[str, ...]:
-    """Write every file of the base again with the merged tensors in it; get the modules that were copied whole."""
-    # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
-    trained = {
-        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): name
-        for name in folder.names
-        if ".spectune_adapter." not in name
-    }
-    at_base = {}
-    for name, key in trained.items():
-        layer, _, kind = name.rpartition(".")
-        there = [n for n in checkpoint.names if n == name or name.endswith("." + n)]
-        at_base[there[0] if there else f"{layer}.{kind}"] = key
+    checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], trained: dict[str, str], target: Path
+) -> None:
+    """Write every file of the base again with the merged tensors in it, and an index over all of them."""
     files = sorted({file.path for file in checkpoint.files.values()})
+    shards: dict[str, str] = {}
+    size = count = 0
     for path in files:
         names = [name for name, file in checkpoint.files.items() if file.path == path]
-        tensors = {name: _tensor(name, checkpoint, folder, places, at_base) for name in names}
         if path == files[-1]:
-            tensors |= {name: folder.tensor(key) for name, key in at_base.items() if name not in checkpoint.files}
-        goal = target / (path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else path.name)
-        goal.parent.mkdir(parents=True, exist_ok=True)  # shards in folders of their own may bear equal names
-        save_tensors(goal, tensors)
-    return tuple(sorted({name.rpartition(".")[0] for name in at_base}))
+            names += trained.keys() - checkpoint.files.keys()
+        tensors = {name: _tensor(name, checkpoint, folder, places, trained) for name in names}
+        goal = path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else Path(path.name)
+        (target / goal).parent.mkdir(parents=True, exist_ok=True)  # shards in folders of their own may bear equal names
+        save_tensors(target / goal, tensors)
+        shards |= dict.fromkeys(tensors, goal.as_posix())
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        count += sum(tensor.numel() for tensor in tensors.values())
+    if (index := _index(checkpoint.path)) is not None:
+        told = read_json(index, HEADER_LIMIT).get("metadata")
+        sums = {"total_size": size, "total_parameters": count}  # the second is told by newer transformers only
+        told = told if isinstance(told, dict) else {}
+        told = told | {key: value for key, value in sums.items() if key in told or key == "total_size"}
+        content = json.dumps({"metadata": told, "weight_map": shards}, indent=2, sort_keys=True) + "\n"
+        write_atomically(target / index.name, content)
+
+
+def _index(base: Path) -> Path | None:
+    """Get the index by which the base was read, or None where it is one file."""
+    for stem in STEMS if base.is_dir() else ():
+        if (base / f"{stem}.safetensors").exists():
+            return None
+        if (base / f"{stem}.safetensors.index.json").exists():
+            return base / f"{stem}.safetensors.index.json"
+    return None
 
 
 def _tensor(
-    name: str, checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], at_base: dict[str, str]
+    name: str, checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], trained: dict[str, str]
 ) -> torch.Tensor:
     if name in places:
         return open_checkpoint(places[name]).tensor(name)
-    return folder.tensor(at_base[name]).to(checkpoint.dtypes[name]) if name in at_base else checkpoint.tensor(name)
+    if name not in trained:
+        return checkpoint.tensor(name)
+    tensor = folder.tensor(trained[name])
+    if not torch.isfinite(tensor.float()).all():
+        raise AdapterError(
+            f"{folder.path}: the tensor {trained[name]!r} has NaN or infinity in it. Train or copy the adapter again."
+        )
+    stored = tensor.to(checkpoint.dtypes[name]) if name in checkpoint.files else tensor
+    _refuse_infinite(name, stored)
+    return stored
+
+
+def _refuse_infinite(name: str, stored: torch.Tensor) -> None:
+    """Raise `ExportError` where rounding to the base's dtype made infinity of a number."""
+    if not torch.isfinite(stored.float()).all():
+        dtype = str(stored.dtype).removeprefix("torch.")
+        raise ExportError(f"{name}: the merged weight is too large for the base's {dtype}. Merge into a float32 copy.")
 
 
 def _copy_the_rest(base: Path, target: Path) -> None:
-    """Copy configs, tokenizer and index; weights of other formats stay behind, they would be the unmerged ones."""
-    if not base.is_dir():
-        return
-    for path in base.iterdir():
-        if (
-            path.is_file()
-            and not (target / path.name).exists()
-            and path.suffix not in (".bin", ".pt", ".pth", ".gguf", ".h5")
-        ):
+    """Copy configs and tokenizer."""
+    for path in sorted(base.iterdir()) if base.is_dir() else ():
+        if path.is_file() and not (target / path.name).exists() and not path.name.endswith(UNMERGED):
             shutil.copyfile(path, target / path.name)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import PEFT_PREFIX, Checkpoint
 from .architecture import Architecture, Place
 from .extracted import RestTensor
-from .layers import PEFT_PREFIX
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 import transformers
 from torch import nn
 
-from ..checkpoint import AdapterFolder, read_adapter_folder
-from ..errors import AdapterError, ExportError, OutputError, SpectuneError
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, read_adapter_folder
+from ..errors import AdapterError, ExportError, SpectuneError
 from ..methods import SpectralModule, spectral_modules
-from .layers import PEFT_PREFIX, base_path, choose_adapter, fully_trained
+from ..methods.saved import loading
+from .layers import base_path, choose_adapter, fully_trained
 
 # PEFT's task types and the Auto class that PEFT's own AutoPeftModel* loads for each (peft/auto.py).
 AUTO_CLASSES = {
@@ -77,15 +77,6 @@ def _adapted(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | N
     return model, base
 
 
-def refuse_to_replace_the_source(adapter: nn.Module | str | Path, output_dir: str | Path) -> None:
-    """Raise `OutputError` when the output is the adapter's folder or holds it: replacing would delete it."""
-    if isinstance(adapter, nn.Module):
-        return
-    source, goal = Path(os.path.realpath(adapter)), Path(os.path.realpath(output_dir))
-    if goal in (source, *source.parents):
-        raise OutputError(f"{goal}: the output would replace the adapter {source} itself. Choose another folder.")
-
-
 def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | None]:
     if isinstance(base_model, nn.Module):
         if getattr(base_model, "peft_config", None) or not hasattr(base_model, "load_adapter"):
@@ -142,7 +133,8 @@ def _label_count(folder: AdapterFolder) -> int | None:
 
 def _load(model: nn.Module, folder: AdapterFolder) -> None:
     try:
-        model.load_adapter(str(folder.path), adapter_name=ADAPTER_NAME)  # type: ignore[operator]
+        with loading(folder.path):
+            model.load_adapter(str(folder.path), adapter_name=ADAPTER_NAME)  # type: ignore[operator]
     except SpectuneError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:

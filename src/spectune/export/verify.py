@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ..algebra import dense
-from ..checkpoint import AdapterFolder, read_adapter_folder
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, read_adapter_folder
 from ..errors import ExportError
 from ..records import Delta
-from .layers import PEFT_PREFIX, AdaptedLayer, adapted_layers, choose_adapter, in_double
+from .layers import AdaptedLayer, adapted_layers, choose_adapter, in_double
 from .logits import LogitProof, compare_logits
 
 # Rows of dW compared at a time: 1024 rows of 16384 float64 are 128 MiB. Chosen, not measured.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
 from ..methods import spectral_modules
 
-PEFT_PREFIX = "base_model.model."
 Grams = dict[str, torch.Tensor]
 
 

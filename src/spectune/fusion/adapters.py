@@ -14,12 +14,19 @@ import torch
 from ..checkpoint import AdapterFolder, Checkpoint, LoraFile, open_checkpoint, read_adapter_folder, read_lora
 from ..errors import AdapterError, SpectuneError
 from ..methods import SpectralModule, saved_modules
-from ..methods.saved import base_tensor, fill_module, refuse_misfits, saved_method, saved_svd, tensors_by_layer
+from ..methods.saved import (
+    LayerRanks,
+    base_tensor,
+    fill_module,
+    refuse_misfits,
+    saved_method,
+    saved_svd,
+    tensors_by_layer,
+)
 from ..records import Spectrum
 from ..spectrum.columns import choose
 from .contract import Part, Stored
 
-PEFT_PREFIX = "base_model.model."
 MIDDLE = ".spectune_adapter."
 
 
@@ -79,12 +86,13 @@ class Adapter:
     def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
         """Get the modules of a file that brings its bases, from the file alone."""
         owner: SpectralModule | None = None
+        ranks = LayerRanks(self.folder.config.get("rank_pattern"))
         for layer, names in sorted(tensors_by_layer(self.folder).items(), key=lambda item: "H" not in item[1]):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
             if any(tensors.get(name, torch.zeros(0)).ndim != 2 for name in ("U_OR", "Vh_RI")):
                 raise AdapterError(f"{layer}: the adapter file brings no whole basis: it is incomplete. Copy it again.")
             shape = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
-            method = saved_method(self.folder.config, layer)
+            method = saved_method(self.folder.config, layer, ranks)
             refuse_misfits(method, layer, shape, tensors, owner)
             module = SpectralModule(
                 method, Spectrum.unknown(*shape, method.basis(*shape)[0], layer), embed_basis=True, owner=owner

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ..algebra import to_factors, truncate
-from ..checkpoint import fresh_folder, save_tensors, write_atomically
+from ..checkpoint import PEFT_PREFIX, fresh_folder, save_tensors, write_atomically
 from ..errors import AdapterError, ExportError
-from .adapters import MIDDLE, PEFT_PREFIX
+from .adapters import MIDDLE
 from .contract import Part
 from .overlap import compact
 
@@ -128,7 +128,7 @@ def _refuse_embedding(layer: str, part: Part) -> None:
 
 def _refuse_non_finite(layer: str, *tensors: torch.Tensor) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise AdapterError(f"{layer}: the fused update has NaN or infinity in it. Check the adapters and weights.")
+        raise AdapterError(f"{layer}: the fused adapter has NaN or infinity in it. Check the adapters and weights.")
 
 
 def _difference(part: Part, B_OP: torch.Tensor, A_PI: torch.Tensor) -> float:
@@ -161,6 +161,8 @@ def _targets(config: Mapping[str, Any], layers: list[str]) -> dict[str, Any]:
 def _write(
     output_dir: str | Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], overwrite: bool
 ) -> None:
+    for name, tensor in tensors.items():
+        _refuse_non_finite(name, tensor.float())
     with fresh_folder(output_dir, overwrite=overwrite) as folder:
         save_tensors(folder / "adapter_model.safetensors", tensors)
         said = {name: value for name, value in config.items() if value is not None}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, refuse_to_replace
 from ..errors import AdapterError, OptionError
 from ..methods.saved import base_tensor
 from ..records import Delta
@@ -38,6 +38,8 @@ class Fused:
     """What the saved adapters' configs agree on."""
     carried: dict[str, torch.Tensor] = field(repr=False)
     """Modules trained in full, equal in all adapters."""
+    sources: tuple[Path, ...] = field(repr=False)
+    """The folders of the adapters and of the base, which saving never replaces."""
 
     @property
     def deltas(self) -> dict[str, Delta]:
@@ -62,9 +64,11 @@ class Fused:
 
         A spectral_a folder brings its directions along, bit for bit those of the parts. A LoRA's rank in each layer is
         that of the update: stacked factors are reduced by QR where that loses nothing. `max_rank` cuts further and
-        needs `allow_lossy`; `Saved.lost` says how much. `OutputError` for an output folder that holds something,
-        `ExportError` for a cut that was not allowed, `OptionError` for one of a spectral_a adapter.
+        needs `allow_lossy`; `Saved.lost` says how much. `OutputError` for an output folder that holds something, or
+        that would replace an adapter or the base; `ExportError` for a cut that was not allowed, `OptionError` for one
+        of a spectral_a adapter.
         """
+        refuse_to_replace(output_dir, *self.sources)
         if self.is_spectral and not as_lora:
             if max_rank is not None:
                 raise OptionError(
@@ -109,7 +113,9 @@ def fuse(
     if rule == "spectral":
         fused = _on_equal_columns(fused, checkpoint)
     report = _report(chosen, opened, shares, layers, fused, _proof(opened, checkpoint, foreign))
-    return Fused(report, fused, _common_config(opened, layers, checkpoint), _common_carried(opened))
+    read = [adapter.folder.path for adapter in opened] + ([] if checkpoint is None else [checkpoint.path])
+    sources = tuple(path.absolute() for path in read)
+    return Fused(report, fused, _common_config(opened, layers, checkpoint), _common_carried(opened), sources)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`SpectralModule`: one adapter on one weight, and how the other rooms find such modules in a model."""
+"""`SpectralModule`: one adapter on one weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,6 @@ from ..records import Delta, SparseCore, Spectrum
 from ..spectrum import align, sketch, sketch_tolerance, sketch_width
 from .contract import Method
 
-# The attribute under which a layer keeps {adapter name: SpectralModule}. Exports and dynamics look
-# for it, so they need not know the layer classes.
-ADAPTERS_ATTRIBUTE = "spectune_adapter"
 # |W Vh^T - U S| of an embedded basis, as a fraction of what a foreign basis of that size gives (|W|_F sqrt(R / K)):
 # rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
 FOREIGN_RESIDUAL = 0.03
@@ -44,6 +42,15 @@ class Dynamics:
 
     def __bool__(self) -> bool:
         return self.singular_decay > 0 or self.grad_norm is not None
+
+
+def in_own_dtype(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Get a block in which autocast rounds nothing on this tensor's device.
+
+    An update is made up in one: a core such as R_U S R_V^T - S is a small difference, which bfloat16 factors lose.
+    """
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class SpectralModule(nn.Module):
@@ -127,7 +134,7 @@ class SpectralModule(nn.Module):
         """The basis as a record, turned onto the stored sketch."""
         if self._buffers["sketch"] is not self._settled_on:
             self.settle()
-            self._refuse_non_finite()  # transformers writes a file's numbers straight into the module
+            self.refuse_non_finite()  # transformers writes a file's numbers straight into the module
         return self._basis()
 
     def _kept(self, name: str) -> torch.Tensor:
@@ -187,12 +194,14 @@ class SpectralModule(nn.Module):
 
     def delta(self) -> Delta:
         """Get the update as it stands, differentiable in the trained tensors."""
-        return self.method.delta(self.spectrum, self.trained, self.frozen, self.strength)
+        with in_own_dtype(self._kept("S_R")):
+            return self.method.delta(self.spectrum, self.trained, self.frozen, self.strength)
 
     def training_delta(self) -> Delta:
         """Get the update as one forward sees it: while training, with the method's dropout."""
-        trained = self.method.disturb(self.trained) if self.training else self.trained
-        return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
+        with in_own_dtype(self._kept("S_R")):
+            trained = self.method.disturb(self.trained) if self.training else self.trained
+            return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
 
     def delta_in(self, dtype: torch.dtype) -> Delta:
         """Get `training_delta` for a forward in this dtype: made up in the dtype of the basis, rounded once.
@@ -252,7 +261,8 @@ class SpectralModule(nn.Module):
             return
         if self.sketch.numel() and "sketch" not in self._non_persistent_buffers_set:
             basis = self._basis()
-            turned, unexplained = align(basis, self.sketch)
+            with in_own_dtype(basis.S_R):
+                turned, unexplained = align(basis, self.sketch)
             allowed = sketch_tolerance(basis)
             if not unexplained <= allowed:
                 raise AdapterError(
@@ -263,27 +273,30 @@ class SpectralModule(nn.Module):
             for name in BASIS:
                 self._keep(name, getattr(turned, name))
         elif len(self.columns):
-            self._refuse_foreign_basis()
+            self.refuse_foreign(self._basis())
             self._complete_frozen()
         self._settled_on = self.sketch
 
-    def _refuse_non_finite(self) -> None:
+    def refuse_non_finite(self) -> None:
+        """Raise `AdapterError` when a trained number is NaN or infinite."""
         for name in self.own_names:
             if not bool(torch.isfinite(getattr(self, name)).all()):
                 raise AdapterError(
                     f"{self.name}.{name}: NaN or infinity in the adapter file. Train or copy the adapter again."
                 )
 
-    def _refuse_foreign_basis(self) -> None:
-        """Raise `AdapterError` when an embedded basis is missing, or is not one of this base weight."""
-        if not bool(self.S_R.any()) and not math.isfinite(self.quality.residual):
+    def refuse_foreign(self, brought: Spectrum) -> None:
+        """Raise `AdapterError` when the basis of a file is missing, or is not one of this base weight."""
+        U_OR, S_R, Vh_RI = brought.U_OR, brought.S_R, brought.Vh_RI
+        if not bool(S_R.any()) and not math.isfinite(self.quality.residual):
             raise AdapterError(
                 f"{self.name}: save_basis='always', but the file brought no basis. Export or copy the adapter again."
             )
         if self.base_matrix is None:
             return
-        W_OI = self.base_matrix().to(self.S_R)
-        residual = torch.linalg.vector_norm(W_OI @ self.Vh_RI.mT - self.U_OR * self.S_R)
+        W_OI = self.base_matrix().to(S_R)
+        with in_own_dtype(S_R):
+            residual = torch.linalg.vector_norm(W_OI @ Vh_RI.mT - U_OR * S_R)
         foreign = torch.linalg.vector_norm(W_OI) * (len(self.columns) / min(W_OI.shape)) ** 0.5
         if not float(residual) <= FOREIGN_RESIDUAL * float(foreign):
             raise AdapterError(
@@ -298,6 +311,21 @@ class SpectralModule(nn.Module):
             for name, tensor in self.method.frozen(self._basis()).items():
                 if tensor.is_floating_point():
                     self._keep(name, tensor.to(self.S_R))
+
+    def hold(self) -> Callable[[], None]:
+        """Get a function that puts everything back as it is now, trained numbers into the tensors that they are in."""
+        buffers, parameters, settled_on = dict(self._buffers), dict(self._parameters), self._settled_on
+        numbers = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+        def put_back() -> None:
+            self._buffers.update(buffers)
+            self._parameters.update(parameters)
+            self._settled_on = settled_on
+            for name, tensor in self.state_dict().items():
+                tensor.copy_(numbers[name])
+            self._forget()
+
+        return put_back
 
     def _forget(self) -> None:
         """Drop what was kept for the forwards."""
@@ -333,23 +361,6 @@ class SpectralModule(nn.Module):
         return f"{self.method}, directions={len(self.columns)}, solver={self.quality.solver}"
 
 
-def bases_as_parameters(model: nn.Module) -> int:
-    """Get how many adapters of a model now keep their frozen bases as parameters; call it before `fully_shard`.
-
-    FSDP2 shards parameters and copies buffers to every process; a basis is a buffer, so that DDP and PEFT leave it
-    alone. Raises `AdapterError` for a method whose weights share trained numbers: each would belong to two shards.
-    """
-    found = [module for _, _, module in spectral_modules(model)]
-    for module in found:
-        if module.method.shared_shapes():
-            raise AdapterError(
-                f"{module.name}: {module.method.name} trains numbers that all adapted weights share, and FSDP2 shards "
-                f"each layer for itself. Set shared_core to false, or use DDP."
-            )
-        module.bases_as_parameters()
-    return len(found)
-
-
 # In the order of their creation, which is the same in every process: the norm of a sharded gradient is a collective,
 # and in the order of a WeakSet, that of addresses, processes would add up the gradients of different layers.
 _WITH_DYNAMICS: weakref.WeakKeyDictionary[SpectralModule, None] = weakref.WeakKeyDictionary()
@@ -358,10 +369,3 @@ _WITH_DYNAMICS: weakref.WeakKeyDictionary[SpectralModule, None] = weakref.WeakKe
 def modules_with_dynamics() -> Iterator[SpectralModule]:
     """Get the living modules that ask for something at the optimizer step."""
     yield from _WITH_DYNAMICS
-
-
-def spectral_modules(model: nn.Module) -> Iterator[tuple[str, str, SpectralModule]]:
-    """Get (layer name, adapter name, module) for every spectral adapter in a model."""
-    for layer_name, layer in model.named_modules():
-        for adapter_name, module in getattr(layer, ADAPTERS_ATTRIBUTE, {}).items():
-            yield layer_name, adapter_name, module

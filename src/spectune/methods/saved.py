@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import AdapterFolder, Checkpoint
-from ..checkpoint.patterns import names_layer
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, Checkpoint
+from ..checkpoint.patterns import LayerPatterns
 from ..errors import AdapterError, OptionError, nearest
 from ..records import Spectrum, Weight
 from ..spectrum import Request, obtain, open_cache
+from .adapted_models import ADAPTERS_ATTRIBUTE
 from .contract import Method
-from .modules import ADAPTERS_ATTRIBUTE, SpectralModule
+from .modules import SpectralModule
 from .table import METHODS, build_method
-
-PEFT_PREFIX = "base_model.model."
-
 
 # The layout of the adapter file. A file of a higher number is refused, never half-read.
 FORMAT_VERSION = 1
@@ -25,6 +26,20 @@ FORMAT_VERSION = 1
 MOST_DIRECTIONS = 2**20
 # numpy's RandomState takes 32 bits, and two seeds are made of one (lidb).
 LARGEST_SEED = 2**31 - 1
+
+
+# The folder of the adapter that PEFT or transformers are loading in this thread: they pass on its config alone.
+LOADING: ContextVar[Path | None] = ContextVar("LOADING", default=None)
+
+
+@contextmanager
+def loading(folder: Path | None) -> Iterator[None]:
+    """Say, for the time of the block, whose tensors the configs read in it come with."""
+    before = LOADING.set(folder)
+    try:
+        yield
+    finally:
+        LOADING.reset(before)
 
 
 def refuse_newer(version: object) -> None:
@@ -52,16 +67,26 @@ def refuse_absurd(options: Mapping[str, Any]) -> None:
             raise OptionError(f"columns={columns!r}: a column stands there twice. Name each column once.")
 
 
-def rank_for(pattern: Mapping[str, int], layer: str) -> int | None:
-    """Get the r that a rank_pattern gives a layer, or None."""
-    for words, r in pattern.items():
-        if names_layer(words, layer):
-            return r
-    return None
+class LayerRanks:
+    """The r of each layer by the rank_pattern of one config; make one for all layers, its patterns share a deadline."""
+
+    def __init__(self, rank_pattern: object) -> None:
+        if not isinstance(rank_pattern or {}, Mapping):
+            raise AdapterError(f"adapter_config.json: rank_pattern={rank_pattern!r} is no map from layers to ranks.")
+        self._ranks: Mapping[str, int] = rank_pattern or {}  # type: ignore[assignment]
+        self._patterns = LayerPatterns(self._ranks)
+
+    def of(self, layer: str) -> int | None:
+        """Get the r that the pattern gives a layer, or None; `AdapterError` for hostile patterns."""
+        pattern = self._patterns.first(layer)
+        return None if pattern is None else self._ranks[pattern]
 
 
-def saved_method(config: Mapping[str, Any], layer: str) -> Method:
-    """Get the method of one layer from the config of a saved adapter; `AdapterError` for one of a newer format."""
+def saved_method(config: Mapping[str, Any], layer: str, ranks: LayerRanks | None = None) -> Method:
+    """Get the method of one layer from the config of a saved adapter; `AdapterError` for one of a newer format.
+
+    `ranks` are the config's, where many layers are asked for.
+    """
     refuse_newer(config.get("format_version", FORMAT_VERSION))
     name = str(config.get("method"))
     if name not in METHODS:
@@ -69,10 +94,7 @@ def saved_method(config: Mapping[str, Any], layer: str) -> Method:
     options = {option: config[option] for option in METHODS[name].options() if config.get(option) is not None}
     if isinstance(options.get("columns"), list):
         options["columns"] = tuple(options["columns"])
-    pattern = config.get("rank_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise AdapterError(f"adapter_config.json: rank_pattern={pattern!r} is no map from layers to ranks.")
-    r = rank_for(pattern, layer)
+    r = (ranks or LayerRanks(config.get("rank_pattern"))).of(layer)
     options = options if r is None else {**options, "r": r}
     refuse_absurd(options)
     try:
@@ -88,10 +110,12 @@ def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str
     adapter was not trained on. One base weight is in memory at a time.
     """
     owner: SpectralModule | None = None
+    ranks = LayerRanks(folder.config.get("rank_pattern"))
     for layer, names in sorted(tensors_by_layer(folder).items(), key=lambda item: "H" not in item[1]):
         tensor_name = base_tensor(layer, base)
         tensors = {name: folder.tensor(key) for name, key in names.items()}
-        module, transposed = _fit(folder.config, layer, base.tensor(tensor_name), tensors, owner)
+        method = saved_method(folder.config, layer, ranks)
+        module, transposed = _fit(folder.config, method, layer, base.tensor(tensor_name), tensors, owner)
         owner = owner or module
         yield layer, tensor_name, transposed, module
 
@@ -124,6 +148,7 @@ def base_tensor(layer: str, base: Checkpoint) -> str:
 
 def _fit(
     config: Mapping[str, Any],
+    method: Method,
     layer: str,
     stored: torch.Tensor,
     tensors: dict[str, torch.Tensor],
@@ -134,7 +159,7 @@ def _fit(
     A checkpoint does not say whether a matrix is stored in x out (transformers' Conv1D). The shapes of the trained
     tensors tell, and for a square weight the sketch does.
     """
-    method, refused = saved_method(config, layer), None
+    refused: AdapterError | None = None
     if stored.ndim < 2 or not stored.is_floating_point():
         raise AdapterError(
             f"{layer}: the base has a {stored.ndim}-dimensional tensor of {str(stored.dtype).removeprefix('torch.')} "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import PEFT_PREFIX
 from ..checkpoint.targets import Target
 from ..errors import OptionError, WeightError
 from ..methods import METHODS, Method
@@ -19,7 +20,6 @@ from ..spectrum import sketch_width
 FLOAT_BYTES = 4  # adapters are trained, kept and saved in float32
 # float32 number, gradient, and AdamW's two moments.
 TRAINING_BYTES = 4 * FLOAT_BYTES
-PREFIX = "base_model.model."
 # What is counted: every method with its own defaults, and SVFT's band, which its paper reports beside the diagonal.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"svft": ({}, {"pattern": "banded"})}
 
@@ -151,6 +151,6 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, shape in sorted(shapes.items()):
         start, end = end, end + math.prod(shape) * FLOAT_BYTES
-        header[PREFIX + name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        header[PEFT_PREFIX + name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = len(json.dumps(header, separators=(",", ":")))
     return 8 + -(-text // 8) * 8 + end

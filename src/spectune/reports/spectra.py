@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from ..algebra import dense
+from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
 from ..methods import SpectralModule, spectral_modules
 from .run_record import LayerSpectrum
 
 # What PEFT puts before the path of every module of the base model.
-PEFT_PREFIX = "base_model.model."
 
 
 def layer_spectra(model: nn.Module, names: Sequence[str] | None = None, count: int = 3) -> list[LayerSpectrum]:

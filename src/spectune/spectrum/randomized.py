@@ -126,8 +126,9 @@ class _Krylov:
     def _grow(self, old_Bbk: torch.Tensor, new_Bbb: torch.Tensor) -> None:
         # The small problem stands on the CPU in float64: it is tiny, and its accuracy is everybody's.
         columns_Bkb = torch.cat([old_Bbk, new_Bbb], dim=2).mT.double().cpu()
-        upper_Bkk = torch.nn.functional.pad(self.M_Bkk, (0, 0, 0, new_Bbb.shape[1]))
-        self.M_Bkk = torch.cat([upper_Bkk, columns_Bkb], dim=2)
+        # Zeros are appended and not padded: torch 2.6 refuses to pad the empty matrix of the first step.
+        zeros_Bbk = self.M_Bkk.new_zeros(len(self.M_Bkk), new_Bbb.shape[1], self.M_Bkk.shape[2])
+        self.M_Bkk = torch.cat([torch.cat([self.M_Bkk, zeros_Bbk], dim=1), columns_Bkb], dim=2)
 
     def solve(self, count: int, places: list[int]) -> list[Ritz]:
         """Get the Ritz triplets of the bases as they stand, for some weights of the batch."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import PEFT_PREFIX
 from ..errors import AdapterError, OptionError, nearest
 from ..methods import SpectralModule
 from .bank_file import cores_of
@@ -35,7 +35,10 @@ class AdapterBank:
     `model(**inputs, adapter_names=[...])` and `generate(..., adapter_names=[...])` know the residents as well.
 
     Residents may be loaded, replaced and unloaded while other threads run `with bank(...)`: a forward that has begun
-    keeps what it began with. The basis adapter itself is no resident; its numbers act outside of `with bank(...)` only.
+    keeps what it began with, and the seat of a resident that left is given away again when the last block with it ends.
+    A batch has one name for each row; where `generate` repeats rows (num_beams, num_return_sequences, passed to it by
+    name) the copies of a row share its name. The basis adapter itself is no resident; its numbers act outside of
+    `with bank(...)` only.
     Raises `OptionError` for a method whose factors train, and for layers that are not linear.
     """
 
@@ -44,10 +47,10 @@ class AdapterBank:
         self._seats = Seats()
         self._layers: dict[str, BankedLayer] = {}
         self._free: deque[int] = deque()
-        self._retired: list[int] = []
+        self._retired: set[int] = set()  # no name has them any more, but a block that runs
+        self._held: Counter[int] = Counter()  # seat -> blocks that run with it
         self._count = 1  # seats given out so far; seat 0 is no adapter
-        self._running = 0
-        self._lock = threading.RLock()
+        self._lock = self._seats.lock
         for path, layer in _layers_of(model, adapter_name).items():
             self._layers[path] = layer.bank = BankedLayer(self, layer.module(adapter_name), self._seats)
 
@@ -65,25 +68,36 @@ class AdapterBank:
         """Layer -> the module whose basis the bank stands on."""
         return {path: layer.module for path, layer in self._layers.items()}
 
-    def put(self, name: str, cores: dict[str, torch.Tensor]) -> None:
-        """Make cores resident: for each layer the numbers of a core in the bank's own basis."""
+    def put(self, name: str, cores: Mapping[str, torch.Tensor]) -> None:
+        """Make cores resident: for each layer the numbers of a core in the bank's own basis.
+
+        `AdapterError` for a layer without a core, a core of another shape, NaN or infinity; nothing is changed then.
+        """
         if name == BASE or name in getattr(self._model, "peft_config", {}):
             raise OptionError(f"{name!r} is the name of the base or of a live adapter. Give the resident another.")
+        for path, layer in self._layers.items():
+            _refuse_unfit(path, cores.get(path), layer.cores[0])
         with self._lock:
             seat = self._take_seat()
-            for path, layer in self._layers.items():
-                layer.put(seat, cores[path], _room_for(self._count))
+            try:
+                for path, layer in self._layers.items():
+                    layer.put(seat, cores[path], _room_for(self._count))
+            except BaseException:
+                self._free.append(seat)
+                raise
             table = dict(self._seats.of)
-            self._retire(table.pop(name, None))
+            former = table.pop(name, None)
             self._seats.of = {**table, name: seat}
+            self._retire(former)
 
     def unload(self, name: str) -> None:
         """Let a resident go; `AdapterError` for a name that is none."""
         with self._lock:
             self._refuse_unknown([name])
             table = dict(self._seats.of)
-            self._retire(table.pop(name))
+            former = table.pop(name)
             self._seats.of = table
+            self._retire(former)
 
     @contextmanager
     def __call__(self, adapter_names: Sequence[str]) -> Iterator[None]:
@@ -91,18 +105,17 @@ class AdapterBank:
         with self._lock:
             self._refuse_unknown([name for name in adapter_names if name != BASE])
             seats = [self._seats.of.get(name, 0) for name in adapter_names]
-            self._running += 1
-        device = next(iter(self._layers.values())).module.S_R.device
-        token = ROWS.set(Rows(self, torch.tensor(seats, device=device)))
+            self._held.update(set(seats))
         try:
-            yield
+            device = next(iter(self._layers.values())).module.S_R.device
+            token = ROWS.set(Rows(self, torch.tensor(seats, device=device)))
+            try:
+                yield
+            finally:
+                ROWS.reset(token)
         finally:
-            ROWS.reset(token)
             with self._lock:
-                self._running -= 1
-                if not self._running:
-                    self._free.extend(self._retired)
-                    self._retired.clear()
+                self._let_go(set(seats))
 
     def close(self) -> None:
         """Take the bank out of the model."""
@@ -120,9 +133,20 @@ class AdapterBank:
         return self._count - 1
 
     def _retire(self, seat: int | None) -> None:
-        """Give a seat back; not before the forwards that may be reading it have ended."""
-        if seat is not None:
-            (self._retired if self._running else self._free).append(seat)
+        """Give a seat back that no name has any more; not before the blocks that may be reading it have ended."""
+        if seat is None:
+            return
+        if seat in self._held:
+            self._retired.add(seat)
+        else:
+            self._free.append(seat)
+
+    def _let_go(self, seats: set[int]) -> None:
+        """Note that a block with these seats has ended."""
+        self._held -= Counter(seats)
+        ended = {seat for seat in seats & self._retired if seat not in self._held}
+        self._retired -= ended
+        self._free.extend(sorted(ended))
 
     def _refuse_unknown(self, names: Sequence[str]) -> None:
         for name in names:
@@ -130,10 +154,26 @@ class AdapterBank:
                 raise AdapterError(f"{name!r} is not resident in this bank. {nearest(name, self.names)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_running": 0}
+        # The blocks that run are not blocks of a copy.
+        free = deque([*self._free, *sorted(self._retired)])
+        return {**self.__dict__, "_lock": None, "_held": Counter(), "_free": free, "_retired": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state)
+        self._lock = self._seats.lock
+
+
+def _refuse_unfit(path: str, core: torch.Tensor | None, place: torch.Tensor) -> None:
+    if core is None:
+        raise AdapterError(f"{path}: the bank adapts this layer and no core was given for it. Give one for each layer.")
+    if core.shape != place.shape or not core.is_floating_point():
+        asked, found = ("x".join(map(str, tensor.shape)) for tensor in (place, core))
+        raise AdapterError(
+            f"{path}: the bank keeps {asked} numbers for a resident, the core given has {found} of "
+            f"{str(core.dtype).removeprefix('torch.')}. Bring it into the bank's basis first."
+        )
+    if not bool(torch.isfinite(core.to(place.dtype)).all()):
+        raise AdapterError(f"{path}: the core has NaN or infinity in it. Train or copy the adapter again.")
 
 
 def _room_for(count: int) -> int:
@@ -143,7 +183,7 @@ def _room_for(count: int) -> int:
 
 def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, SpectralLayer]:
     found = {
-        name.removeprefix("base_model.model."): layer
+        name.removeprefix(PEFT_PREFIX): layer
         for name, layer in model.named_modules()
         if isinstance(layer, SpectralLayer) and adapter_name in layer.spectune_adapter
     }

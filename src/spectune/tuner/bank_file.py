@@ -8,16 +8,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..checkpoint import AdapterFolder, read_adapter_folder
+from ..checkpoint import PEFT_PREFIX, TENSOR_FILE, AdapterFolder, read_adapter_folder
 from ..errors import AdapterError
-from ..methods import SpectralModule, rank_for
+from ..methods import BASIS, SpectralModule, in_own_dtype
+from ..methods.saved import LayerRanks, refuse_misfits
 from ..records import Delta, SparseCore, Spectrum
 from ..spectrum import align, sketch_tolerance
 from .bank_layer import numbers_of
 from .config import SpectralConfig
 
-TENSOR_FILE = "adapter_model.safetensors"
-STEM, MIDDLE = "base_model.model.", ".spectune_adapter."
+MIDDLE = ".spectune_adapter."
 # Sketches that differ by less describe the same basis: float32 roundoff, and no more. Chosen.
 SAME_SKETCH = 1e-5
 # What a turned core may lose where the bank keeps a diagonal or a pattern, as a fraction of it. Chosen: a tenth of
@@ -44,9 +44,9 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
         brought = load_file(saved.path / TENSOR_FILE)  # at once: reading tensor by tensor opens the file for each
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{folder}: the tensors cannot be read: {error}. Copy the file again.") from error
-    cores = {}
+    cores, ranks = {}, LayerRanks(config.rank_pattern)
     for layer, module in modules.items():
-        method = config.build_method(rank_for(config.rank_pattern, layer))
+        method = config.build_method(ranks.of(layer))
         if method != module.method:
             raise AdapterError(
                 f"{folder}: {layer}: the bank holds {module.method}, the file {method}. Make another bank."
@@ -58,7 +58,7 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
 def _by_layer(saved: AdapterFolder) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for key in saved.names:
-        layer, middle, name = key.removeprefix(STEM).rpartition(MIDDLE)
+        layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(MIDDLE)
         if not middle:
             raise AdapterError(
                 f"{saved.path}: the file also holds {key!r} (modules_to_save or biases), which the rows of "
@@ -70,37 +70,57 @@ def _by_layer(saved: AdapterFolder) -> dict[str, dict[str, str]]:
 
 @torch.no_grad()
 def _core(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    rows_O, cols_I, _ = module.spectrum.shape
+    refuse_misfits(module.method, module.name, (rows_O, cols_I), tensors, None)
+    _refuse_other_names(module, tensors)
     device, dtype = module.S_R.device, module.dtype
-    missing = [name for name in module.trained_names if name not in tensors]
-    if missing:
-        raise AdapterError(f"{module.name}: the adapter file has no tensor {missing[0]!r}. Copy it again.")
-    trained = {name: tensors[name].to(device, dtype) for name in module.trained_names}
-    for name, tensor in trained.items():
-        if tensor.shape != module.trained[name].shape:
-            raise AdapterError(f"{module.name}: {name} has shape {tuple(tensor.shape)} in the file. Make another bank.")
-    for name in ("rows", "cols"):
-        if name in tensors and not torch.equal(tensors[name].to(device), module.frozen[name]):
+    for name in _places_in_file(module):
+        here = module.frozen[name].cpu().long()
+        if tensors[name].shape != here.shape or not torch.equal(tensors[name].long(), here):
             raise AdapterError(f"{module.name}: the pattern of the file is not the bank's. Load it with load_adapter.")
-    basis = _basis_of_file(module, tensors)
-    delta = module.method.delta(basis or module.spectrum, trained, module.frozen)
-    return numbers_of(delta.core) if basis is None else _turned(module, basis, delta)
+    trained = {name: tensors[name].to(device, dtype) for name in module.trained_names}
+    with in_own_dtype(module.S_R):
+        basis = _basis_of_file(module, tensors)
+        delta = module.method.delta(basis or module.spectrum, trained, module.frozen)
+        return numbers_of(delta.core) if basis is None else _turned(module, basis, delta)
+
+
+def _places_in_file(module: SpectralModule) -> list[str]:
+    return [name for name in module.frozen_names if module.method.saves_frozen()]
+
+
+def _refuse_other_names(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `AdapterError` for a tensor that is missing, belongs to nothing, or is of another kind of number."""
+    places = _places_in_file(module)
+    basis = BASIS if "U_OR" in tensors else ("sketch",)
+    expected = {*module.trained_names, *places, *basis}
+    for name in sorted(expected ^ tensors.keys()):
+        fault = "has no tensor" if name in expected else "has a tensor that nothing here asks for:"
+        raise AdapterError(f"{module.name}: the adapter file {fault} {name!r}. Copy it again.")
+    for name, tensor in tensors.items():
+        whole = name in places
+        if tensor.is_floating_point() == whole or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise AdapterError(
+                f"{module.name}: the tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')} and not "
+                f"{'integers' if whole else 'real numbers'}. Copy the adapter again."
+            )
 
 
 def _basis_of_file(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> Spectrum | None:
     """Get the basis that the file was trained in, or None where it is the bank's own."""
-    mine, stored_RT = module.spectrum, tensors.get("sketch")
-    if stored_RT is None:
-        brought = [tensors[name].to(mine.S_R) for name in ("U_OR", "S_R", "Vh_RI")]
-        theirs = Spectrum(brought[0], brought[1], brought[2], mine.columns, mine.quality, mine.name)
-        inside_RR = mine.U_OR.mT @ theirs.U_OR
-        unexplained = float(torch.linalg.vector_norm(theirs.U_OR - mine.U_OR @ inside_RR)) / len(mine.columns) ** 0.5
-    else:
-        own_RT = module.sketch
+    mine = module.spectrum
+    if "sketch" in tensors:
+        stored_RT, own_RT = tensors["sketch"], module.sketch
         if own_RT.shape == stored_RT.shape:
             apart = torch.linalg.vector_norm(stored_RT.to(own_RT) - own_RT)
             if float(apart) <= SAME_SKETCH * float(torch.linalg.vector_norm(own_RT)):
                 return None
         theirs, unexplained = align(mine, stored_RT)
+    else:
+        U_OR, S_R, Vh_RI = (tensors[name].to(mine.S_R) for name in BASIS)
+        theirs = Spectrum(U_OR, S_R, Vh_RI, mine.columns, mine.quality, mine.name)
+        module.refuse_foreign(theirs)
+        unexplained = max(_outside(U_OR, mine.U_OR), _outside(Vh_RI.mT, mine.Vh_RI.mT))
     allowed = sketch_tolerance(mine)
     if not unexplained <= allowed:
         raise AdapterError(
@@ -108,6 +128,12 @@ def _basis_of_file(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> 
             f"{unexplained:.1%} from the bank's, rounding explains at most {allowed:.1%}. Load it on its own base."
         )
     return theirs
+
+
+def _outside(theirs_OR: torch.Tensor, mine_OR: torch.Tensor) -> float:
+    """Get how much of a basis, 0 to 1, lies outside the span of the bank's."""
+    outside_OR = theirs_OR - mine_OR @ (mine_OR.mT @ theirs_OR)
+    return float(torch.linalg.vector_norm(outside_OR)) / mine_OR.shape[1] ** 0.5
 
 
 def _turned(module: SpectralModule, theirs: Spectrum, delta: Delta) -> torch.Tensor:

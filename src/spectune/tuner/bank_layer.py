@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
-from ..methods import SpectralModule
+from ..errors import OptionError
+from ..methods import SpectralModule, in_own_dtype
 from ..records import SparseCore, Spectrum
 
 # Two bases are the same where no entry differs by more: singular vectors have entries of at most one, and float32
@@ -24,16 +27,47 @@ class Rows:
 
     bank: object
     seats_B: torch.Tensor
+    copies: int = 1
+    """How often `generate` repeats every row, for beams or several answers."""
+
+    def of_batch(self, rows: int, name: str) -> torch.Tensor:
+        """Get a seat for each of the rows that a layer sees; `OptionError` where their number is another."""
+        refuse_other_rows(name, len(self.seats_B), rows, self.copies)
+        return self.seats_B if rows == len(self.seats_B) else self.seats_B.repeat_interleave(self.copies)
 
 
 ROWS: ContextVar[Rows | None] = ContextVar("spectune_bank_rows", default=None)
 """What `with bank(names):` says to the layers; one for each thread and task."""
 
 
+@contextmanager
+def rows_repeated(copies: int) -> Iterator[None]:
+    """Let every row of the running batch, if there is one, stand for so many neighbours."""
+    rows = ROWS.get()
+    token = ROWS.set(None if rows is None else replace(rows, copies=copies))
+    try:
+        yield
+    finally:
+        ROWS.reset(token)
+
+
+def refuse_other_rows(name: str, given: int, rows: int, copies: int = 1) -> None:
+    """Raise `OptionError` when not every row has one name; an encoder sees them before `generate` makes copies."""
+    if rows not in (given, given * copies):
+        raise OptionError(
+            f"{name}: {given} adapter names were given for {rows} rows of input. Give each row one (`__base__` is "
+            f"none); where generate repeats rows, pass num_beams or num_return_sequences to it by name."
+        )
+
+
 class Seats:
-    """Which resident has which seat. A change makes a new table, so a forward that has begun keeps its own."""
+    """Which resident has which seat. A change makes a new table, so a forward that has begun keeps its own.
+
+    `lock` is held by whoever writes: a table of names, or the cores of a layer.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.of: dict[str, int] = {}
         self._last: tuple[Sequence[str], dict[str, int], torch.Tensor | None] | None = None
 
@@ -47,6 +81,13 @@ class Seats:
         self._last = (names, table, seats_B)
         return seats_B
 
+    def __getstate__(self) -> dict[str, object]:
+        return {"of": self.of}
+
+    def __setstate__(self, state: dict[str, dict[str, int]]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.of = state["of"]
+
 
 @dataclass
 class BankedLayer:
@@ -59,22 +100,34 @@ class BankedLayer:
     """(seats, ...): diagonals, matrices, or the values of one sparse pattern. Seat 0 stays zero."""
     pattern: SparseCore | None = field(init=False)
 
+    # The tables outlive the forward that makes or moves them: an inference tensor could never be written again.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __post_init__(self) -> None:
         core = self.module.delta().core
         self.pattern = core if isinstance(core, SparseCore) else None
         self.cores = torch.zeros_like(numbers_of(core))[None]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def put(self, seat: int, numbers: torch.Tensor, seats: int) -> None:
         """Write one core, in a larger table where the seat lies outside: a forward may be reading the present one."""
-        if seats > len(self.cores):
-            self.cores = torch.cat([self.cores, self.cores.new_zeros(seats - len(self.cores), *self.cores.shape[1:])])
-        self.cores[seat].copy_(numbers.detach())
+        with self.seats.lock:
+            if seats > len(self.cores):
+                more = self.cores.new_zeros(seats - len(self.cores), *self.cores.shape[1:])
+                self.cores = torch.cat([self.cores, more])
+            self.cores[seat].copy_(numbers)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _move(self, device: torch.device) -> torch.Tensor:
+        with self.seats.lock:
+            self.cores = self.cores.to(device)
+            return self.cores
 
     def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, seats_B: torch.Tensor) -> torch.Tensor:
         """Get y_NO plus what the resident of each row adds."""
-        cores = self.cores
-        if cores.device != x_NI.device:
-            cores = self.cores = cores.to(x_NI.device)
+        cores = self.cores if self.cores.device == x_NI.device else self._move(x_NI.device)
         return add_rows(y_NO, x_NI, self.module, cores.index_select(0, seats_B), self.pattern)
 
 
@@ -98,8 +151,6 @@ def add_rows(
     gradient is wanted.
     """
     rows, tokens = len(cores), x_NI.shape[0]
-    if tokens % rows:
-        raise ValueError(f"{module.name}: {rows} adapter names were given for {tokens} rows of input.")
     left_OR, right_RI = module.factors_in(x_NI.dtype)
     z_BTR = F.linear(x_NI, right_RI).view(rows, tokens // rows, -1)
     cores = cores.to(x_NI.dtype)
@@ -163,7 +214,9 @@ def stacked_cores(modules: list[SpectralModule]) -> tuple[torch.Tensor, SparseCo
     """
     lead = modules[0]
     trained = {name: torch.stack([module.trained[name] for module in modules]) for name in lead.trained_names}
-    spectrum, frozen, strength = lead.spectrum, lead.frozen, lead.strength
+    spectrum, strength = lead.spectrum, lead.strength
+    # Places as int64: the batched index_select of torch 2.6 takes no other.
+    frozen = {name: kept if kept.is_floating_point() else kept.long() for name, kept in lead.frozen.items()}
     seen: list[SparseCore | None] = []
 
     def numbers(one: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -171,5 +224,6 @@ def stacked_cores(modules: list[SpectralModule]) -> tuple[torch.Tensor, SparseCo
         seen.append(core if isinstance(core, SparseCore) else None)  # its places are frozen, only its values batched
         return numbers_of(core)
 
-    cores: torch.Tensor = torch.vmap(numbers)(trained)
+    with in_own_dtype(spectrum.S_R):
+        cores: torch.Tensor = torch.vmap(numbers)(trained)
     return torch.cat([cores, torch.zeros_like(cores[:1])]), seen[0]

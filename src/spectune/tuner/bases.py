@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import WeightError
-from ..methods import Method, rank_for
+from ..methods import Method
+from ..methods.saved import LayerRanks
 from ..records import Spectrum, Weight
 from ..spectrum import Request, obtain, open_cache, processes
 from .base_weight import backend_of, layout_of
@@ -26,8 +27,9 @@ def find_bases(
     work. What is left out here (quantised weights, which are dequantised one by one) `find_basis` finds alone.
     """
     asked: dict[Request, list[Weight]] = {}
+    ranks = LayerRanks(config.rank_pattern)
     for path, weight in _weights(model, targets):
-        if (request := _request(path, weight.W_OI, config)) is not None:
+        if (request := _request(path, weight.W_OI, config, ranks)) is not None:
             asked.setdefault(request, []).append(weight)
     svd = config.svd_options
     bases: dict[str, Spectrum] = {}
@@ -71,10 +73,10 @@ def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
     return stored.detach()
 
 
-def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig) -> Request | None:
+def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: LayerRanks) -> Request | None:
     """Get what to ask of the engine for one weight; None where the method or the file brings the basis."""
     try:
-        rank, columns = config.build_method(rank_for(config.rank_pattern, path)).basis(*W_OI.shape)
+        rank, columns = config.build_method(ranks.of(path)).basis(*W_OI.shape)
     except WeightError:
         return None  # raised again, with the layer's name, when the layer is adapted
     if rank == 0 or (config.save_basis == "always" and config.loaded_from is not None):

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from peft.config import PeftConfig
 
-from ..checkpoint import read_adapter_folder
+from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest
 from ..methods import METHODS, Method, build_method
-from ..methods.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
+from ..methods.saved import FORMAT_VERSION, LOADING, loading, refuse_absurd, refuse_newer
 from .peft_type import PEFT_TYPE
 
 # Options that belong to single methods; the method says which it uses and what their defaults are.
@@ -120,6 +120,12 @@ class SpectralConfig(PeftConfig):
 
     loaded_from: ClassVar[str | None] = None
     """The folder or repository that this config was read from; not part of the file."""
+    from_file: ClassVar[bool] = False
+    """True for a config that PEFT or transformers have read: its patterns are a stranger's. Not part of the file."""
+    file_folder: ClassVar[Path | None] = None
+    """The folder on this machine whose tensors the next injection will be given; not part of the file."""
+    chosen: ClassVar[frozenset[str] | None] = None
+    """The layers that the patterns of a config from a file choose, while they are adapted; not part of the file."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -188,9 +194,11 @@ class SpectralConfig(PeftConfig):
         """Read the config of a saved adapter; a local folder's tensor file is checked before any work."""
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         # A pickle too: PEFT would fall back to it, read_adapter_folder refuses it.
-        if any((folder / name).exists() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        brings_tensors = any((folder / name).exists() for name in (TENSOR_FILE, "adapter_model.bin"))
+        if brings_tensors:
             read_adapter_folder(folder)
-        config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with loading(folder if brings_tensors else None):
+            config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config.__dict__["loaded_from"] = pretrained_model_name_or_path
         return config
 
@@ -257,6 +265,8 @@ def _with_checked_keywords(init: Any) -> Any:
                     f"SpectralConfig got an unexpected keyword argument {name!r}. {nearest(name, known)}"
                 )
         init(self, *args, **kwargs)
+        if "peft_type" in kwargs:  # which stands in every file, and which nobody writes beside a method
+            self.__dict__.update(from_file=True, file_folder=LOADING.get())
 
     return checked
 

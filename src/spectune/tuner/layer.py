@@ -11,16 +11,12 @@ from torch import nn
 
 from ..algebra import dense
 from ..errors import WeightError
-from ..methods import Dynamics, SpectralModule
+from ..methods import Dynamics, SpectralModule, in_own_dtype
 from ..records import Spectrum
-from .bank_layer import BankedLayer, Groups
+from .bank_layer import BankedLayer, Groups, refuse_other_rows
 from .base_weight import Layout, backend_of, layout_of
 from .bases import find_basis, plain_weight
 from .config import SpectralConfig
-
-# Below this gap at the cut (a fraction of S[0]) another solver may return other directions altogether, and
-# save_basis="auto" embeds the basis. 1e-6 is ten times float32 roundoff.
-EMBED_BELOW_GAP = 1e-6
 
 
 class SpectralLayer(BaseTunerLayer):
@@ -108,11 +104,8 @@ class SpectralLayer(BaseTunerLayer):
         else:
             spectrum = find_basis(name, W_OI, method, config) if basis is None else basis
             method.check(spectrum)
-        # Away from the top, rounding the base mixes in directions that were not kept: 2% (bottom) to 10% (random)
-        # of the update on MiniLM's weights in bfloat16, which no turning undoes (tests/spectrum/test_align.py's way).
-        leading = spectrum.columns == tuple(range(rank))
-        unstable = spectrum.quality.gap < EMBED_BELOW_GAP or not leading
-        embed = rank > 0 and (config.save_basis == "always" or (config.save_basis == "auto" and unstable))
+        unsure = config.save_basis == "auto" and not spectrum.is_found_again
+        embed = rank > 0 and (config.save_basis == "always" or unsure)
         module = SpectralModule(method, spectrum, embed_basis=embed, random_start=not config.init_weights, owner=owner)
         module.base_matrix = self.original_matrix
         module.dynamics = Dynamics(config.singular_decay, config.grad_norm)
@@ -134,8 +127,9 @@ class SpectralLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """Get the update of one adapter in the layout of the base weight, in the dtype of the basis."""
-        with torch.no_grad():
-            update_OI = dense(self.module(adapter_name).delta())
+        module = self.module(adapter_name)
+        with torch.no_grad(), in_own_dtype(module.S_R):
+            update_OI = dense(module.delta())
             return self.layout.from_matrix(update_OI, self.stored_shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -225,7 +219,7 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
@@ -236,6 +230,7 @@ class SpectralAdapted(nn.Module, SpectralLayer):
 
     def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Give every row of the batch its own adapter; `__base__` is none."""
+        refuse_other_rows(self.module_name, len(adapter_names), len(x))
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

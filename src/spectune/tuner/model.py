@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..checkpoint import PEFT_PREFIX
 from ..errors import AdapterError, OptionError, SpectuneError, WeightError, nearest
-from ..methods import SpectralModule, rank_for, spectral_modules
+from ..methods import SpectralModule, spectral_modules
+from ..methods.saved import LayerRanks
 from ..records import Spectrum
+from .bank_layer import ROWS, rows_repeated
 from .base_weight import backend_of, layout_of
 from .bases import find_bases
 from .config import SpectralConfig
+from .from_file import out_of_peft_s_sight, refuse_unbacked
 from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
 from .progress import decomposing
@@ -33,16 +37,35 @@ class SpectralTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
-        refuse_unmatched_targets(self.peft_config[adapter_name], model)
+        config = self.peft_config[adapter_name]
+        refuse_unmatched_targets(config, model)
+        with self._bounded(config, model) if config.from_file else nullcontext():
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _bounded(self, config: SpectralConfig, model: nn.Module) -> Iterator[None]:
+        """Hold a config from a file to bounded time and to the memory that the file backs."""
+        complete = self._prepare_adapter_config(config, self.get_model_config(model))
+        with out_of_peft_s_sight(_maybe_include_all_linear_layers(complete, model), model):
+            refuse_unbacked(config, model)
+            yield
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._bases: dict[str, Spectrum] = {}
+        self._ranks = LayerRanks(self.peft_config[adapter_name].rank_pattern)
         try:
-            self._bases: dict[str, Spectrum] = {}
             with decomposing() as self._tick:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except SpectuneError:
             self._take_back(model, adapter_name)
             raise
         finally:
-            del self._tick, self._bases
+            del self._tick, self._bases, self._ranks
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:
+        chosen = peft_config.chosen
+        return BaseTuner._check_target_module_exists(peft_config, key) if chosen is None else key in chosen
 
     def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:
         """Find all bases before the first layer is replaced: PEFT calls this when the config is complete."""
@@ -67,7 +90,7 @@ class SpectralTuner(BaseTuner):
         basis = self._bases.pop(current_key, None)
         if basis is None:
             self._tick(current_key)
-        r = rank_for(peft_config.rank_pattern, current_key)
+        r = self._ranks.of(current_key)
         owner = self._owner_of_shared(peft_config, adapter_name)
         if isinstance(target, SpectralLayer):
             target.update_layer(adapter_name, peft_config, current_key, r, owner, basis)
@@ -89,17 +112,23 @@ class SpectralTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Pass `adapter_names` of a forward call on to every layer, for batches whose rows use different adapters."""
+        """Pass `adapter_names` of a forward call on to every layer, for batches whose rows use different adapters.
+
+        `generate` repeats every row for beams or several answers; the names, and the rows of a bank, follow it.
+        """
         names = kwargs.pop("adapter_names", None)
+        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
         if names is None:
-            yield
+            with nullcontext() if copies == 1 else rows_repeated(copies):
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         self._refuse_unknown_adapters(names)
-        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        # New lists: the layers know a batch that they have seen by its list, and a caller may write into its own.
+        names, repeated = list(names), [name for name in names for _ in range(copies)]
         hooks = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, names), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_pass_adapter_names, names, repeated), with_kwargs=True)
             for module in self.modules()
             if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
         ]
@@ -110,7 +139,11 @@ class SpectralTuner(BaseTuner):
                 hook.remove()
 
     def _refuse_unknown_adapters(self, names: list[str]) -> None:
-        banks = (layer.bank for layer in self.model.modules() if isinstance(layer, SpectralLayer) and layer.bank)
+        banks = [layer.bank for layer in self.model.modules() if isinstance(layer, SpectralLayer) and layer.bank]
+        if (rows := ROWS.get()) is not None and any(bank.bank is rows.bank for bank in banks):
+            raise OptionError(
+                "adapter_names was given inside of `with bank(...)`, which names the rows. Use one of them."
+            )
         known = {"__base__", *self.peft_config, *(name for bank in banks for name in bank.seats.of)}
         for name in names:
             if name not in known:
@@ -183,10 +216,10 @@ class SpectralTuner(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Check the file against the model, tensor by tensor, before anything is loaded."""
         _refuse_non_finite(state_dict)
-        in_file = {key.removeprefix("base_model.model.") for key in state_dict}
+        in_file = {key.removeprefix(PEFT_PREFIX) for key in state_dict}
         for layer_name, name, module in spectral_modules(model):
             if name == adapter_name:
-                _expect_what_the_file_has(layer_name.removeprefix("base_model.model."), module, in_file)
+                _expect_what_the_file_has(layer_name.removeprefix(PEFT_PREFIX), module, in_file)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -205,8 +238,12 @@ def _add_up(layer: SpectralLayer, adapters: list[str], weights: list[float], ada
         getattr(target, name).copy_(torch.stack(parts).sum(0))
 
 
-def _pass_adapter_names(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": names}
+def _pass_adapter_names(
+    names: list[str], repeated: list[str], module: nn.Module, args: Any, kwargs: Any
+) -> tuple[Any, Any]:
+    """Give a layer the names of its rows: an encoder sees the rows as they were given, a decoder with their copies."""
+    as_given = args and isinstance(args[0], torch.Tensor) and len(args[0]) == len(names)
+    return args, {**kwargs, "adapter_names": names if as_given else repeated}
 
 
 def refuse_output_of_attention(parent: nn.Module, target_name: str, key: str) -> None:

@@ -1,0 +1,86 @@
+"""A weight that two layers share, of which an adapter changes one: `untied` gives each layer its own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CONFIG_LIMIT, PEFT_PREFIX, AdapterFolder, Checkpoint, write_atomically
+from ..checkpoint.reader import LazyFile, read_json
+from ..errors import ExportError
+from .architecture import Architecture, read_architecture
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A tensor of a file under the name that it would have in another layer."""
+
+    file: LazyFile
+    stored: str
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.name: self.file.shapes[self.stored]}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {self.name: self.file.dtypes[self.stored]}
+
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        return self.file.tensor(self.stored, device)
+
+
+def untied(base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> tuple[Checkpoint, tuple[str, ...]]:
+    """Get the checkpoint as a model without ties would store it, and the layers that shared a weight; else as it is.
+
+    In a live model the adapter of an embedding leaves a head that shares its weight as it was, so a merged checkpoint
+    must hold both. `ExportError` where that is not the same model: outside of language models with one embedding and
+    one head, classes use `tie_word_embeddings` for more than ties (T5 scales its outputs by it).
+    """
+    architecture = read_architecture(base) if base.is_dir() else Architecture("tensor names", None, {})
+    changed = _changed(folder, architecture)
+    groups = [group for group in architecture.tied if group & changed]
+    files = dict(checkpoint.files)
+    for group in groups:
+        if architecture.task_type != "CAUSAL_LM" or len(group) != 2:
+            _refuse(base, group, changed)
+        at = {architecture.place(name, shape).module: name for name, shape in checkpoint.shapes.items()}
+        holders = [at[module] for module in sorted(group) if module in at]
+        for module in sorted(group - at.keys() if holders else ()):
+            files[f"{module}.weight"] = _Shared(files[holders[0]], holders[0], f"{module}.weight")
+    return Checkpoint(checkpoint.path, files), tuple(sorted({module for group in groups for module in group}))
+
+
+def write_untied_config(base: Path, target: Path, modules: tuple[str, ...]) -> None:
+    """Write a config that ties these layers no more; `ExportError` where the model's class ties them all the same."""
+    config = read_json(base / "config.json", CONFIG_LIMIT) | {"tie_word_embeddings": False}
+    write_atomically(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for group in read_architecture(target).tied:
+        if group & set(modules):
+            _refuse(base, group, set(modules))
+
+
+def _changed(folder: AdapterFolder, architecture: Architecture) -> set[str]:
+    """Get the modules whose weight is another one with the adapter, by the paths of the base's class."""
+    weights = {
+        layer + ".weight" if middle else name
+        for name in folder.names
+        for layer, middle, _ in [name.removeprefix(PEFT_PREFIX).partition(".spectune_adapter.")]
+    }
+    weights = {name.removeprefix(PEFT_PREFIX) for name in weights if name.endswith(".weight")}
+    return {architecture.place(name, (1, 1)).module for name in weights}
+
+
+def _refuse(base: Path, group: frozenset[str], changed: set[str]) -> None:
+    raise ExportError(
+        f"{base}: {' and '.join(sorted(group))} share one weight and the adapter changes {min(group & changed)} alone; "
+        f"a merged checkpoint of this class cannot hold both. Use the adapter on its base, or train without that layer."
+    )

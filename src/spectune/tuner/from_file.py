@@ -1,0 +1,184 @@
+"""What a config that came with a file may cost: its patterns are matched in bounded time, its sizes held to the file.
+
+PEFT gives such patterns to `re`, which cannot be stopped, so it gets to see the names that they choose instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..checkpoint import PEFT_PREFIX, read_adapter_folder
+from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression
+from ..errors import AdapterError, WeightError
+from ..methods import ADAPTERS_ATTRIBUTE
+from ..methods.saved import LayerRanks
+from .base_weight import backend_of, layout_of
+from .config import SpectralConfig
+
+# PEFT's words for the index of a layer where no layers_pattern is given.
+ANY_COUNTED = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+
+
+@contextmanager
+def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[None]:
+    """Choose the layers here, and keep the patterns from PEFT for the time of the block.
+
+    `target_modules` stays a set of names afterwards: PEFT matches a pattern again when it saves. `AdapterError` for
+    patterns that choose nothing, are none, or take too long.
+    """
+    kept = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
+    chosen = chosen_layers(config, model)
+    if not chosen:
+        raise AdapterError(
+            f"target_modules: {str(config.target_modules)[:200]!r} names no layer of {type(model).__name__} that "
+            f"nothing excludes. Load the adapter on the base model that it was trained on."
+        )
+    if isinstance(config.target_modules, str):
+        config.target_modules = set(chosen)
+    ranks = LayerRanks(config.rank_pattern)
+    given = {layer: r for layer in sorted(chosen) if (r := ranks.of(layer)) is not None}
+    config.__dict__["chosen"] = chosen
+    config.exclude_modules, config.rank_pattern = None, {f"^{re.escape(layer)}": r for layer, r in given.items()}
+    try:
+        yield
+    finally:
+        config.__dict__["chosen"] = None
+        for name, value in kept.items():
+            setattr(config, name, value)
+
+
+def chosen_layers(config: SpectralConfig, model: nn.Module) -> frozenset[str]:
+    """Get the paths of the modules that a config targets, as PEFT's check_target_module_exists chooses them."""
+    clock = Clock()
+    targeted, excluded = _Names(config.target_modules, clock), _Names(config.exclude_modules, clock)
+    saved = [Expression(name, INSIDE, clock) for name in config.modules_to_save or ()]
+    counted = _Counted(config, clock)
+    # A second adapter meets the layers that the first has adapted; their insides are no targets.
+    paths = [
+        path for path, _ in model.named_modules() if path and ".base_layer" not in path and ".spectune_" not in path
+    ]
+    return frozenset(
+        path
+        for path in paths
+        if targeted.hold(path)
+        and counted.holds(path)
+        and not excluded.hold(path)
+        and not any(name.match(path) for name in saved)
+    )
+
+
+class _Names:
+    """Names of modules, or a pattern for whole paths."""
+
+    def __init__(self, words: Any, clock: Clock) -> None:
+        self.pattern = Expression(words, WHOLE, clock) if isinstance(words, str) and words else None
+        self.names = frozenset() if isinstance(words, str) else frozenset(words or ())
+
+    def hold(self, path: str) -> bool:
+        if self.pattern is not None:
+            return self.pattern.match(path, whole=True) is not None
+        return any(path[start:] in self.names for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))))
+
+
+class _Counted:
+    """layers_to_transform, with layers_pattern."""
+
+    def __init__(self, config: SpectralConfig, clock: Clock) -> None:
+        asked, words = config.layers_to_transform, config.layers_pattern
+        indices = [asked] if isinstance(asked, int) else asked
+        # What is no number is no index, and a file may hold anything.
+        self.indices = {index for index in indices if isinstance(index, (int, float))} if indices else None
+        self.patterns = [
+            Expression(w, COUNTED, clock) for w in ([words] if isinstance(words, str) else words or ()) if w
+        ]
+
+    def holds(self, path: str) -> bool:
+        if self.indices is None:
+            return True
+        found = (pattern.match(path) for pattern in self.patterns) if self.patterns else [ANY_COUNTED.match(path)]
+        match = next((match for match in found if match is not None), None)
+        return match is not None and match["idx"] is not None and int(match["idx"]) in self.indices
+
+
+def refuse_unbacked(config: SpectralConfig, model: nn.Module) -> None:
+    """Raise `AdapterError` where the file does not hold what its config would make; once, before anything is made.
+
+    A layer may stand under another path in the file (transformers renames some), so what is not there by name may be
+    any tensor of that name and shape that no other layer has claimed.
+    """
+    folder = config.file_folder
+    if folder is None:
+        return
+    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in read_adapter_folder(folder).shapes.items()}
+    left = Counter((key.rpartition(".")[2], shape) for key, shape in saved.items() if f".{ADAPTERS_ATTRIBUTE}." in key)
+    made = list(_made(config, model))
+    by_name = {made_ for made_ in made if saved.get(f"{made_[0]}.{ADAPTERS_ATTRIBUTE}.{made_[1]}") == made_[2]}
+    for layer, name, shape in (*by_name, *(other for other in made if other not in by_name)):
+        left[name, shape] -= 1
+        if left[name, shape] < 0:
+            raise _unbacked(saved, layer, name, shape)
+    config.__dict__["file_folder"] = None
+
+
+def _made(config: SpectralConfig, model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Get (layer, tensor, shape) for what the tuner would allocate at the config's word alone."""
+    assert config.chosen is not None
+    ranks, shared_made = LayerRanks(config.rank_pattern), False
+    for layer, (rows_O, cols_I) in _shapes(config.chosen, model):
+        method = config.build_method(ranks.of(layer))
+        try:
+            rank, _ = method.basis(rows_O, cols_I)
+            shapes = dict(method.trained_shapes(rows_O, cols_I))
+        except WeightError:
+            continue  # raised again, with the layer's name, when the layer is adapted
+        if not shared_made:
+            shapes |= method.shared_shapes()
+            shared_made = True
+        if rank and config.save_basis == "always":
+            shapes |= {"U_OR": (rows_O, rank), "S_R": (rank,), "Vh_RI": (rank, cols_I)}
+        for name, shape in shapes.items():
+            yield layer, name, shape
+
+
+def _shapes(chosen: frozenset[str], model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    for path in sorted(chosen):
+        module = model.get_submodule(path)
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        yield from _shape(path, layer)
+        if isinstance(layer, nn.MultiheadAttention):
+            out: Any = layer.out_proj
+            yield from _shape(f"{path}.out_proj", out.get_base_layer() if isinstance(out, BaseTunerLayer) else out)
+
+
+def _shape(path: str, layer: Any) -> Iterator[tuple[str, tuple[int, int]]]:
+    backend = backend_of(layer)
+    try:
+        layout = layout_of(layer, path, backend)
+    except WeightError:
+        return  # raised again when the layer is adapted
+    if backend is not None:
+        yield path, (layer.out_features, layer.in_features)
+    elif (stored := getattr(layer, layout.attribute)).ndim >= 2:  # else partitioned, which is refused later
+        rows_O, cols_I = layout.to_matrix(stored).shape
+        yield path, (rows_O, cols_I)
+
+
+def _unbacked(saved: dict[str, tuple[int, ...]], layer: str, name: str, shape: tuple[int, ...]) -> AdapterError:
+    key = f"{layer}.{ADAPTERS_ATTRIBUTE}.{name}"
+    if key not in saved:
+        return AdapterError(
+            f"{layer}: the adapter file has no tensor {key!r}: it is incomplete, or it was not written for this model "
+            f"and method. Export or copy the adapter again."
+        )
+    wanted, found = ("x".join(map(str, sides)) or "one number" for sides in (shape, saved[key]))
+    return AdapterError(
+        f"{layer}: the adapter file does not fit: {name!r} is {found} there, its config makes it {wanted}. Load it on "
+        f"the base that it was trained on, or copy it again; to train anew, make a new SpectralConfig."
+    )

@@ -1,0 +1,36 @@
+"""What the installed torch, PEFT and transformers can do, so that tests of what an old one cannot are skipped."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import __version__ as transformers_version
+
+# torch 2.6's fully_shard asks streams for events that those of a CPU do not give.
+needs_fsdp2_on_a_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream(), "record_event"), reason="fully_shard of this torch does not run on a CPU"
+)
+# Until then `model.load_adapter` of transformers passes over fully trained modules (seen from 5.6 to 5.17).
+LOADS_MODULES_NATIVELY = Version(transformers_version) >= Version("5.18")
+
+
+@functools.cache
+def _peft_compiles() -> bool:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    try:
+        torch.compile(model, backend="eager", fullgraph=True)(torch.zeros(1, 4))
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
+def start_compiling() -> None:
+    """Forget what earlier tests compiled (torch allows a few); skip where no PEFT model compiles in one graph."""
+    torch._dynamo.reset()
+    if not _peft_compiles():
+        pytest.skip("this torch does not compile PEFT's own forward in one graph")
