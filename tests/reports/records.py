@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from spectune.reports import Example, LayerSpectrum, Metric, Proof, RunRecord, Size, machine, versions
+from spectune.reports import Example, LayerSpectrum, LayerUpdate, Metric, Proof, RunRecord, Size, machine, versions
 
 
 def spectrum(name: str, count: int, tuned: int, seed: int) -> LayerSpectrum:
@@ -41,6 +41,8 @@ def full_record() -> RunRecord:
             Size("LoRA, r=16", 147_456, 601_112),
             Size("full", 22_713_216),
         ],
+        validation=[(step, 2.0 * math.exp(-step / 60) + 0.3) for step in range(50, 301, 50)],
+        updates=[LayerUpdate(f"encoder.layer.{i}.attention.self.query", 0.1 + 0.02 * i, 9.0) for i in range(12)],
         spectra=[spectrum(f"encoder.layer.{i}.attention.self.query", 384, 8, i) for i in (0, 3, 5)],
         proofs=[
             Proof("the base is untouched", True, "all 103 tensors bit for bit as before"),

@@ -27,6 +27,12 @@ def test_the_loss_has_a_point_for_each_step_and_falls_downwards() -> None:
     assert points == sorted(points) and [y for _, y in points] == sorted(y for _, y in points)
 
 
+def test_held_out_losses_are_drawn_and_stay_inside() -> None:
+    chart = loss_chart([1.0, 0.5, 0.4, 0.3], validation=[(2, 3.0), (4, 2.5)])
+    assert chart.count('class="line change"') == 1 and 'class="line change"' not in loss_chart([1.0, 0.5])
+    assert len(drawn(chart, "change")) == 2 and all(y >= 0 for _, y in drawn(chart, "change"))
+
+
 def test_a_long_run_is_thinned_and_keeps_both_ends() -> None:
     points = drawn(loss_chart([1.0] * 5000), "raw")
     assert len(points) == MOST_POINTS and points[0][0] == 68 and points[-1][0] == 466

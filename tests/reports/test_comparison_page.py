@@ -27,12 +27,14 @@ def row(method: str, test: float | None, trainable: int | None = 100, **more: An
 def summary(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     names = [r["method"] for r in rows]
     values = {
-        "title": "A < B", "metric": "accuracy", "chosen_by": "accuracy", "smaller_is_better": False, "seeds": [0, 1],
+        "title": "A < B", "metric": "accuracy", "chosen_by": "accuracy", "smaller": False, "seeds": [0, 1],
         "tuning_seeds": 2, "grids": {}, "tasks": ["t"], "methods": names, "rows": list(rows), "averages": [],
         "failed": [], "runs": 4, "device": "cpu", "provenance": {"commit": "abc"}, "says": ["Read <this>."],
     }  # fmt: skip
     values |= more
+    smaller = values.pop("smaller")
     names = {"task_metrics": values["metric"], "task_chosen_by": values["chosen_by"]}
+    names |= {"smaller_is_better": smaller, "smaller_is_chosen": smaller}
     return {key: dict.fromkeys(values["tasks"], name) for key, name in names.items()} | values
 
 
@@ -48,7 +50,7 @@ def test_the_headline_says_where_the_seeds_overlap() -> None:
     assert headline(clear) == "a 90.00 before b 70.00."
     close = summary(row("b", 0.89, low=0.85, high=0.92), row("a", 0.9, low=0.88, high=0.93))
     assert "within each other's spread" in headline(close)
-    losses = summary(row("b", 2.0), row("a", 1.0), smaller_is_better=True, metric="loss")
+    losses = summary(row("b", 2.0), row("a", 1.0), smaller=True, metric="loss")
     assert headline(losses) == "a 1.0000 before b 2.0000."
     assert headline(summary(row("a", None))) == "No run was finished."
 

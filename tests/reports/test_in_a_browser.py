@@ -99,7 +99,7 @@ def rate_page(path: Path) -> str:
 
 # Page -> how it is written, and how many figures stand on it.
 PAGES: dict[str, tuple[Callable[[Path], str], int]] = {
-    "run": (run_page, 5 + 3),
+    "run": (run_page, 6 + 3),
     "model survey": (model_survey, 4),
     "adapter survey": (adapter_survey, 3),
     "overlap": (overlap_page, 1 + 2 * len(overlap.MEASURES)),

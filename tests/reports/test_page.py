@@ -55,7 +55,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
 def test_every_part_of_the_record_is_on_the_page() -> None:
     record = full_record()
     page = render(record)
-    assert Tags(page).count["svg"] == 5
+    assert Tags(page).count["svg"] == 6
     for words in (
         "87.4%, against 11.8% (before training) and 86.1% (LoRA",
         "+1.3 points",

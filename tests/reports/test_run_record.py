@@ -18,6 +18,19 @@ def test_a_record_comes_back_from_json_as_it_was() -> None:
     assert RunRecord.from_json(record.to_json()) == record
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"validation": [3]}', "validation holds 3, a step and a loss were expected"),
+        ('{"updates": [{"name": "a", "moved": "x", "norm": 1}]}', "updates holds 'x', which is no number"),
+    ],
+)
+def test_a_record_whose_parts_are_wrong_is_refused(text: str, said: str) -> None:
+    whole = '{"format": 1, "title": "t", "task": "t", "method": "m", ' + text[1:]
+    with pytest.raises(DataError, match=said):
+        RunRecord.from_json(whole)
+
+
 def test_a_bare_record_comes_back_too() -> None:
     record = RunRecord("title", "task", "svft")
     assert RunRecord.from_json(record.to_json()) == record

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,14 +22,15 @@ def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int 
 
     with Stages(console) as stages:
         bar = stages.add_task("runs", total=None, said="")
-        latest = dict[str, str]()  # what each run said last
+        latest, turn = dict[str, str](), Lock()  # what each run said last
 
         def on_run(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
             at = f"step {step}/{steps}" if steps else "starting"
-            latest.pop(name, None)
-            latest[name] = f"{name}  {at}" + ("" if loss is None else f"  loss {loss:.3f}")
-            at_work = sorted(list(latest)[-jobs:])
-            stages.update(bar, total=runs, completed=done, said="   ".join(latest[one] for one in at_work))
+            with turn:
+                latest.pop(name, None)
+                latest[name] = f"{name}  {at}" + ("" if loss is None else f"  loss {loss:.3f}")
+                at_work = sorted(list(latest)[-jobs:])
+                stages.update(bar, total=runs, completed=done, said="   ".join(latest[one] for one in at_work))
 
         try:
             records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run, jobs=jobs)

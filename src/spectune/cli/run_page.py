@@ -41,7 +41,7 @@ def write_run_page(
 def run_record(result: RunResult, recipe: Recipe, model: Any) -> RunRecord:
     """Get what the report shows of a run."""
     from ..recipes import method_of
-    from ..reports import Example, Metric, RunRecord, Size, layer_spectra, machine, versions
+    from ..reports import Example, Metric, RunRecord, Size, layer_spectra, layer_updates, machine, versions
 
     config = recipe.config
     held_out = next((split for split in ("validation", "test") if split in recipe.splits), None)
@@ -60,6 +60,7 @@ def run_record(result: RunResult, recipe: Recipe, model: Any) -> RunRecord:
         machine=machine(device=result.device),
         seed=config.seed,
         loss=result.losses,
+        validation=result.validation_losses,
         metrics=[
             Metric(f"{split} {name}", value, share=name in SHARES)
             for split, figures in result.metrics.items()
@@ -74,6 +75,7 @@ def run_record(result: RunResult, recipe: Recipe, model: Any) -> RunRecord:
             Size("the whole model", result.total),
         ],
         spectra=layer_spectra(model) if spectral else [],
+        updates=layer_updates(model) if config.adapter_options is not None else [],
         examples=[Example(a.text, a.expected, a.predicted) for a in answers],
     )
 

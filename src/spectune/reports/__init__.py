@@ -17,6 +17,7 @@ from .page import write_report as write_report
 from .rate_page import write_rate_page as write_rate_page
 from .run_record import Example as Example
 from .run_record import LayerSpectrum as LayerSpectrum
+from .run_record import LayerUpdate as LayerUpdate
 from .run_record import Metric as Metric
 from .run_record import Picture as Picture
 from .run_record import Proof as Proof
@@ -29,3 +30,4 @@ from .survey_page import readable_seconds as readable_seconds
 from .survey_page import share as share
 from .survey_page import short as short
 from .survey_page import write_survey as write_survey
+from .updates import layer_updates as layer_updates

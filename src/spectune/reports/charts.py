@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 
-from .run_record import LayerSpectrum, Metric
+from .run_record import LayerSpectrum, LayerUpdate, Metric
 from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, line, linear_ticks, log_ticks, text
 
 HEIGHT = 270
@@ -21,18 +21,26 @@ ROW = 46
 LETTERS = 40
 
 
-def loss_chart(loss: Sequence[float], title: str = "Training loss") -> str:
-    """Get the loss per step as a thin line, and the mean around it as a strong one; not-a-number leaves a gap."""
+def loss_chart(
+    loss: Sequence[float], title: str = "Training loss", validation: Sequence[tuple[int, float]] = ()
+) -> str:
+    """Get the loss per step as a thin line, and the mean around it as a strong one; not-a-number leaves a gap.
+
+    `validation` are (step, loss) of held-out examples, drawn as a dotted line.
+    """
     finite = sorted(value for value in loss if math.isfinite(value))
     if not finite:
         return drawing(title, 60, [text(WIDTH / 2, 34, "no finite loss was recorded", anchor="middle")])
     # One early spike must not flatten the rest: the axis ends at the 99th percentile, with air.
-    top = max(finite[min(len(finite) - 1, int(0.99 * len(finite)))] * 1.08, 1e-12)
+    held_out = [value for _, value in validation if math.isfinite(value)]
+    top = max(finite[min(len(finite) - 1, int(0.99 * len(finite)))] * 1.08, max(held_out, default=0.0) * 1.08, 1e-12)
     x = Scale(1, max(len(loss), 2), LEFT, WIDTH - RIGHT)
     y = Scale(min(0.0, finite[0]), top, HEIGHT - BOTTOM, TOP)
     parts = [axes(x, y, _step_ticks(len(loss)), linear_ticks(y.low, y.high), "step", "loss")]
     for values, kind in ((list(loss), "raw"), (smoothed(loss), "after")):
         parts.append(line((_point(x, y, step, values[step - 1]) for step in _thinned(len(loss))), kind))
+    if validation:
+        parts.append(line((_point(x, y, step, value) for step, value in validation), "change"))
     return drawing(title, HEIGHT, parts)
 
 
@@ -116,6 +124,24 @@ def spectrum_chart(layer: LayerSpectrum) -> str:
         points = ((x(i), y(values[i - 1])) if values[i - 1] > floor else None for i in _spread(count))
         parts.append(line(points, kind))
     return drawing(f"Singular values of {layer.name} before and after tuning", HEIGHT, parts)
+
+
+def update_chart(updates: Sequence[LayerUpdate]) -> str:
+    """Get |dW| as a share of |W|, a bar for each layer in the model's order; a pointer shows its name."""
+    top = max((update.share for update in updates), default=0.0) or 1.0
+    x = Scale(0, len(updates), LEFT, WIDTH - RIGHT)
+    y = Scale(0, 100 * top * 1.05, HEIGHT - BOTTOM, TOP)
+    ticks = [tick for tick in _step_ticks(len(updates)) if tick <= len(updates)]
+    parts = [axes(x, y, ticks, linear_ticks(y.low, y.high), "layer", "moved, % of its norm")]
+    width = (x.end - x.start) / max(len(updates), 1)
+    for place, update in enumerate(updates):
+        height = max(y.start - y(100 * update.share), 0.5)
+        parts.append(
+            f'<rect class="bar strong" x="{x(place) + 0.1 * width:.2f}" y="{y.start - height:.2f}" '
+            f'width="{0.8 * width:.2f}" height="{height:.2f}">'
+            f"<title>{html.escape(update.name)}: {update.share:.2%}</title></rect>"
+        )
+    return drawing("How far each layer moved", HEIGHT, parts)
 
 
 def _spread(count: int) -> list[int]:

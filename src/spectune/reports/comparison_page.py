@@ -25,32 +25,36 @@ def write_comparison(summary: Mapping[str, Any], path: str | Path, published: Ma
 
 def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] | None = None) -> str:
     """Get the page as text."""
-    smaller, parts = summary["smaller_is_better"], []
+    parts = []
     for task in summary["tasks"]:
+        smaller, small_chosen = summary["smaller_is_better"][task], summary["smaller_is_chosen"][task]
         metric, chosen_by = summary["task_metrics"][task], summary["task_chosen_by"][task]
         rows = [row for row in summary["rows"] if row["task"] == task]
-        charts = (front_chart(rows, metric, smaller), rate_chart(rows, chosen_by, chosen_by in ("loss", "perplexity")))
+        charts = (front_chart(rows, metric, smaller), rate_chart(rows, chosen_by, small_chosen))
         printed = {} if published is None else {m: r.get(task) for m, r in published["rows"].items()}
         parts.append(
-            {"task": task, "metric": metric, "rows": _ranked(rows, smaller), "charts": charts, "printed": printed}
+            {"task": task, "metric": metric, "smaller": smaller, "rows": _ranked(rows, smaller), "charts": charts}
+            | {"printed": printed}
         )
     return fill(
         "comparison.html.j2",
-        {"bytes": readable_bytes, "figure": lambda value: _figure(value, smaller)},
+        {"bytes": readable_bytes, "figure": _figure},
         summary=summary,
         parts=parts,
         published=published,
         headline=headline(summary),
         colours={name: place % COLOURS for place, name in enumerate(summary["methods"])},
         provenance=json.dumps(summary["provenance"], indent=2, ensure_ascii=False),
+        all_smaller=all(summary["smaller_is_better"].values()),
         forgets=any(row["forgetting"] is not None for row in summary["rows"]),
     )
 
 
 def headline(summary: Mapping[str, Any]) -> str:
     """Get the outcome in one sentence; where the seeds of the first two overlap, it says that they do."""
-    smaller, said = summary["smaller_is_better"], []
+    said = []
     for task in summary["tasks"]:
+        smaller = summary["smaller_is_better"][task]
         rows = [r for r in _ranked([r for r in summary["rows"] if r["task"] == task], smaller) if r["test"] is not None]
         if not rows:
             continue

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from .charts import bar_chart, loss_chart, spectrum_chart
+from .charts import bar_chart, loss_chart, spectrum_chart, update_chart
 from .frame import fill
 from .run_record import Metric, RunRecord
 
 # Examples of each kind that the page shows; it says how many there are. Chosen, not measured.
 MOST_EXAMPLES = 12
+# Layers that the page names, those that moved farthest first. Chosen.
+MOST_LAYERS = 8
 
 
 def write_report(record: RunRecord, path: str | Path) -> None:
@@ -40,7 +42,9 @@ def _parts(record: RunRecord) -> dict[str, Any]:
         "bars": bar_chart(shares, "Results", strong=len(shares) - 1) if shares else "",
         "notes": [metric for metric in shares if metric.note],
         "figures": [metric for metric in record.metrics if not metric.share],
-        "loss": loss_chart(record.loss) if record.loss else "",
+        "loss": loss_chart(record.loss, validation=record.validation) if record.loss else "",
+        "updates": update_chart(record.updates) if record.updates else "",
+        "farthest": sorted(record.updates, key=lambda update: -update.share)[:MOST_LAYERS],
         "lost_steps": len(record.loss) - len(finite),
         "spectra": [(layer.name, spectrum_chart(layer), _moved(layer.before, layer.after)) for layer in record.spectra],
         "largest": max((size.trainable for size in record.sizes), default=0) or 1,

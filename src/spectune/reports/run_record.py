@@ -57,6 +57,22 @@ class LayerSpectrum:
 
 
 @dataclass(frozen=True)
+class LayerUpdate:
+    """How far one layer has moved."""
+
+    name: str
+    moved: float
+    """|dW|_F."""
+    norm: float
+    """|W|_F."""
+
+    @property
+    def share(self) -> float:
+        """|dW|_F as a share of |W|_F; 0 for a weight of zeros."""
+        return self.moved / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
 class Proof:
     """One thing that was checked, and what came out."""
 
@@ -107,9 +123,12 @@ class RunRecord:
     seed: int = 0
     loss: list[float] = field(default_factory=list)
     """One number per optimizer step; NaN and infinity are kept, a run that diverged is shown as one."""
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss) of each look at held-out examples during training."""
     metrics: list[Metric] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     spectra: list[LayerSpectrum] = field(default_factory=list)
+    updates: list[LayerUpdate] = field(default_factory=list)
     proofs: list[Proof] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -136,6 +155,8 @@ class RunRecord:
                 read[name] = [_part(kind, name, item) for item in _list(name, read[name])]
         if "loss" in read:
             read["loss"] = [_number("loss", value) for value in _list("loss", read["loss"])]
+        if "validation" in read:
+            read["validation"] = [_look(item) for item in _list("validation", read["validation"])]
         return _part(cls, "record", read)
 
 
@@ -143,6 +164,7 @@ PARTS: dict[str, type] = {
     "metrics": Metric,
     "sizes": Size,
     "spectra": LayerSpectrum,
+    "updates": LayerUpdate,
     "proofs": Proof,
     "examples": Example,
     "pictures": Picture,
@@ -158,6 +180,8 @@ def _part(kind: type[_PartT], name: str, read: Any) -> _PartT:
             raise DataError(f"run record: {name} has the unknown key {key!r}. {nearest(key, known)}")
     if kind is Metric and "value" in read:
         read["value"] = _number(name, read["value"])
+    if kind is LayerUpdate:
+        read |= {key: _number(name, read[key]) for key in ("moved", "norm") if key in read}
     if kind is LayerSpectrum:
         read |= {key: [_number(name, v) for v in _list(name, read[key])] for key in ("before", "after") if key in read}
     try:
@@ -170,6 +194,12 @@ def _list(name: str, read: Any) -> list[Any]:
     if not isinstance(read, list):
         raise DataError(f"run record: {name} holds {read!r}, a list was expected. Write it anew with to_json.")
     return read
+
+
+def _look(read: Any) -> tuple[int, float]:
+    if not isinstance(read, list) or len(read) != 2:
+        raise DataError(f"run record: validation holds {read!r}, a step and a loss were expected. Write it anew.")
+    return int(_number("validation", read[0])), _number("validation", read[1])
 
 
 def _number(name: str, read: Any) -> float:
