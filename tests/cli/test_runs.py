@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from spectune.cli import main
+from spectune.methods import spectral_modules
+from spectune.recipes import load_base, measure
 from tests.recipes import tiny
 
 
@@ -85,6 +87,10 @@ def test_a_run_is_evaluated_and_reported_from_its_folder(journey: tuple[Path, di
     folder, figures = journey
     done = spectune("evaluate", str(folder / "run"), "--json", cwd=tmp_path)
     assert json.loads(done.stdout) == figures["metrics"], done.stderr
+    before = spectune("evaluate", str(folder / "run"), "--base", "--json", cwd=tmp_path)
+    recipe, model = load_base(folder / "run")
+    assert json.loads(before.stdout) == measure(recipe, model) != figures["metrics"], before.stderr
+    assert not list(spectral_modules(model))
     for name in ("report.html", "run.json"):
         (folder / "run" / name).unlink()
     done = spectune("report", str(folder / "run"), cwd=tmp_path)

@@ -117,12 +117,15 @@ class Run:
 
     @cached_property
     def trainer(self) -> Any:
+        return self._new_trainer()
+
+    def _new_trainer(self) -> Any:
         return self.recipe.trainer(*self._built, self.file.parent / "out")
 
     @property
     def batch(self) -> Any:
-        """The first batch that would be trained on."""
-        return next(iter(self.trainer.get_train_dataloader()))
+        """The first batch that would be trained on: of a new trainer, for building one seeds what shuffles."""
+        return next(iter(self._new_trainer().get_train_dataloader()))
 
     @property
     def curve(self) -> list[float]:

@@ -22,10 +22,13 @@ from tests.recipes.sweeps import text_sweep
 
 
 def sweep_home(folder: Path) -> None:
-    """Write a sweep's file, and texts on which forgetting is measured."""
+    """Write a sweep's file, and texts on which forgetting is measured; nothing of it is trained."""
     folder.mkdir()
     asked = text_sweep(folder)
     del asked["tuning_seeds"], asked["title"]
+    run = tiny.lm_run(folder, data={"validation": tiny.sums(folder / "validation.jsonl", 4)})
+    del run["adapter"], run["training"]["learning_rate"]
+    asked["run"] = run
     (folder / "sweep.yaml").write_text(yaml.safe_dump(asked))
     (folder / "a.txt").write_text("w1 w2 w3 w4 " * 10)
     (folder / "b.txt").write_text("w5 w5 w6 w7 " * 10)
@@ -121,7 +124,7 @@ SWEEP: Entries = {
     "tasks": Told(
         "tasks={a: {training: {steps: 3}}, b: {}}",
         lambda sweep: {(record.task, record.config["training"]["steps"]) for record in sweep.records},
-        {("a", 3), ("b", 2)},
+        {("a", 3), ("b", 4)},
     ),
     "methods.*.adapter": Told(
         "methods.full.adapter={method: svft, target_modules: [query]}",

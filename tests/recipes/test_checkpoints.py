@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from spectune.checkpoint import hold_folder
 from spectune.errors import OutputError
 from spectune.recipes import Interrupted, RunResult, parse_config, run
 from spectune.recipes.checkpoints import checkpoints
+from spectune.recipes.trainer import checked_arguments
 
 from . import tiny
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "lora_dropout": 0.5}
+ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 6, "tinit": 1, "tfinal": 2, "deltaT": 1}
 RUNS = {
     "spectral_a": (tiny.text_run, {}),
     "lora with dropout, accumulating": (tiny.text_run, {"adapter": LORA, "training": {"gradient_accumulation": 2}}),
@@ -26,6 +29,7 @@ RUNS = {
         tiny.text_run,
         {"adapter": {"method": "specadapt", "r": 2, "weight_dropout": 0.3, "target_modules": ["query"]}},
     ),
+    "AdaLoRA": (tiny.text_run, {"adapter": ADALORA | {"target_modules": ["query", "value"]}}),
     "full fine-tuning": (tiny.text_run, {"adapter": "none"}),
     "augmented images": (tiny.image_run, {}),
     "full tuning of a model whose files bear other names": (tiny.image_run, {"adapter": "none"}),
@@ -45,6 +49,7 @@ def weights(folder: Path) -> bytes:
     return next(folder.glob("*/*.safetensors")).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # PEFT's, on loading what it saved
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_resumed_run_ends_in_the_same_weights(name: str, tmp_path: Path) -> None:
     make, more = RUNS[name]
@@ -57,6 +62,28 @@ def test_a_resumed_run_ends_in_the_same_weights(name: str, tmp_path: Path) -> No
     assert resumed.losses == whole.losses and len(whole.losses) == 6
     assert resumed.metrics == whole.metrics
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_validation_losses_are_kept_with_their_steps_over_a_stop(tmp_path: Path) -> None:
+    config = parse_config(tiny.text_run(tmp_path, training={"validate_every": 2}))
+    whole = run(config, tmp_path / "whole")
+    assert [step for step, _ in whole.validation_losses] == [2, 4, 6]
+    assert len({loss for _, loss in whole.validation_losses}) == 3
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "run", on_step=stop_after(3))
+    assert run(config, tmp_path / "run", resume=True).validation_losses == whole.validation_losses
+    assert RunResult.read(tmp_path / "run").validation_losses == whole.validation_losses
+
+
+def test_a_process_trains_on_one_device() -> None:
+    """transformers would spread a batch over all that it sees, and a step would have so many times the examples."""
+
+    class Several(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 8
+
+    assert checked_arguments(Several, {"output_dir": "nowhere"}).n_gpu == 1
 
 
 def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:

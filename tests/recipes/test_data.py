@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from spectune.recipes.data import column, limited, load_splits, read_rows
 from spectune.recipes.run_config import DataSection
 
 ROWS = [{"text": f'a "word", {i}\nand more', "label": str(i % 3)} for i in range(20)]
+
+
+GZIP = gzip.compress(json.dumps(ROWS).encode(), mtime=0)
 
 
 def write_all(folder: Path) -> list[Path]:
@@ -62,6 +66,11 @@ def test_the_held_out_share_comes_from_the_seed_and_overlaps_with_nothing(tmp_pa
         ("a.json", b'{"a": 1}', "a list of rows was expected"),
         ("a.jsonl", b"[1]\n", "every row must have named columns"),
         ("a.jsonl.gz", b"not gzip", "this is no jsonl file"),
+        ("a.jsonl", b"[" * 200_000, "this is no jsonl file: maximum recursion depth"),
+        ("a.json", b"[" * 200_000, "this is no json file: maximum recursion depth"),
+        ("a.jsonl.gz", GZIP[:12] + b"\xff" * 8 + GZIP[20:], "this is no jsonl file: Error -3 while decompressing"),
+        ("a.jsonl.gz", GZIP[:-9], "this is no jsonl file: Compressed file ended"),
+        ("a.csv.gz", gzip.compress(b"a" * 2**25), "unfolds to more than 16,777,216 bytes"),
         ("a.jsonl", b"\xff\xfe", "this is no jsonl file"),
         ("a.xls", b"", "not read from .xls files"),
     ],
@@ -70,6 +79,45 @@ def test_a_damaged_file_is_named(name: str, content: bytes, line: str, tmp_path:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=line):
         read_rows(tmp_path / name)
+
+
+def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"a" * 2**28))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="pass it unpacked"):
+        read_rows(tmp_path / "a.csv.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27
+
+
+def test_text_that_repeats_itself_is_no_bomb(tmp_path: Path) -> None:
+    prompt = " ".join(str(i) for i in range(200))
+    rows = [{"prompt": prompt, "answer": random.Random(i).random()} for i in range(30_000)]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    assert len(packed) * 20 < 30_000 * len(prompt) > 2**24
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert read_rows(tmp_path / "a.jsonl.gz") == rows
+
+
+def test_letters_that_look_like_ends_of_lines_end_no_row(tmp_path: Path) -> None:
+    rows = [{"text": "one\u2028two\x85three\x0cfour", "label": "1"}, {"text": "five", "label": "2"}]
+    lines = "".join(f"{row['text']},{row['label']}\r\n" for row in rows)
+    (tmp_path / "a.csv").write_bytes(f"text,label\r\n{lines}".encode())
+    assert read_rows(tmp_path / "a.csv") == rows
+
+
+def test_what_pyarrow_cannot_do_is_one_line_too(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"t": pyarrow.array([2**40], pyarrow.timestamp("s"))}), path)
+    with pytest.raises(DataError, match="this is no parquet file: date value out of range"):
+        read_rows(path)
+    parquet.write_table(pyarrow.table({"t": ["x" * 2**20] * 100}), path)  # a dictionary of one entry
+    with pytest.raises(DataError, match="this is no parquet file: it unfolds to more than"):
+        read_rows(path)
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

@@ -93,5 +93,7 @@ def test_the_range_test_runs_on_a_recipe_and_stops_at_divergence(tmp_path: Path)
     found = range_test(parse_config(tiny.text_run(tmp_path)), low=1e10, high=1e38, steps=40)
     assert len(found.losses) == len(found.rates) < 40 and found.diverged is not None
     assert found.rates[0] == pytest.approx(1e10) and found.current == 1e-2
+    with pytest.raises(OptionError, match="from 0 to"):
+        range_test(parse_config(tiny.text_run(tmp_path)), low=0.0)
     with pytest.raises(OptionError, match="low below high"):
         range_test(parse_config(tiny.text_run(tmp_path)), low=1.0, high=0.1)

@@ -10,6 +10,7 @@ import yaml
 
 from spectune.errors import OptionError
 from spectune.recipes import RECIPES, commented_yaml, load_config, parse_config
+from spectune.recipes.run_config import DataSection
 from spectune.recipes.yaml_file import read_yaml
 
 GOOD: dict[str, Any] = {
@@ -128,3 +129,12 @@ def test_what_the_yaml_reader_trips_over_is_one_line(tmp_path: Path, line: str) 
 def test_many_keys_are_read_in_no_time_that_grows_with_their_square(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("".join(f"k{i}: 1\n" for i in range(20_000)))
     assert len(read_yaml(tmp_path / "run.yaml")) == 20_000
+
+
+def test_a_split_of_the_hub_stays_a_name_also_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert DataSection.model_validate({"hub": "openai/gsm8k", "train": "train"}).train == "train"
+    assert DataSection.model_validate({"train": "train"}).train == str(tmp_path / "train")

@@ -21,7 +21,7 @@ from spectune.recipes.general_text import general_loss
 from spectune.recipes.method_comparison import as_method_comparison, write_method_comparison
 from spectune.recipes.sweep import GeneralText, cell
 from spectune.recipes.sweep_choice import chosen_rate, rate_beyond
-from spectune.recipes.sweep_process import Workers, last_words
+from spectune.recipes.sweep_process import Workers, last_words, plain_ctrl_c
 from spectune.recipes.sweep_record import read_record
 from tests.recipes import tiny
 from tests.recipes.sweeps import in_this_process, record, text_sweep
@@ -43,6 +43,8 @@ def plain_sweep(**more: Any) -> dict[str, Any]:
     ("wrong", "line"),
     [
         ({"seeds": [1, 1]}, "a seed stands twice"),
+        ({"methods": {"a": GRID | {"learning_rates": [1e-3, 0.001]}}}, "a rate stands twice"),
+        ({"forgetting": {"split": "test"}}, "forgetting: give file or hub, one of them"),
         ({"methodes": {}}, "methodes: unknown key. Did you mean 'methods'?"),
         ({"methods": {"../a": GRID}}, "'../a' names a folder"),
         ({"tasks": {"t": {"training": {"learning_rate": 1e-3}}}}, "t, a: training.learning_rate is given by methods"),
@@ -113,8 +115,11 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     more = run_sweep(sweep, out, provenance=origin, on_run=lambda *said: again.append(said[2]))
     assert set(again) == {"task--bad--0.001--0"} and more[:5] == found[:5]  # only what failed is tried again
     asked["run"]["training"]["steps"] = 3
-    with pytest.raises(OutputError, match="this run was told otherwise before"):
+    with pytest.raises(OutputError, match="told otherwise before: training.steps was 2, is 3. Give the same"):
         run_sweep(parse_sweep(asked), out, provenance={})
+    asked["run"]["training"]["steps"] = 2
+    asked["methods"]["bad"]["adapter"]["target_modules"] = ["query"]  # what failed may be put right
+    assert all(r.ok for r in run_sweep(parse_sweep(asked), out, provenance=origin))
 
     summary = summarise(sweep, found)
     assert [row["method"] for row in summary["rows"]] == ["spectral_a", "full", "bad"]
@@ -230,7 +235,11 @@ def test_forgetting_is_the_rise_of_the_loss_on_general_text(tmp_path: Path, monk
     assert len(bases) == 1 and found[0].general_loss != found[1].general_loss
     assert found[0].forgetting == pytest.approx(found[0].general_loss - bases.pop())  # type: ignore[operator]
     summary = summarise(parse_sweep(asked), found)
-    assert summary["metric"] == "loss" and summary["smaller_is_better"] and "forgetting" in to_markdown(summary)
+    assert (
+        summary["metric"] == "loss"
+        and summary["smaller_is_better"] == {"task": True}
+        and "forgetting" in to_markdown(summary)
+    )
 
 
 def test_general_loss_of_a_model_that_knows_nothing_is_the_log_of_its_words(tmp_path: Path) -> None:
@@ -247,6 +256,70 @@ def test_general_loss_of_a_model_that_knows_nothing_is_the_log_of_its_words(tmp_
     (tmp_path / "general.txt").write_text("")
     with pytest.raises(DataError, match="asked for general text, found 0 tokens"):
         general_loss(model, tiny.tokenizer(), asked)
+
+
+def test_every_rate_that_was_tried_stays_in_the_curve() -> None:
+    sweep = parse_sweep(plain_sweep() | {"tuning_seeds": 1})
+    tried = [record(rate=rate, validation=v) for rate, v in ((1e-3, 0.5), (1e-2, 0.6), (1e-1, 0.4))]
+    (row,) = summarise(sweep, [*tried, record(rate=1e-2, seed=1, validation=0.1)])["rows"]
+    assert row["validation_by_rate"] == [[1e-3, 0.5], [1e-2, 0.6], [1e-1, 0.4]]
+    assert row["rate"] == 1e-2 and row["seeds"] == 2 and not row["at_edge"]
+
+
+def test_losses_and_accuracies_have_no_mean_and_each_its_own_order() -> None:
+    sweep = parse_sweep(plain_sweep() | {"tasks": {"words": {}, "labels": {}}})
+    loss = {split: {"wikitext/word_perplexity,none": 9.0} for split in ("validation", "test")}
+    summary = summarise(sweep, [replace(record(task="words"), metrics=loss), record(task="labels")])
+    assert summary["smaller_is_better"] == {"words": True, "labels": False} and summary["averages"] == []
+
+
+def test_forgetting_is_refused_before_anything_runs_where_it_cannot_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    for file, line in (("a.txt", "it is measured for language models, not for text_classification"),):
+        asked = text_sweep(tmp_path, forgetting={"file": str(tmp_path / file)})
+        with pytest.raises(OptionError, match=line):
+            run_sweep(parse_sweep(asked), tmp_path / "out", provenance={})
+    asked = text_sweep(tmp_path, forgetting={"file": str(tmp_path / "b.txt")})
+    run = tiny.lm_run(tmp_path, data={"validation": tiny.sums(tmp_path / "v.jsonl", 4)})
+    del run["adapter"], run["training"]["learning_rate"]
+    with pytest.raises(DataError, match="b.txt: asked for general text, found no file"):
+        run_sweep(parse_sweep(asked | {"run": run}), tmp_path / "out", provenance={})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_libraries_print_is_no_step() -> None:
+    words = """
+import os
+from spectune.recipes.sweep_worker import _own_stdout, _telling
+tell = _telling(_own_stdout())
+os.system("echo '[1/2] nvcc kernel.cu'")
+print("[a library]", flush=True)
+tell(1, 2, 0.5), tell(2, 2, float("nan"))
+"""
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[1, 2, 0.5], [2, 2, None]]
+    assert "[1/2] nvcc" in done.stderr and "[a library]" in done.stderr
+
+
+def test_ctrl_c_comes_once_while_a_sweep_runs() -> None:
+    """The command line raises a second one after some seconds, which here would end the runs without a checkpoint."""
+
+    def again(number: int, frame: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGINT, again)
+    try:
+        with plain_ctrl_c():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGINT) is again
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with plain_ctrl_c():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_summary_is_of_the_chosen_rate_alone() -> None:
@@ -271,7 +344,7 @@ def test_each_task_is_told_in_its_own_metric() -> None:
     runs = [record(task="sst2"), replace(record(task="stsb"), metrics=pearson)]
     summary = summarise(sweep, runs)
     assert summary["task_metrics"] == {"sst2": "accuracy", "stsb": "pearson"}
-    assert summary["metric"] == "accuracy or pearson" and not summary["smaller_is_better"]
+    assert summary["metric"] == "accuracy or pearson" and not any(summary["smaller_is_better"].values())
     told = to_markdown(summary)
     assert "test accuracy" in told.split("## stsb")[0] and "test pearson" in told.split("## stsb")[1]
 

@@ -14,15 +14,19 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="evaluation.key=value, as 'evaluation.lm_eval={tasks: [gsm8k]}'.")
     ] = None,
+    base: Annotated[bool, typer.Option("--base", help="Of the model before tuning: what the run began with.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
-    """Load a run's adapter on its base and print the metrics on the held-out examples. Writes nothing."""
+    """Load a run's adapter on its base and print the metrics on the held-out examples. Writes nothing.
+
+    With --base the adapter is left out, and a new head is as the run's seed made it.
+    """
     from rich.console import Console
 
-    from ..recipes import load_run, measure
+    from ..recipes import load_base, load_run, measure
     from .run_page import print_metrics
 
-    recipe, model = load_run(run_dir, overrides or [])
+    recipe, model = (load_base if base else load_run)(run_dir, overrides or [])
     found = measure(recipe, model)
     if as_json:
         print(json.dumps(found, indent=2))

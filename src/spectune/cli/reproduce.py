@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,8 +32,9 @@ def reproduce(
     """Run a published experiment and name every deviation. The same command goes on where it was stopped."""
     from rich.console import Console
 
+    from ..errors import OptionError
     from ..recipes import load_experiment, prepare
-    from .comparison_files import print_comparison, run_under_bar, write_files
+    from .comparison_files import run_under_bar, write_files
 
     if name is None:
         _list(as_json)
@@ -40,6 +42,8 @@ def reproduce(
     experiment, console = load_experiment(name), Console(stderr=True, quiet=as_json)
     folder = output or Path("reproductions", f"{name}-small" if small else name)
     if experiment.compute is not None:
+        if overrides or data is not None:
+            raise OptionError(f"{name}: it is computed, nothing is trained, and takes neither key=value nor --data.")
         _compute(experiment, folder, as_json, console)
         return
     ready = prepare(
@@ -49,12 +53,20 @@ def reproduce(
     summary = write_files(ready.sweep, records, folder, console, ready.published)
     if as_json:
         print(json.dumps(summary, indent=2))
-        return
+    else:
+        _tell(ready.published, summary, folder, console)
+    if records and not any(record.ok for record in records):
+        raise SystemExit(1)
+
+
+def _tell(published: Mapping[str, Any], summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+    from .comparison_files import print_comparison
+
     print_comparison(summary, folder, console)
-    for method, figures in ready.published["rows"].items():
+    for method, figures in published["rows"].items():
         said = ", ".join(f"{task} {value:g}" for task, value in figures.items())
         console.print(f"published {method}: {said}", markup=False, soft_wrap=True)
-    for sentence in ready.published["deviations"]:
+    for sentence in published["deviations"]:
         console.print(f"deviation: {sentence}", markup=False, soft_wrap=True)
 
 

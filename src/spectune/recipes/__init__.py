@@ -24,8 +24,9 @@ from .rates import method_of as method_of
 from .recipe import Answered as Answered
 from .recipe import Recipe as Recipe
 from .run_config import RunConfig as RunConfig
-from .runs import RunResult as RunResult
+from .run_result import RunResult as RunResult
 from .runs import Trained as Trained
+from .runs import load_base as load_base
 from .runs import load_run as load_run
 from .runs import measure as measure
 from .runs import run as run

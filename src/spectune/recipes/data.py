@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import random
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ from ..errors import DataError, MissingExtraError, nearest
 from .run_config import SPLITS, DataSection
 
 Row = dict[str, Any]
+# A small file may unfold to gigabytes. Deflate writes at most 1,032 equal bytes as one, text comes to 3 to 30, rows
+# that repeat a prompt to about 100: what lies above is no data. Small files may unfold to 16 MiB at least. Chosen.
+MOST_UNFOLDING, FREE_BYTES = 200, 2**24
+# How much is unpacked before it is counted again. Chosen.
+PIECE_BYTES, PIECE_ROWS = 2**20, 1_000
 
 
 def load_splits(data: DataSection, seed: int) -> dict[str, list[Row]]:
@@ -72,7 +79,7 @@ def read_rows(path: str | Path) -> list[Row]:
         raise DataError(f"{path}: rows are not read from .{ending} files. There are: {', '.join(readers)}.")
     try:
         rows = readers[ending](path)
-    except (ValueError, OSError, csv.Error, EOFError) as error:
+    except (ValueError, OSError, csv.Error, EOFError, zlib.error, RecursionError) as error:
         raise DataError(f"{path}: this is no {ending} file: {' '.join(str(error).split())}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: every row must have named columns.")
@@ -80,12 +87,31 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def _text(path: Path) -> str:
-    data = path.read_bytes()
-    return (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8")
+    if not path.name.endswith(".gz"):
+        return path.read_bytes().decode("utf-8")
+    pieces, size, most = [], 0, _most_bytes(path)
+    with gzip.open(path) as file:
+        while piece := file.read(PIECE_BYTES):
+            pieces.append(piece)
+            size += len(piece)
+            _refuse_bomb(size, most)
+    return b"".join(pieces).decode("utf-8")
+
+
+def _most_bytes(path: Path) -> int:
+    return max(FREE_BYTES, MOST_UNFOLDING * path.stat().st_size)
+
+
+def _refuse_bomb(size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(
+            f"it unfolds to more than {most:,} bytes ({MOST_UNFOLDING} times its size are read, at least "
+            f"{FREE_BYTES:,}). Check it, or pass it unpacked"
+        )
 
 
 def _csv(path: Path, delimiter: str = ",") -> list[Row]:
-    rows = list(csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True))
+    rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True))
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise ValueError(f"row {number} has another number of columns than the first")
@@ -114,7 +140,16 @@ def _parquet(path: Path) -> list[Row]:
         raise MissingExtraError(
             f"{path}: pyarrow, which reads it, is not installed. pip install 'spectune[train]'"
         ) from None
-    rows: list[Row] = parquet.read_table(path).to_pylist()
+    rows: list[Row] = []
+    size, most = 0, _most_bytes(path)
+    try:
+        with parquet.ParquetFile(path) as file:
+            for piece in file.iter_batches(PIECE_ROWS):
+                size += piece.nbytes
+                _refuse_bomb(size, most)
+                rows += piece.to_pylist()
+    except Exception as error:  # a parser of its own: what it raises is of every kind, OverflowError for a date
+        raise ValueError(str(error) or type(error).__name__) from error
     return rows
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import PEFT_PREFIX
 from ..errors import AdapterError, ExportError, MissingExtraError, OptionError
 from ..export import LoraExport, export_lora
 from ..methods import METHODS, spectral_modules
@@ -88,9 +89,7 @@ class Demo:
     def lora_numbers(self) -> int:
         """How many numbers the two factors of the exported LoRA hold."""
         layers = {name: module for name, _, module in spectral_modules(self.outcome.model)}
-        sides = {
-            name.removeprefix("base_model.model."): sum(module.spectrum.shape[:2]) for name, module in layers.items()
-        }
+        sides = {name.removeprefix(PEFT_PREFIX): sum(module.spectrum.shape[:2]) for name, module in layers.items()}
         return sum(rank * sides[name] for name, rank in self.export.ranks.items())
 
     @property

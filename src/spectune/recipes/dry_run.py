@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import PEFT_PREFIX
 from .rates import said
 from .recipe import Recipe, Shown
 from .run_config import RunConfig
@@ -62,7 +63,7 @@ def dry_run(config: RunConfig) -> DryRun:
         recipe.validation_split()
     model, plan = build(recipe)
     layers = [
-        (name.removeprefix("base_model.model."), list(layer.base_layer.weight.shape))
+        (name.removeprefix(PEFT_PREFIX), list(layer.base_layer.weight.shape))
         for name, layer in model.named_modules()
         if isinstance(getattr(layer, "base_layer", None), nn.Module) and hasattr(layer.base_layer, "weight")
     ]

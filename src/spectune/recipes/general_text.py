@@ -42,8 +42,6 @@ def general_loss(model: nn.Module, tokenizer: Any, asked: GeneralText) -> float:
 
 def read_text(asked: GeneralText) -> str:
     """Get the text, rows joined by empty lines."""
-    if (asked.file is None) == (asked.hub is None):
-        raise DataError("forgetting: give file or hub, one of them.")
     if asked.hub is not None:
         found = hub_split(DataSection.model_validate({"hub": asked.hub, "hub_config": asked.hub_config}), asked.split)
         return "\n\n".join(str(row["text"]) for row in found)

@@ -64,7 +64,7 @@ def range_test(
     and a sweep on validation data is the better judge.
     """
     current = learning_rate(config)
-    low, high = low or current / REACH, high or current * REACH
+    low, high = current / REACH if low is None else low, current * REACH if high is None else high
     if not 0 < low < high or steps < 10:
         raise OptionError(f"lr: asked for {steps} steps from {low:g} to {high:g}. Give 10 or more, and low below high.")
     quiet_libraries()

@@ -37,15 +37,24 @@ class DataSection(Section):
 
     hub: str | None = Field(None, description="Data set on the hub; train, validation, test then name its splits.")
     hub_config: str | None = Field(None, description="Configuration of the hub data set.")
-    train: PathOrName | None = Field(None, description="File to learn from.")
-    validation: PathOrName | None = Field(None, description="File to choose settings on.")
-    test: PathOrName | None = Field(None, description="File for the final figures; look at it once.")
+    train: str | None = Field(None, description="File to learn from.")
+    validation: str | None = Field(None, description="File to choose settings on.")
+    test: str | None = Field(None, description="File for the final figures; look at it once.")
     validation_share: float | None = Field(
         None, gt=0, lt=1, description="Hold out this share of train as validation (by the seed)."
     )
     limit: dict[Split, Annotated[int, Field(gt=0)]] = Field(
         default_factory=dict, description="Use only so many examples of a split, drawn by the seed."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absolute(cls, values: Any) -> Any:
+        """Files become absolute paths; splits of the hub are names, also where a file or folder bears the same one."""
+        if not isinstance(values, dict) or values.get("hub"):
+            return values
+        paths = {name: absolute_if_there(values[name]) for name in SPLITS if isinstance(values.get(name), str)}
+        return values | paths
 
     @model_validator(mode="after")
     def _one_validation(self) -> DataSection:

@@ -7,12 +7,10 @@ model/        instead of adapter/, with adapter: none    .lock         empty; he
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import nn
 from transformers import set_seed
 
 from ..checkpoint import fresh_folder, hold_folder, write_atomically
-from ..errors import AdapterError, DataError, OptionError, OutputError
+from ..errors import AdapterError, OptionError, OutputError
 from ..methods import spectral_modules
 from ..tuner import attach, build_adapter_config, load_attached
 from .checkpoints import (
@@ -38,11 +36,12 @@ from .processes import join, on_main
 from .rates import head_learning_rate, learning_rate
 from .recipe import Recipe
 from .run_config import RunConfig
+from .run_result import RESULT_FILE, RunResult
 from .table import load_config, recipe_class
 from .trainer import OnStep, Plan, Watch, quiet_libraries
 from .yaml_file import write_yaml
 
-CONFIG_FILE, RESULT_FILE = "run.yaml", "result.json"
+CONFIG_FILE = "run.yaml"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 # Processes that read data ask every five seconds whether the run that began them still lives (torch's
 # MP_STATUS_CHECK_INTERVAL), and hold its lock until then.
@@ -51,63 +50,6 @@ WORKERS_LINGER = 10.0
 HARMLESS = ("save_every", "keep_checkpoints", "report_to", "validate_every", "workers")
 # What may differ as long as their product with the number of processes stays: a run moves to other machines so.
 STEP_PARTS = ("batch_size", "gradient_accumulation")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run found out; `result.json` holds it."""
-
-    config: dict[str, Any]
-    """The configuration, defaults included."""
-    metrics: dict[str, dict[str, float]]
-    """Split (validation, test; lm_eval for its tasks) -> metric -> figure. Empty without held-out examples."""
-    losses: list[float]
-    """One for each optimizer step."""
-    learning_rate: float
-    trainable: int
-    """Numbers of the adapter (or of the whole model), without the head."""
-    head: int
-    """Numbers of a new head and other modules_to_save, trained in full by every method."""
-    total: int
-    """Numbers of the model without the adapter."""
-    step_seconds: float | None
-    """Median time of an optimizer step; None where no step was left to do."""
-    peak_bytes: int | None
-    """Most memory that was in use: of the accelerator, else of the whole process since it started."""
-    device: str
-    file_bytes: int
-    """Size of the saved tensors, head included."""
-    folder: str = ""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that were done."""
-        return len(self.losses)
-
-    def to_json(self) -> str:
-        """Get the text of `result.json`; NaN and infinity as words, which `float` reads."""
-        values = asdict(self) | {"losses": [v if math.isfinite(v) else str(v) for v in self.losses]}
-        values["metrics"] = {
-            split: {name: v if math.isfinite(v) else str(v) for name, v in figures.items()}
-            for split, figures in self.metrics.items()
-        }
-        return json.dumps(values, indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def read(cls, folder: str | Path) -> RunResult:
-        """Get the result of a finished run from its folder; `DataError` for one that is not finished or not whole."""
-        path = Path(folder, RESULT_FILE)
-        if not path.is_file():
-            raise DataError(f"{folder}: asked for a finished run, found no {RESULT_FILE}. Continue it with --resume.")
-        try:
-            values = json.loads(path.read_text("utf-8"))
-            values["losses"] = [float(value) for value in values["losses"]]
-            values["metrics"] = {s: {n: float(v) for n, v in f.items()} for s, f in values["metrics"].items()}
-            return cls(**(values | {"folder": str(Path(folder).resolve())}))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}: this is no result of a run ({error}). Delete it and continue with --resume."
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -152,7 +94,9 @@ def _train(config: RunConfig, folder: Path, on_step: OnStep | None, processes: A
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     watch, last = Watch(on_step), next(iter(reversed(checkpoints(folder / CHECKPOINTS))), None)
-    watch.losses = [float(entry["loss"]) for entry in history(last) if "loss" in entry] if last else []
+    told = history(last) if last else []
+    watch.losses = [float(entry["loss"]) for entry in told if "loss" in entry]
+    watch.validation = [(entry["step"], float(entry["eval_loss"])) for entry in told if "eval_loss" in entry]
     with stop_on_signal() as request:
         trainer = recipe.trainer(model, plan, folder / CHECKPOINTS, [watch, StopWhenAsked(request)])
         _fit(trainer, last)
@@ -165,6 +109,7 @@ def _train(config: RunConfig, folder: Path, on_step: OnStep | None, processes: A
         config=config.plain(),
         metrics=metrics,
         losses=watch.losses,
+        validation_losses=watch.validation,
         learning_rate=learning_rate(config),
         **counts,
         step_seconds=watch.step_seconds,
@@ -248,14 +193,8 @@ def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe,
     `overrides` may change what is evaluated (`evaluation.x=…`), nothing else.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise AdapterError(f"{folder}: asked for a run's folder, found no {CONFIG_FILE} in it. Check the path.")
-    for override in overrides:
-        if not override.startswith("evaluation."):
-            raise OptionError(f"{override!r}: a finished run can only be told evaluation.key=value.")
-    quiet_libraries()
-    config = load_config(folder / CONFIG_FILE, overrides)
-    recipe = recipe_class(config.recipe)(config)
+    recipe = _told_recipe(folder, overrides)
+    config = recipe.config
     tuned = folder / (MODEL if config.adapter_options is None else ADAPTER)
     if not tuned.is_dir():
         raise AdapterError(f"{folder}: the run is not finished, {tuned.name}/ is missing. Continue it with --resume.")
@@ -264,8 +203,32 @@ def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe,
         model = recipe.build_model(tuned)
     else:
         model = load_attached(recipe.build_model(), tuned)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return recipe, model.to(device).eval()
+    return recipe, _ready(model)
+
+
+def load_base(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, nn.Module]:
+    """Get the recipe of a run's folder and the model that the run began with, ready to evaluate: what was before.
+
+    A new head has the random numbers that the run's seed gave it. `overrides` as for `load_run`.
+    """
+    recipe = _told_recipe(Path(folder), overrides)
+    set_seed(recipe.config.seed)
+    return recipe, _ready(recipe.build_model())
+
+
+def _told_recipe(folder: Path, overrides: Iterable[str]) -> Recipe:
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{folder}: asked for a run's folder, found no {CONFIG_FILE} in it. Check the path.")
+    for override in overrides:
+        if not override.startswith("evaluation."):
+            raise OptionError(f"{override!r}: a finished run can only be told evaluation.key=value.")
+    quiet_libraries()
+    config = load_config(folder / CONFIG_FILE, overrides)
+    return recipe_class(config.recipe)(config)
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _save(recipe: Recipe, trainer: Any, folder: Path) -> int:
@@ -346,7 +309,7 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
     for values in (before, now):
         for name in (*HARMLESS, *(() if examples is None else STEP_PARTS)):
             values["training"].pop(name)
-    different = sorted(_differences(before, now))
+    different = sorted(differences(before, now))
     if different:
         raise OutputError(
             f"{folder}: asked to continue, but the run in it was told otherwise: {', '.join(different[:3])}. "
@@ -362,10 +325,9 @@ def _refuse_other_run(config: RunConfig, folder: Path) -> None:
         )
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Get a line for each key whose value in two configurations differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
-        return [
-            line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
-        ]
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
     return [] if before == now else [f"{name} was {before!r}, is {now!r}"]

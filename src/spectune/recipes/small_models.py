@@ -19,7 +19,8 @@ from ..checkpoint import write_atomically
 from ..errors import MissingExtraError
 from .demo import base_folder
 from .languages import LANGUAGES, load_languages
-from .runs import MODEL, RESULT_FILE, run
+from .run_result import RESULT_FILE
+from .runs import MODEL, run
 from .table import parse_config
 
 # Digits that the vision transformer learns first, and those that are new to it afterwards. Chosen.

@@ -17,8 +17,8 @@ from .yaml_file import read_yaml
 
 # Names become folders.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-# Metrics of which less is better.
-SMALLER_IS_BETTER = ("loss", "perplexity")
+# Metrics of which less is better, also as a part of lm-eval's names (word_perplexity, bits_per_byte).
+SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
 class Method(Section):
@@ -27,6 +27,13 @@ class Method(Section):
     adapter: dict[str, Any] | Literal["none"] = Field(description="As in a run: method, peft_type, or none.")
     learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="The grid.")
     over: dict[str, Any] = Field(default_factory=dict, description="Goes over the base run for this method alone.")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _once(cls, values: list[float]) -> list[float]:
+        if len({f"{value:g}" for value in values}) < len(values):
+            raise ValueError("a rate stands twice")
+        return values
 
 
 class GeneralText(Section):
@@ -42,6 +49,8 @@ class GeneralText(Section):
     def _hub(self) -> GeneralText:
         if self.hub_config is not None and self.hub is None:
             raise ValueError("hub_config needs hub")
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("give file or hub, one of them")
         return self
 
 
@@ -145,9 +154,10 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_splits(sweep: SweepConfig) -> None:
     """Refuse a sweep that lacks the examples to choose a rate on, or to report, before anything is trained."""
-    method = next(iter(sweep.methods))
+    method, kinds = next(iter(sweep.methods)), set[str]()
     for task in sweep.tasks:
         config = cell(sweep, task, method, sweep.methods[method].learning_rates[0], sweep.seeds[0]).config
+        kinds.add(config.recipe)
         splits = recipe_class(config.recipe)(config).splits
         for split, use in (("validation", "to choose learning rates on"), ("test", "to report")):
             if split not in splits:
@@ -155,6 +165,10 @@ def require_splits(sweep: SweepConfig) -> None:
                     f"{task}: asked for {split} examples {use}, found {', '.join(splits)}. Give data.{split}"
                     f"{' or data.validation_share' if split == 'validation' else ''}."
                 )
+    if sweep.forgetting is not None and "causal_lm" not in kinds:
+        raise OptionError(f"forgetting: it is measured for language models, not for {', '.join(kinds)}. Leave it out.")
+    if sweep.forgetting is not None and sweep.forgetting.file is not None and not Path(sweep.forgetting.file).is_file():
+        raise DataError(f"forgetting: {sweep.forgetting.file}: asked for general text, found no file. Check the path.")
 
 
 def metric_of(figures: Mapping[str, Mapping[str, float]], splits: Sequence[str], name: str | None) -> tuple[str, float]:
@@ -171,4 +185,4 @@ def metric_of(figures: Mapping[str, Mapping[str, float]], splits: Sequence[str],
 
 def better_is_smaller(metric: str) -> bool:
     """Ask whether less of a metric is better."""
-    return metric in SMALLER_IS_BETTER
+    return metric.rpartition("/")[2].split(",")[0].endswith(SMALLER_IS_BETTER)

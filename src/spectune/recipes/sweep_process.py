@@ -81,16 +81,24 @@ class Workers:
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let schedulers stop a sweep as people do; signals are the main thread's, elsewhere nothing changes."""
+def plain_ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, once for each: runs may take long to save their checkpoints.
+
+    Elsewhere the command line raises a second one by itself. Signals are the main thread's; where Ctrl-C is ignored (a
+    shell's background job) it stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for kind, handler in before.items():
+            if kind is signal.SIGTERM or handler is not signal.SIG_IGN:
+                signal.signal(kind, signal.default_int_handler)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _cores() -> int:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any, Protocol
 from ..checkpoint import hold_folder, write_atomically
 from ..errors import OutputError
 from .rates import method_of
-from .runs import ADAPTER, CHECKPOINTS, MODEL, RESULT_FILE, RunResult
+from .run_result import RESULT_FILE, RunResult
+from .runs import ADAPTER, CHECKPOINTS, MODEL, differences
 from .sweep import Cell, SweepConfig, cells, require_splits
 from .sweep_choice import chosen_rate, rate_beyond
-from .sweep_process import OnStep, Workers, last_words, sigterm_as_ctrl_c
+from .sweep_process import OnStep, Workers, last_words, plain_ctrl_c
 from .sweep_record import SweepRecord, read_record
 
 RECORDS, RUNS, ASKED = "records", "runs", "sweep.json"
@@ -43,10 +45,11 @@ def run_sweep(
 ) -> list[SweepRecord]:
     """Get the record of every run; what was finished before is read, a failed run is tried once more.
 
-    `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time, each with its
-    share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from their threads. `OutputError` where the
-    folder holds the same runs told otherwise, `DataError` where a task has no validation or test examples;
-    KeyboardInterrupt after Ctrl-C, when the runs at work have saved their checkpoints: call it again and it goes on.
+    `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time (at most one of
+    each method on each task), each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from
+    their threads. `OutputError` where the folder holds the same runs told otherwise, `DataError` where a task has no
+    validation or test examples; KeyboardInterrupt after Ctrl-C, when the runs at work have saved their checkpoints:
+    call it again and it goes on.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -57,16 +60,18 @@ def run_sweep(
         (folder / RUNS).mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
-    with hold_folder(folder), sigterm_as_ctrl_c():
+    with hold_folder(folder), plain_ctrl_c():
         write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
-        return _run_all(_Running(sweep, folder, provenance, on_run, jobs))
+        # The runs of one method on one task wait for each other: its rates decide what comes next.
+        lines = len(sweep.tasks) * len(sweep.methods)
+        return _run_all(_Running(sweep, folder, provenance, on_run, min(jobs, lines)))
 
 
 def _run_all(running: _Running) -> list[SweepRecord]:
     sweep, workers = running.sweep, running.workers
     with ThreadPoolExecutor(running.jobs) as pool:
-        waiting = [pool.submit(running.line, task, method) for task in sweep.tasks for method in sweep.methods]
         try:
+            waiting = [pool.submit(running.line, task, method) for task in sweep.tasks for method in sweep.methods]
             for done in as_completed(waiting):
                 done.result()
         except BaseException:
@@ -122,10 +127,13 @@ class _Running:
     def _old(self, cell: Cell) -> SweepRecord | None:
         path = self.folder / RECORDS / f"{cell.name}.json"
         old = read_record(path) if path.is_file() else None
-        if old is not None and old.config != cell.config.plain():
+        if old is not None and not old.ok and old.config != cell.config.plain():
+            shutil.rmtree(self.folder / RUNS / cell.name, ignore_errors=True)  # what was wrong was put right
+        elif old is not None and old.config != cell.config.plain():
+            different = ", ".join(differences(old.config, cell.config.plain())[:3])
             raise OutputError(
-                f"{path}: asked to continue, but this run was told otherwise before. Give the same sweep, or choose "
-                f"another folder."
+                f"{path}: asked to continue, but this run was told otherwise before: {different}. Give the same sweep, "
+                f"or choose another folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
         return old if old is not None and old.ok and not lacks else None
@@ -149,8 +157,8 @@ class _Running:
 
     def _work(self, cell: Cell, run_folder: Path, on_step: OnStep) -> dict[str, Any]:
         asked = self.sweep.forgetting
-        # The base model's loss is the same for every method and seed of a task.
-        known = [r.general_loss_base for r in self.found if r.task == cell.task and r.general_loss_base is not None]
+        # The base model's loss is the same for every run that begins with the same model.
+        known = [r.general_loss_base for r in self.found if r.general_loss_base is not None and _same_base(r, cell)]
         job, answer, log = (run_folder.with_name(f"{cell.name}.{end}") for end in ("job", "answer", "log"))
         told = {
             "config": cell.config.plain(),
@@ -201,8 +209,18 @@ def _finished(
     )
 
 
+def _same_base(record: SweepRecord, cell: Cell) -> bool:
+    now = cell.config.plain()
+    return all(record.config.get(name) == now[name] for name in ("model", "revision", "dtype", "data"))
+
+
 def _tidy(run_folder: Path, keep: str) -> None:
-    """Delete what is not to stay; the figures stand in the record."""
-    goes = {"nothing": (CHECKPOINTS, MODEL, ADAPTER), "adapters": (CHECKPOINTS, MODEL), "everything": ()}[keep]
+    """Delete what is not to stay; the figures stand in the record, and what trackers wrote is theirs."""
+    goes = {"nothing": (MODEL, ADAPTER), "adapters": (MODEL,), "everything": ()}[keep]
     for name in goes:
         shutil.rmtree(run_folder / name, ignore_errors=True)
+    if keep != "everything":
+        for checkpoint in (run_folder / CHECKPOINTS).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with suppress(OSError):  # not empty where a tracker writes into it
+            (run_folder / CHECKPOINTS).rmdir()

@@ -33,14 +33,18 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, A
         "chosen_by": chosen_by,
         "task_metrics": reported,
         "task_chosen_by": chosen,
-        "smaller_is_better": all(map(better_is_smaller, reported.values())),
+        "smaller_is_better": {task: better_is_smaller(name) for task, name in reported.items()},
+        "smaller_is_chosen": {task: better_is_smaller(name) for task, name in chosen.items()},
         "seeds": list(sweep.seeds),
         "tuning_seeds": len(sweep.seeds[: sweep.tuning_seeds]),
         "grids": {name: list(method.learning_rates) for name, method in sweep.methods.items()},
         "tasks": list(sweep.tasks),
         "methods": list(sweep.methods),
         "rows": rows,
-        "averages": averages(rows, list(sweep.methods)) if len(sweep.tasks) > 1 else [],
+        # A mean of losses and accuracies would say nothing.
+        "averages": averages(rows, list(sweep.methods))
+        if len(sweep.tasks) > 1 and len({better_is_smaller(name) for name in reported.values()}) == 1
+        else [],
         "failed": [
             {"run": f"{r.task}--{r.method}--{r.rate:g}--{r.seed}", "error": r.error} for r in records if not r.ok
         ],
@@ -65,10 +69,11 @@ def task_metrics(
 def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: str) -> dict[str, Any]:
     """Get what one method did on one task, at the rate that validation chose; figures None where every run failed."""
     mine = [r for r in records if (r.task, r.method) == (task, method)]
-    rate = chosen_rate(mine, sweep.metric)
+    tuning = [r for r in mine if r.seed in sweep.seeds[: sweep.tuning_seeds]]
+    rate = chosen_rate(tuning, sweep.metric)
     at = [r for r in mine if r.ok and r.rate == rate]
     tests = [metric_of(r.metrics, REPORTED, sweep.report or sweep.metric)[1] for r in at]
-    means = validation_means(mine, sweep.metric)
+    means = validation_means(tuning, sweep.metric)
     grid = sorted({*sweep.methods[method].learning_rates, *(r.rate for r in mine)})
     forgot = [r.forgetting for r in at if r.forgetting is not None]
     return {

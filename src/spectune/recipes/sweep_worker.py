@@ -9,6 +9,7 @@ closes: so it never outlives the sweep.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -16,24 +17,26 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..checkpoint import write_atomically
-from ..errors import OptionError, SpectuneError
+from ..errors import SpectuneError
 from .general_text import general_loss
 from .recipe import Recipe
-from .runs import RESULT_FILE, RunResult, load_run, train_run
+from .run_result import RESULT_FILE, RunResult
+from .runs import load_run, train_run
 from .sweep import GeneralText
 from .table import parse_config
+from .trainer import OnStep
 
 FAILED, INTERRUPTED = 1, 130
 
 
-def main(job: dict[str, Any]) -> int:
+def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
     """Train, measure, write the answer; get the exit status."""
     started = time.perf_counter()
     try:
-        answer = work(job)
+        answer = work(job, on_step)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SpectuneError as error:
@@ -44,18 +47,16 @@ def main(job: dict[str, Any]) -> int:
     return FAILED if "error" in answer else 0
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
+def work(job: dict[str, Any], on_step: OnStep | None = None) -> dict[str, Any]:
     """Get the run's loss on general text and the base model's; trains what is not trained yet."""
     config, folder = parse_config(job["config"]), Path(job["folder"])
     recipe: Recipe | None = None
     model: Any = None
     if not (folder / RESULT_FILE).is_file():
-        trained = train_run(config, folder, resume=True, on_step=_tell)
+        trained = train_run(config, folder, resume=True, on_step=on_step)
         recipe, model = trained.recipe, trained.model
-    if job["forgetting"] is None:
+    if job["forgetting"] is None or config.recipe != "causal_lm":
         return {}
-    if config.recipe != "causal_lm":
-        raise OptionError(f"forgetting: it is measured for language models, not for {config.recipe}. Leave it out.")
     RunResult.read(folder)
     if recipe is None:
         recipe, model = load_run(folder)
@@ -67,9 +68,19 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return {"general_loss": after, "general_loss_base": base}
 
 
-def _tell(step: int, steps: int, loss: float) -> None:
-    with suppress(BrokenPipeError):  # the sweep was killed; stdin says so too, and a checkpoint is saved
-        print(json.dumps([step, steps, loss if loss == loss and abs(loss) != float("inf") else None]), flush=True)
+def _telling(steps_told: TextIO) -> OnStep:
+    def tell(step: int, steps: int, loss: float) -> None:
+        with suppress(BrokenPipeError):  # the sweep was killed; stdin says so too, and a checkpoint is saved
+            print(json.dumps([step, steps, loss if math.isfinite(loss) else None]), file=steps_told, flush=True)
+
+    return tell
+
+
+def _own_stdout() -> TextIO:
+    """Get the stdout that the sweep reads; what libraries and their compilers print goes to stderr from now on."""
+    steps_told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return steps_told
 
 
 def _end_with_the_sweep() -> None:
@@ -83,4 +94,4 @@ if __name__ == "__main__":
     # A shell lets its background jobs ignore Ctrl-C, and this would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout())))

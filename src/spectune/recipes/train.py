@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from .trainer import Loss, OnStep, Plan, Watch, looped
+from .trainer import Loss, OnStep, Plan, Watch, looped, one_device
 
 WARMUP_STEPS = 10  # Chosen: enough for Adam's second moments to settle.
 
@@ -50,7 +50,7 @@ def fit(
         )
         trainer = looped(Trainer)(
             model=model,
-            args=arguments,
+            args=one_device(arguments),
             train_dataset=list(rows),
             data_collator=collate,
             callbacks=[watch],

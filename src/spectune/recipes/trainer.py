@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..errors import OptionError
 from ..methods import SpectralModule, bases_as_parameters, spectral_modules
+from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
 from .checkpoints import PARTIAL, save_whole, write_examples_a_step
 from .run_config import RunConfig
 
@@ -128,6 +129,8 @@ class Loop:
             if me.args.should_save:
                 asked = me.args.per_device_train_batch_size * me.args.gradient_accumulation_steps
                 write_examples_a_step(folder / PARTIAL / name, asked * me.args.world_size)
+                if is_adalora(me.model):
+                    save_budget(me.model, folder / PARTIAL / name)
 
         name = f"checkpoint-{me.state.global_step}"
         try:
@@ -143,11 +146,9 @@ class Loop:
             saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
             me.model.load_state_dict(saved.state_dict())
             return
-        if hasattr(me.model.base_model, "update_and_allocate"):
-            raise OptionError(
-                f"{resume_from_checkpoint}: an AdaLoRA run cannot go on: PEFT saves neither the ranks that are "
-                f"switched off nor how important each was. Start it into a new folder."
-            )
+        if is_adalora(me.model):
+            load_budget(me.model, Path(resume_from_checkpoint))
+            return
         with same_bases(me.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
@@ -253,26 +254,27 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
 def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
     """Get transformers' (or trl's) arguments; what they refuse, such as an optimizer's name, is an `OptionError`."""
     try:
-        return kind(**values)
+        return one_device(kind(**values))
     except (ValueError, ImportError) as error:
         raise OptionError(f"training: {' '.join(str(error).split())[:300]}") from error
 
 
-class AllocateBudget(TrainerCallback):
-    """Does AdaLoRA's part of each step: without it PEFT moves no rank, and every option of its budget does nothing."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
-        if allocate is not None:
-            allocate(state.global_step + 1)  # counted from one, as in PEFT's example
+def one_device(arguments: Any) -> Any:
+    """Get the arguments with one device a process: else transformers trains on all that it sees with nn.DataParallel,
+    and a step has so many times the examples that were asked for. `accelerate launch` is the way to several.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class Watch(TrainerCallback):
-    """Keeps the loss and the time of every step."""
+    """Keeps the loss and the time of every step, and the validation losses with their steps."""
 
     def __init__(self, on_step: OnStep | None = None) -> None:
         self.on_step = on_step
         self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
         self.seconds: list[float] = []
         self._started = 0.0
 
@@ -283,6 +285,8 @@ class Watch(TrainerCallback):
         self.seconds.append(_now() - self._started)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "eval_loss" in logs:
+            self.validation.append((state.global_step, float(logs["eval_loss"])))
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             if self.on_step is not None and state.is_world_process_zero:
