@@ -14,6 +14,7 @@ import argparse
 import json
 from typing import Any
 
+import torch
 from step import RESULTS, SUITES, run
 from step_cases import ADAPTERS
 
@@ -33,9 +34,16 @@ def moved(old: list[float], new: list[float]) -> float | None:
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, bool]]:
     """Get a line for everything that moved, and whether it is a method of ours that got worse."""
     found: list[tuple[str, bool]] = []
+    after = {tuple(setting[key] for key in KEYS) for setting in new["settings"]}
     before = {tuple(setting[key] for key in KEYS): setting for setting in old["settings"]}
+    found += [(f"{where}: was measured and is no longer in the suite", True) for where in before.keys() - after]
     for setting in new["settings"]:
         where = tuple(setting[key] for key in KEYS)
+        if where not in before:
+            found.append((f"{where}: is not in the committed results", False))
+            continue
+        unknown = setting["adapters"].keys() - before[where]["adapters"]
+        found += [(f"{where}: {name} is not in the committed results", False) for name in sorted(unknown)]
         for name, row in before[where]["adapters"].items():
             place = f"{setting['model']}, {setting['tokens']} tokens, {setting['dtype']}: {name}"
             if name not in setting["adapters"]:
@@ -62,9 +70,11 @@ def main() -> None:
     if not file.exists():
         raise SystemExit(f"{file}: there is nothing to compare with. Run benchmarks/step.py --suite {given.suite}.")
     old = json.loads(file.read_text())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if old["device"] != device:
+        raise SystemExit(f"{file}: measured on {old['device']}, this machine has {device}. Nothing can be compared.")
+    torch.set_num_threads(old["threads"])  # ratios depend on it
     new = run(SUITES[given.suite], given.suite, given.rounds)
-    if (old["device"], old["threads"]) != (new["device"], new["threads"]):
-        print(f"The results are of {old['threads']} threads on {old['device']}: ratios may differ for that alone.")
     lines = compare(old, new)
     for line, worse in lines:
         print("WORSE  " if worse else "moved  ", line)

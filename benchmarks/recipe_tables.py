@@ -8,9 +8,10 @@ from typing import Any
 
 def sweep_table(record: dict[str, Any]) -> str:
     """Get one table a task, the mean over the tasks, and what a reader must know."""
-    summary, minutes = record["summary"], sum(run["seconds"] for run in record["runs"]) / 60
+    summary = record["summary"]
     lines = [
-        f"{len(record['runs'])} runs, {minutes:.0f} minutes in all on one thread of a busy machine; mean of "
+        f"{len(record['runs'])} runs in {record['minutes']:.0f} minutes on {record['machine']['cpus']} CPU cores, "
+        f"{record['jobs']} at a time; mean of "
         f"{len(summary['seeds'])} seeds on test, with lowest and highest.",
         "",
     ]

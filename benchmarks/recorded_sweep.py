@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from spectune.recipes import SweepConfig
 def record_sweep(
     sweep: SweepConfig, work: Path, results: Path, published: Mapping[str, Any] | None = None, jobs: int = 1
 ) -> None:
-    """Run what has not been run and write the summary with every run's figures."""
-    console, started = Console(), time.perf_counter()
+    """Run what has not been run and write the summary with every run's figures.
+
+    `minutes` is from the start of the first run to the end of the last one, pauses included.
+    """
+    console = Console()
     records = run_under_bar(sweep, work, console, jobs)
-    minutes = (time.perf_counter() - started) / 60
+    ends = [datetime.fromisoformat(r.created).timestamp() for r in records]
+    minutes = (max(ends) - min(end - r.seconds for end, r in zip(ends, records, strict=True))) / 60
     summary = write_files(sweep, records, work, console, published)
     del summary["provenance"]
     runs = [

@@ -253,6 +253,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gsm8k": ("docs/results.md", gsm8k_table),
     "rates": ("docs/results.md", rates_table),
     "small_glue": ("docs/results.md", sweep_table),
+    "compare_small": ("docs/results.md", sweep_table),
 }
 
 
