@@ -8,6 +8,7 @@ import torch
 
 from spectune.errors import AdapterError
 from spectune.spectrum import align, decompose, sketch, sketch_tolerance, sketch_width
+from spectune.spectrum.prior import Prior
 
 from .weights import with_values
 
@@ -141,6 +142,23 @@ def test_a_foreign_sketch_cannot_talk_far_apart_directions_into_each_other():
     # the 8 x 8 pairs by at most 12 of it, 0.4% of W together; doubled, because each turn has two sides.
     assert (after - before).norm() < 0.008 * before.norm() < (freely - before).norm() / 5
     assert unexplained > 0.9
+
+
+@pytest.mark.parametrize("R", [8, 96])
+def test_only_what_was_found_otherwise_is_turned(R, monkeypatch):
+    W_OI, small = clustered(), []
+    trained = decompose(W_OI, R, solver="exact")
+    stored, turn = sketch(trained, sketch_width(R)), Prior.small_turn
+    monkeypatch.setattr(Prior, "small_turn", lambda *args: small.append(1) or turn(*args))
+    again, unexplained = align(trained, stored)
+    assert again is trained and unexplained < 1e-7
+    turned, _ = align(flipped(trained), stored)
+    assert not small and max(update_errors(trained, turned)) < 1e-6
+    # The least that is turned: two of the directions by 1e-5 among R.
+    angle = torch.tensor(1e-5 * R**0.5)
+    first_O = trained.U_OR[:, 0] * angle.cos() + trained.U_OR[:, 1] * angle.sin()
+    align(replace(trained, U_OR=torch.cat([first_O[:, None], trained.U_OR[:, 1:]], dim=1)), stored)
+    assert small
 
 
 def test_a_rotation_of_equal_values_is_found_whole():
