@@ -23,7 +23,7 @@ from spectune.recipes.table import recipe_class
 from spectune.recipes.trainer import refuse_deepspeed_options, refuse_fsdp_options
 
 from ..tuner.test_sharding import bytes_here
-from .distributed_cases import CASES, STEPS, config_of, prepare, stopped
+from .distributed_cases import CASES, STEPS, ZERO2, config_of, prepare, stopped
 
 ROOT = Path(__file__).parents[2]
 # A sum over eight examples rounds otherwise than two sums over four: 1e-7 of a gradient. Adam divides a gradient by
@@ -35,10 +35,14 @@ LOSS = 1e-5
 BOUND = 180
 
 
-def launch(*words: str | Path) -> subprocess.CompletedProcess[str]:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ZERO2_LAUNCH = ("accelerate.commands.launch", "--config_file", "examples/accelerate/zero2.yaml", "--num_processes", "2")
+
+
+def launch(*words: str | Path, by: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
     """Run a module on two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", *by, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=BOUND)
 
 
@@ -145,6 +149,26 @@ def test_fsdp2_shards_the_bases_and_trains_what_one_process_trains(runs: Path) -
         assert "runs under FSDP and DeepSpeed cannot be resumed" in (runs / f"{rank}.refused").read_text()
 
 
+@pytest.fixture(scope="module")
+def zero2(runs: Path) -> Path:
+    """The same folder, with every case that DeepSpeed takes; its part for CPUs needs a C++ compiler."""
+    pytest.importorskip("deepspeed")
+    done = launch("-m", "tests.recipes.distributed_cases", "zero2", runs, by=ZERO2_LAUNCH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs
+
+
+@pytest.mark.parametrize("name", ZERO2)
+def test_zero_2_trains_what_one_process_trains(name: str, zero2: Path) -> None:
+    whole = RunResult.read(zero2 / "one" / name)
+    (last,) = checkpoints(zero2 / "zero2" / name / "checkpoints")[-1:]
+    assert any(last.glob("global_step*")), "DeepSpeed did not run"
+    assert [e["loss"] for e in history(last) if "loss" in e] == pytest.approx(whole.losses, abs=LOSS)
+    assert difference(zero2 / "zero2" / name, Path(whole.folder)) < WEIGHTS
+    for rank in range(2):
+        assert "runs under FSDP and DeepSpeed cannot be resumed" in (zero2 / f"{rank}.{name}.refused").read_text()
+
+
 @pytest.mark.parametrize(
     "told, answer",
     [
@@ -162,8 +186,12 @@ def test_what_fsdp_cannot_do_with_an_adapter_is_refused(told: dict[str, Any], an
 
 def test_what_deepspeed_cannot_do_with_an_adapter_is_refused() -> None:
     acting, still = (SimpleNamespace(dynamics=Dynamics(grad_norm=norm)) for norm in ("rms", None))
-    refuse_deepspeed_options(SimpleNamespace(zero_stage=2), [still])
+    agrees = SimpleNamespace(mismatches=[])
+    refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still])
     with pytest.raises(OptionError, match="singular_decay or grad_norm under DeepSpeed"):
-        refuse_deepspeed_options(SimpleNamespace(zero_stage=2), [still, acting])
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still, acting])
     with pytest.raises(OptionError, match="ZeRO-3.* Use FSDP2"):
-        refuse_deepspeed_options(SimpleNamespace(zero_stage=3), [still])
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=3, hf_ds_config=agrees), [still])
+    differs = SimpleNamespace(mismatches=["- ds gradient_clipping=0.3 vs hf max_grad_norm=1.0"])
+    with pytest.raises(OptionError, match=r"the run: DeepSpeed gradient_clipping=0.3 vs hf max_grad_norm=1.0. Leave"):
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=differs), [still])

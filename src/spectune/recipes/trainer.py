@@ -186,6 +186,12 @@ def refuse_deepspeed_options(plugin: Any, modules: Sequence[SpectralModule]) -> 
             "accelerate: asked for DeepSpeed ZeRO-3, which leaves bases whole on every process and no process with an "
             "adapter to save. Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
         )
+    if plugin.hf_ds_config.mismatches:
+        told = "; ".join(line.strip("- ").replace("ds ", "DeepSpeed ", 1) for line in plugin.hf_ds_config.mismatches)
+        raise OptionError(
+            f"accelerate: DeepSpeed was told otherwise than the run: {told}. Leave that out of accelerate's file, the "
+            f"run's own values then hold (examples/accelerate/zero2.yaml)."
+        )
     if any(module.dynamics for module in modules):
         raise OptionError(
             "adapter: asked for singular_decay or grad_norm under DeepSpeed, whose optimizer holds other tensors than "
