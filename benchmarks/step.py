@@ -31,6 +31,8 @@ from spectune.checkpoint import write_atomically
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("forward", "backward", "optimizer")
 SHORT = [name for name in ADAPTERS if name not in FULL_BASIS]
+PROMISED = [FLOOR, LORA, "DoRA", "spectral_a", "spectral_r", "svft plain, 8 directions", "specadapt, 64 directions"]
+FULL_PLAIN = ["svft plain, full basis", "official svft plain, full basis"]
 # (models, tokens a step, dtypes, compiled, adapters, rounds)
 SUITES: dict[str, list[dict[str, Any]]] = {
     "small": [
@@ -40,12 +42,13 @@ SUITES: dict[str, list[dict[str, Any]]] = {
     "compile": [
         {"models": ["minilm"], "tokens": [2048], "rounds": 9, "compiled": [True], "adapters": SHORT},
     ],
+    # The methods that are promised to cost no more than LoRA; under an hour on one thread.
     "medium": [
-        {"models": ["minilm"], "tokens": [2048], "rounds": 7, "dtypes": ["bfloat16"], "adapters": SHORT},
-        {"models": ["minilm"], "tokens": [8192], "rounds": 5},
-        {"models": ["smollm"], "tokens": [256, 2048], "rounds": 5, "adapters": SHORT},
-        {"models": ["stack1024"], "tokens": [256, 2048], "rounds": 5},
-        {"models": ["stack1024"], "tokens": [256, 2048], "rounds": 5, "dtypes": ["bfloat16"], "adapters": SHORT},
+        {"models": ["smollm"], "tokens": [256], "rounds": 5, "adapters": PROMISED},
+        {"models": ["stack1024"], "tokens": [256], "rounds": 5, "adapters": [*PROMISED, *FULL_PLAIN]},
+        {"models": ["minilm"], "tokens": [2048], "rounds": 5, "dtypes": ["bfloat16"], "adapters": PROMISED},
+        {"models": ["stack1024"], "tokens": [2048], "rounds": 5, "adapters": [*PROMISED, *FULL_PLAIN]},
+        {"models": ["minilm"], "tokens": [8192], "rounds": 5, "adapters": PROMISED},
     ],
     # Hours on two cores; meant for a GPU.
     "large": [
