@@ -29,7 +29,7 @@ def run_tests(session: nox.Session, *paths: str, **environment: str) -> None:
 @nox.session(python=["3.10"])
 def oldest(session: nox.Session) -> None:
     """The lower end of every range."""
-    session.install("--editable", ".[test]", *OLDEST.values())
+    session.install("--editable", ".[test,vision]", *OLDEST.values())  # transformers read pictures by torchvision then
     # The torchao that this peft takes wants a newer torch; without it the tests of its layers are skipped.
     session.run("python", "-m", "pip", "uninstall", "-y", "torchao")
     run_tests(session, "tests")

@@ -12,8 +12,10 @@ from spectune import SpectralConfig, merge_checkpoint
 from spectune.checkpoint import open_checkpoint
 from spectune.errors import AdapterError, ExportError, MissingExtraError
 
+from ..abilities import needs_gguf
 from ..models import MODELS
 
+pytestmark = needs_gguf
 gguf = pytest.importorskip("gguf")
 
 NAMES = {

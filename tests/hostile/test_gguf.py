@@ -12,6 +12,8 @@ from spectune.checkpoint import open_checkpoint
 from spectune.checkpoint.gguf_header import check_gguf_header
 from spectune.errors import AdapterError
 
+from ..abilities import needs_gguf
+
 
 def header(tensors: int = 0, keys: int = 0, body: bytes = b"", version: int = 3, order: str = "<") -> bytes:
     return b"GGUF" + struct.pack(f"{order}IQQ", version, tensors, keys) + body + b"\0" * 64
@@ -54,6 +56,7 @@ def test_an_array_without_end_does_not_reach_the_foreign_parser(tmp_path: Path) 
         open_checkpoint(path)
 
 
+@needs_gguf
 def test_a_tower_of_layers_is_refused_before_it_is_built(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")

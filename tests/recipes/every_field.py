@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from spectune.recipes import RECIPES, load_config
 from spectune.recipes.runs import build
 from spectune.recipes.table import recipe_class
+from tests.models import vit_targets
 from tests.recipes import tiny
 
 
@@ -168,7 +169,7 @@ def home(folder: Path) -> Home:
     for recipe, model, targets in (
         ("text_classification", tiny.bert, ["query", "value"]),
         ("causal_lm", tiny.llama, ["q_proj", "v_proj"]),
-        ("image_classification", tiny.vit, ["q_proj", "v_proj"]),
+        ("image_classification", tiny.vit, list(vit_targets()[:2])),
     ):
         here = folder / recipe
         here.mkdir()

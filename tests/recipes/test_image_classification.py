@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from spectune.errors import DataError, OptionError
-from spectune.recipes import dry_run, load_run, parse_config, run
+from spectune.errors import DataError, MissingExtraError, OptionError
+from spectune.recipes import alignment, dry_run, image_classification, load_run, parse_config, run
 from spectune.recipes.images import Pixels
 from spectune.recipes.table import recipe_class
 
@@ -31,6 +31,21 @@ def test_a_vision_transformer_learns_and_is_found_again(tmp_path: Path) -> None:
     assert result.metrics["test"]["accuracy"] == 1.0
     recipe, model = load_run(tmp_path / "run")
     assert recipe.evaluate(model, "test") == result.metrics["test"]
+
+
+def test_a_processor_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        @staticmethod
+        def from_pretrained(*args: Any, **kwargs: Any) -> None:
+            raise ImportError("AutoImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(image_classification, "AutoImageProcessor", Missing)
+    monkeypatch.setattr(alignment, "AutoImageProcessor", Missing)
+    values = tiny.image_run(tmp_path)
+    with pytest.raises(MissingExtraError, match=r"vit: its image processor needs torchvision .* 'spectune\[vision\]'"):
+        run(parse_config(values), tmp_path / "run")
+    with pytest.raises(MissingExtraError, match="its image processor needs torchvision"):
+        alignment.load_encoder(values["model"])
 
 
 def test_a_convolutional_network_is_adapted_in_its_kernels(tmp_path: Path) -> None:
@@ -60,7 +75,7 @@ def test_a_timm_model_brings_its_size_and_head(tmp_path: Path) -> None:
     save_file(
         {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    adapter = {"method": "spectral_a", "r": 2, "target_modules": ["conv1"]}
+    adapter = {"method": "spectral_a", "r": 2, "target_modules": ["conv2"]}
     values = tiny.image_run(tmp_path, model=str(folder), adapter=adapter, training={"steps": 2})
     recipe = recipe_of(values)
     assert recipe.head(recipe.build_model()) == ["timm_model.fc"]

@@ -11,6 +11,8 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from tests.models import vit_targets
+
 WORDS = [f"w{i}" for i in range(40)] + [
     "good",
     "bad",
@@ -144,7 +146,7 @@ def image_run(folder: Path, **more: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "recipe": "image_classification",
         "model": vit(folder / "vit"),
-        "adapter": {"method": "spectral_a", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "adapter": {"method": "spectral_a", "r": 2, "target_modules": list(vit_targets()[:2])},
         "data": {"train": squares(folder / "squares.npz")},
         "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_every": 2},
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, MissingExtraError, OptionError
 from .concept_data import Image
 
 Box = tuple[float, float, float, float]
@@ -90,6 +90,10 @@ def load_encoder(folder: str | Path) -> Encoder:
             model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **local)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **local) if kind in WITH_TEXT else None
             return Encoder(model, AutoImageProcessor.from_pretrained(str(folder), **local), tokenizer)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{folder}: its image processor needs torchvision with this transformers. pip install 'spectune[vision]'"
+        ) from error
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise OptionError(f"{folder}: it cannot be loaded as an encoder: {reason}. Give a local folder.") from error

@@ -117,7 +117,12 @@ class ImageClassification(Recipe):
     def processing(self) -> Any:
         try:
             return AutoImageProcessor.from_pretrained(self.config.model, revision=self.config.revision or "main")
-        except (OSError, ValueError, ImportError):
+        except ImportError as error:  # without it pictures would be scaled otherwise than the model knows them
+            raise MissingExtraError(
+                f"{self.config.model}: its image processor needs torchvision with this transformers. "
+                f"pip install 'spectune[vision]'"
+            ) from error
+        except (OSError, ValueError):
             return None  # timm's models and bare configs have none; sizes then come from the model itself
 
     @cached_property
