@@ -47,7 +47,7 @@ SUITES: dict[str, list[dict[str, Any]]] = {
         {"models": ["smollm"], "tokens": [256], "rounds": 5, "adapters": PROMISED},
         {"models": ["stack1024"], "tokens": [256], "rounds": 5, "adapters": [*PROMISED, *FULL_PLAIN]},
         {"models": ["minilm"], "tokens": [2048], "rounds": 5, "dtypes": ["bfloat16"], "adapters": PROMISED},
-        {"models": ["stack1024"], "tokens": [2048], "rounds": 5, "adapters": [*PROMISED, *FULL_PLAIN]},
+        {"models": ["stack1024"], "tokens": [2048], "rounds": 5, "adapters": PROMISED},
         {"models": ["minilm"], "tokens": [8192], "rounds": 5, "adapters": PROMISED},
     ],
     # Hours on two cores; meant for a GPU.

@@ -53,6 +53,19 @@ LEANED_ON: list[tuple[str, str, tuple[str, ...], str]] = [
     ("peft.tuners.tuners_utils", "check_adapters_to_merge", ("module", "adapter_names"), "tuner/layer.py: merge"),
     ("peft.tuners.tuners_utils", "BaseTuner", (), "tuner/model.py: the base of SpectralTuner"),
     ("peft.tuners.tuners_utils", "BaseTuner.inject_adapter", ("model", "adapter_name"), "tuner/model.py: overridden"),
+    (
+        "peft.tuners.tuners_utils",
+        "BaseTuner._prepare_adapter_config",
+        ("peft_config", "model_config"),
+        "tuner/model.py: the usual targets before a file's patterns are matched; private",
+    ),
+    ("peft.tuners.tuners_utils", "BaseTuner.get_model_config", ("model",), "tuner/model.py: given to the above"),
+    (
+        "peft.tuners.tuners_utils",
+        "check_target_module_exists",
+        ("config", "key"),
+        "tuner/from_file.py: chooses the same layers in bounded time (tests/hostile/test_live_load.py)",
+    ),
     ("peft.tuners.tuners_utils", "BaseTuner._prepare_model", ("peft_config", "model"), "tuner/model.py: overridden"),
     ("peft.tuners.tuners_utils", "BaseTuner._check_target_module_exists", ("peft_config", "key"), "tuner/model.py"),
     (
