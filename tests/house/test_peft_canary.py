@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,13 @@ def test_every_import_of_peft_stands_in_the_list() -> None:
 
 
 def test_the_enum_of_methods_can_still_be_extended() -> None:
-    """A closed enum is opened by the three tables that Python keeps for it."""
+    """A closed enum is opened by the three tables that Python keeps for it, and an attribute."""
     PeftType = found("peft.utils.peft_types", "PeftType")
+    import spectune
+
+    kind = spectune.SpectralConfig().peft_type
+    assert PeftType.SPECTUNE is PeftType["SPECTUNE"] is PeftType("SPECTUNE") is kind and kind in PeftType
+    assert kind in list(PeftType) and pickle.loads(pickle.dumps(kind)) is kind
     for table in ("_member_map_", "_value2member_map_", "_member_names_"):
         assert hasattr(PeftType, table), f"Python's enums have no {table} any more; see tuner/peft_type.py"
     assert issubclass(PeftType, str), "PeftType is no str any more; see tuner/peft_type.py"

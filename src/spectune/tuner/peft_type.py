@@ -15,6 +15,8 @@ def extend_peft_type() -> PeftType:
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
+        # Since Python 3.12 members are attributes of their class; before, they are looked up in the first table.
+        setattr(PeftType, name, member)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
         PeftType._member_names_.append(name)
