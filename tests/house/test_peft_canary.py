@@ -164,6 +164,7 @@ def test_the_enum_of_methods_can_still_be_extended() -> None:
 
     kind = spectune.SpectralConfig().peft_type
     assert PeftType.SPECTUNE is PeftType["SPECTUNE"] is PeftType("SPECTUNE") is kind and kind in PeftType
+    assert vars(PeftType)["SPECTUNE"] is kind, "from Python 3.12 on members are found as attributes alone"
     assert kind in list(PeftType) and pickle.loads(pickle.dumps(kind)) is kind
     for table in ("_member_map_", "_value2member_map_", "_member_names_"):
         assert hasattr(PeftType, table), f"Python's enums have no {table} any more; see tuner/peft_type.py"
