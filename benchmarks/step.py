@@ -1,7 +1,8 @@
 """A training step of every method against the frozen model and PEFT's LoRA: time, memory, as ratios.
 
     python benchmarks/step.py --suite small                       about five minutes on two quiet cores
-    python benchmarks/step.py --suite compile | medium | large    longer ones; see SUITES
+    python benchmarks/step.py --suite medium | compile           wider models and bfloat16; torch.compile
+    python benchmarks/step.py --suite large                      hours, meant for a GPU
     python benchmarks/step.py --models minilm --tokens 256 --dtypes float32 --name mine [--adapters LoRA spectral_a]
 
 All adapters of a setting stand in memory and take turns, so a slow moment of the machine hits all of them; a figure is
@@ -23,14 +24,13 @@ from typing import Any
 
 import torch
 from provenance import provenance
-from step_cases import ADAPTERS, FLOOR, FULL_BASIS, LORA, MODELS, adapted, batch
+from step_cases import ADAPTERS, FLOOR, LORA, MODELS, adapted, batch
 from torch import nn
 
 from spectune.checkpoint import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("forward", "backward", "optimizer")
-SHORT = [name for name in ADAPTERS if name not in FULL_BASIS]
 PROMISED = [FLOOR, LORA, "DoRA", "spectral_a", "spectral_r", "svft plain, 8 directions", "specadapt, 64 directions"]
 FULL_PLAIN = ["svft plain, full basis", "official svft plain, full basis"]
 # (models, tokens a step, dtypes, compiled, adapters, rounds)
@@ -40,15 +40,14 @@ SUITES: dict[str, list[dict[str, Any]]] = {
         {"models": ["minilm"], "tokens": [2048], "rounds": 7},
     ],
     "compile": [
-        {"models": ["minilm"], "tokens": [2048], "rounds": 9, "compiled": [True], "adapters": SHORT},
+        {"models": ["minilm"], "tokens": [2048], "rounds": 5, "compiled": [True], "adapters": PROMISED},
     ],
-    # The methods that are promised to cost no more than LoRA; under an hour on one thread.
+    # The methods that are promised to cost no more than LoRA; half an hour on one thread.
     "medium": [
         {"models": ["smollm"], "tokens": [256], "rounds": 5, "adapters": PROMISED},
         {"models": ["stack1024"], "tokens": [256], "rounds": 5, "adapters": [*PROMISED, *FULL_PLAIN]},
         {"models": ["minilm"], "tokens": [2048], "rounds": 5, "dtypes": ["bfloat16"], "adapters": PROMISED},
         {"models": ["stack1024"], "tokens": [2048], "rounds": 5, "adapters": PROMISED},
-        {"models": ["minilm"], "tokens": [8192], "rounds": 5, "adapters": PROMISED},
     ],
     # Hours on two cores; meant for a GPU.
     "large": [

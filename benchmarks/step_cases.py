@@ -165,7 +165,6 @@ ADAPTERS: dict[str, Any] = {
     "official svft banded, full basis": official_svft(2),
 }
 # A full SVD of every weight comes before the first step of these.
-FULL_BASIS = tuple(name for name in ADAPTERS if "full basis" in name)
 
 
 def adapted(model: Model, adapter: str, dtype: torch.dtype) -> nn.Module:
