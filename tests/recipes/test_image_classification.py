@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 
 from spectune.errors import DataError, MissingExtraError, OptionError
-from spectune.recipes import alignment, dry_run, image_classification, load_run, parse_config, run
+from spectune.recipes import alignment, dry_run, images, load_run, parse_config, run
 from spectune.recipes.images import Pixels
 from spectune.recipes.table import recipe_class
 
@@ -39,12 +39,11 @@ def test_a_processor_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monk
         def from_pretrained(*args: Any, **kwargs: Any) -> None:
             raise ImportError("AutoImageProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(image_classification, "AutoImageProcessor", Missing)
-    monkeypatch.setattr(alignment, "AutoImageProcessor", Missing)
+    monkeypatch.setattr(images, "AutoImageProcessor", Missing)
     values = tiny.image_run(tmp_path)
-    with pytest.raises(MissingExtraError, match=r"vit: its image processor needs torchvision .* 'spectune\[vision\]'"):
+    with pytest.raises(MissingExtraError, match=r"vit: AutoImageProcessor requires .* 'spectune\[vision\]'"):
         run(parse_config(values), tmp_path / "run")
-    with pytest.raises(MissingExtraError, match="its image processor needs torchvision"):
+    with pytest.raises(MissingExtraError, match="requires the Torchvision library. pip"):
         alignment.load_encoder(values["model"])
 
 

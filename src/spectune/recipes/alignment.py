@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..errors import DataError, MissingExtraError, OptionError
+from ..errors import DataError, OptionError
 from .concept_data import Image
+from .images import image_processor
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -89,11 +90,7 @@ def load_encoder(folder: str | Path) -> Encoder:
         if kind in (*WITH_TEXT, *IMAGES_ONLY):
             model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **local)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), **local) if kind in WITH_TEXT else None
-            return Encoder(model, AutoImageProcessor.from_pretrained(str(folder), **local), tokenizer)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{folder}: its image processor needs torchvision with this transformers. pip install 'spectune[vision]'"
-        ) from error
+            return Encoder(model, image_processor(folder, **local), tokenizer)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise OptionError(f"{folder}: it cannot be loaded as an encoder: {reason}. Give a local folder.") from error

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
+from transformers import AutoModelForImageClassification, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
 from .classification_metrics import measure
 from .data import held_out, limited
-from .images import Packaged, Picture, Pixels, load_pictures, pixels_of
+from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
 from .run_config import DataSection, RunConfig, Section
 from .trainer import Plan
@@ -116,12 +116,7 @@ class ImageClassification(Recipe):
     @cached_property
     def processing(self) -> Any:
         try:
-            return AutoImageProcessor.from_pretrained(self.config.model, revision=self.config.revision or "main")
-        except ImportError as error:  # without it pictures would be scaled otherwise than the model knows them
-            raise MissingExtraError(
-                f"{self.config.model}: its image processor needs torchvision with this transformers. "
-                f"pip install 'spectune[vision]'"
-            ) from error
+            return image_processor(self.config.model, revision=self.config.revision or "main")
         except (OSError, ValueError):
             return None  # timm's models and bare configs have none; sizes then come from the model itself
 

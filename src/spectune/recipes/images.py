@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers import AutoImageProcessor
 
 from ..errors import DataError, MissingExtraError
 from .data import hub_split
@@ -178,6 +179,18 @@ def _random_box(size: tuple[int, int], chance: random.Random) -> tuple[float, fl
     cut_width, cut_height = min(width, width * share * ratio), min(height, height * share / ratio)
     left, top = chance.uniform(0, width - cut_width), chance.uniform(0, height - cut_height)
     return left, top, left + cut_width, top + cut_height
+
+
+def image_processor(model: str | Path, **where: Any) -> Any:
+    """Get transformers' processor of a model's pictures; `MissingExtraError` where it wants a package that is missing.
+
+    To go on without it would scale the pictures otherwise than the model knows them.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(str(model), **where)
+    except ImportError as error:
+        wants = " ".join(str(error).split()).partition(". ")[0]
+        raise MissingExtraError(f"{model}: {wants}. pip install 'spectune[vision]'") from error
 
 
 def pixels_of(model: Any, processor: Any, side: int | None) -> Pixels:
