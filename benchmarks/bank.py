@@ -25,7 +25,7 @@ from step import clock, spread
 from step_cases import MODELS, R
 
 from spectune import AdapterBank, SpectralConfig
-from spectune.methods import spectral_modules
+from spectune.adapter import spectral_modules
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 ROWS, ROW_LENGTHS, DIFFERENT = 64, (1, 16), (1, 8, 64)

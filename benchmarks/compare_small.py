@@ -14,8 +14,8 @@ from typing import Any
 
 from recorded_sweep import record_sweep
 
-from spectune.recipes import parse_sweep
-from spectune.recipes.small_models import digits
+from spectune.papers.small_models import digits
+from spectune.sweeps import parse_sweep
 
 RESULTS = Path(__file__).parent / "results" / "compare_small.json"
 LINEAR = {"target_modules": "all-linear"}

@@ -18,9 +18,9 @@ from peft import LoraConfig
 from provenance import provenance
 
 from spectune import SpectralConfig
-from spectune.recipes.demo import OPTIONS, TARGETS, base_folder
-from spectune.recipes.languages import LanguageTask, load_languages
-from spectune.recipes.mean_pooled import Setting, TextClassification, accuracy
+from spectune.demo.demo import OPTIONS, TARGETS, base_folder
+from spectune.demo.languages import LanguageTask, load_languages
+from spectune.demo.mean_pooled import Setting, TextClassification, accuracy
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 # Rates in steps of about three around each method's own default; the same number of tries for each.

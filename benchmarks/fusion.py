@@ -52,9 +52,9 @@ from examples.glyphs.outlines import CONCEPTS
 from examples.glyphs.scenes import PLACES, random_prompt
 from examples.glyphs.train_base import GUIDANCE
 from examples.glyphs.train_concept import options_for
+from spectune.concepts.pipeline import load_concepts, open_pipeline, sample
+from spectune.concepts.text_to_image import ATTENTION, train_concept
 from spectune.fusion import collect_grams
-from spectune.recipes.concept_pipeline import load_concepts, open_pipeline, sample
-from spectune.recipes.text_to_image import ATTENTION, train_concept
 
 TARGETS = [*ATTENTION, "conv1", "conv2"]
 # O r numbers and not (O + I) r: with these it trains 110,976 numbers and the others 110,848. Three blocks of rows fit.

@@ -28,10 +28,10 @@ from provenance import provenance
 from transformers import AutoModel, AutoTokenizer
 
 from spectune.algebra import dense
+from spectune.demo.demo import base_folder
+from spectune.demo.languages import load_languages
 from spectune.fusion.contract import Part
 from spectune.fusion.gradient import EPS, Gradient
-from spectune.recipes.demo import base_folder
-from spectune.recipes.languages import load_languages
 from spectune.records import Delta
 
 RESULTS = Path(__file__).parent / "results" / "gradient_fusion.json"

@@ -21,9 +21,10 @@ from provenance import provenance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectune.checkpoint import write_atomically
-from spectune.recipes import parse_config, run
-from spectune.recipes.runs import measure
+from spectune.recipes import parse_config
 from spectune.recipes.table import recipe_class
+from spectune.runs import run
+from spectune.runs.train import measure
 
 RESULTS = Path(__file__).parent / "results" / "gsm8k.json"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -20,10 +20,11 @@ from provenance import provenance
 from safetensors.torch import load_file
 
 from spectune import decompose
+from spectune.adapter import SpectralModule
 from spectune.algebra import dense
+from spectune.demo.demo import base_folder
 from spectune.errors import AdapterError
-from spectune.methods import Method, SpectralModule, build_method
-from spectune.recipes.demo import base_folder
+from spectune.methods import Method, build_method
 from spectune.records import Spectrum, Weight
 
 RESULTS = Path(__file__).parent / "results" / "portability.json"

@@ -25,8 +25,9 @@ from provenance import provenance
 
 from spectune.checkpoint import write_atomically
 from spectune.methods import METHODS
-from spectune.recipes import parse_config, run
-from spectune.recipes.small_models import MAKERS
+from spectune.papers.small_models import MAKERS
+from spectune.recipes import parse_config
+from spectune.runs import run
 
 RESULTS = Path(__file__).parent / "results" / "rates.json"
 # Half decades: finer than a factor of three is within what seeds move.

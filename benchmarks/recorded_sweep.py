@@ -13,7 +13,7 @@ from rich.console import Console
 
 from spectune.checkpoint import write_atomically
 from spectune.cli.comparison_files import run_under_bar, write_files
-from spectune.recipes import SweepConfig
+from spectune.sweeps import SweepConfig
 
 
 def record_sweep(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from recorded_sweep import record_sweep
 
-from spectune.recipes import load_experiment, prepare
+from spectune.papers import load_experiment, prepare
 
 RESULTS = Path(__file__).parent / "results" / "small_glue.json"
 

@@ -24,7 +24,7 @@ from peft import (
 from torch import nn
 
 from spectune import SpectralConfig, decompose
-from spectune.recipes.demo import base_folder
+from spectune.demo.demo import base_folder
 from spectune.records import Weight
 
 R = 8

@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from provenance import provenance
 
 from spectune.checkpoint import find_targets, open_checkpoint
-from spectune.recipes.demo import base_folder
+from spectune.demo.demo import base_folder
 from spectune.records import Weight
 from spectune.spectrum import Request, decompose, obtain
 

@@ -20,10 +20,11 @@ from peft import get_peft_model
 
 import spectune
 from spectune.checkpoint import find_targets, fresh_folder, open_checkpoint, read_adapter_folder
-from spectune.export import extract_adapter
-from spectune.recipes import parse_config, run
-from spectune.recipes.checkpoints import save_whole
+from spectune.extraction import extract_adapter
+from spectune.recipes import parse_config
+from spectune.runs import run
 from spectune.spectrum import BasisCache, Request, fill_cache
+from spectune.training.checkpoints import save_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.recipes import tiny

@@ -30,7 +30,8 @@ from actions import ACTIONS, FOREIGN, Action, Tree, World, broken, hidden, make_
 from places import OnPlace, kill_at, watching
 from races import VERBS, Race, run_races
 
-from spectune.recipes import parse_config, run
+from spectune.recipes import parse_config
+from spectune.runs import run
 
 MINE = Path(__file__).parent
 WRITERS = ("kills.opened", "kills.tensors", "kills.torch")

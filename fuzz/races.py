@@ -12,7 +12,7 @@ from actions import ACTIONS, Tree, World, readable, told, tree
 
 import spectune
 from spectune.errors import OutputError
-from spectune.export import extract_adapter
+from spectune.extraction import extract_adapter
 
 DONE, REFUSED, FAILED = 0, 3, 1
 Work = Callable[[], object]

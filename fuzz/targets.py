@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from spectune.adapter.saved import saved_method, saved_modules
 from spectune.checkpoint import open_checkpoint, read_adapter_folder, read_lora
 from spectune.checkpoint.gguf_file import GgufFile
 from spectune.checkpoint.gguf_header import check_gguf_header
@@ -24,7 +25,6 @@ from spectune.checkpoint.reader import read_json
 from spectune.checkpoint.tensor_file import TensorFile
 from spectune.errors import SpectuneError
 from spectune.fusion.adapters import open_adapters
-from spectune.methods.saved import saved_method, saved_modules
 from spectune.records import Weight
 from spectune.spectrum import BasisCache, Key, Request, decompose
 from spectune.spectrum.entry import entry_name
@@ -296,8 +296,8 @@ training: {steps: 10, batch_size: 4, learning_rate: 1e-3}
 
 
 def yaml_file(data: bytes) -> None:
-    from spectune.recipes.run_config import RunConfig, validate
-    from spectune.recipes.yaml_file import read_yaml
+    from spectune.training.config import RunConfig, validate
+    from spectune.training.yaml_file import read_yaml
 
     path = PLACE / "run.yaml"
     path.write_bytes(data)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from spectune.recipes.concept_pipeline import sample
+from spectune.concepts.pipeline import sample
 
 from .judge import Judge, correct, identity
 from .outlines import CONCEPTS

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from spectune.recipes.concept_pipeline import contact_sheet, open_pipeline, sample
+from spectune.concepts.pipeline import contact_sheet, open_pipeline, sample
 
 from .base import AUTOENCODER_STEPS, SCENES, STEPS, train_base
 from .judge import correct, train_classifier

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectune import SpectralConfig
-from spectune.recipes.concept_pipeline import load_concepts, open_pipeline
-from spectune.recipes.text_to_image import ATTENTION, CONVOLUTIONS, ConceptOptions, train_concept
+from spectune.concepts.pipeline import load_concepts, open_pipeline
+from spectune.concepts.text_to_image import ATTENTION, CONVOLUTIONS, ConceptOptions, train_concept
 
 from .concepts import BESIDE, CLASS, PRIOR_IMAGES, PRIOR_PROMPTS, concept_scores, kept, write_concept
 from .judge import train_classifier

@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bank import AdapterBank as AdapterBank
     from .dynamics import attach_dynamics as attach_dynamics
     from .errors import SpectuneError as SpectuneError
     from .export import export_lora as export_lora
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
     from .records import Spectrum as Spectrum
     from .records import Weight as Weight
     from .spectrum import decompose as decompose
-    from .tuner import AdapterBank as AdapterBank
     from .tuner import SpectralConfig as SpectralConfig
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "SpectralConfig": "tuner",
-    "AdapterBank": "tuner",
+    "AdapterBank": "bank",
     "decompose": "spectrum",
     "Weight": "records",
     "Spectrum": "records",

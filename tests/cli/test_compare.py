@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from spectune.cli.comparison_files import commit
-from spectune.recipes import small_models
-from spectune.recipes.sweep_process import Workers
+from spectune.papers import small_models
+from spectune.sweeps.workers import Workers
 from tests.cli.test_runs import spectune
-from tests.recipes.sweeps import in_this_process, text_sweep
+from tests.sweeps.sweeps import in_this_process, text_sweep
 
 
 @pytest.fixture(autouse=True)

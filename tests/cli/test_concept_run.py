@@ -14,8 +14,8 @@ pytest.importorskip("diffusers")
 from examples.glyphs.base import fresh_pipeline
 from examples.glyphs.concepts import write_concept
 from spectune.cli.app import app, main
+from spectune.concepts.file import EXAMPLE, read_concept
 from spectune.errors import OptionError
-from spectune.recipes.concept_file import EXAMPLE, read_concept
 
 
 @pytest.fixture(scope="module")

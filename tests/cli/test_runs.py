@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
+from spectune.adapter import spectral_modules
 from spectune.cli import main
-from spectune.methods import spectral_modules
-from spectune.recipes import load_base, measure
+from spectune.runs import load_base, measure
 from tests.recipes import tiny
 
 

@@ -11,8 +11,8 @@ from peft import get_peft_model
 
 import spectune
 from spectune import METHODS, SpectralConfig, SpectuneError
+from spectune.adapter import SpectralModule, spectral_modules
 from spectune.dynamics import GRADIENT_NORMS
-from spectune.methods import SpectralModule, spectral_modules
 
 from ..models import MODELS
 from ..tuner.conftest import OPTIONS, config_for, train

@@ -11,9 +11,9 @@ import torch
 from peft import get_peft_model
 
 from spectune import SpectralConfig
+from spectune.adapter import spectral_modules
 from spectune.checkpoint import Target
-from spectune.methods import spectral_modules
-from spectune.reports import budget
+from spectune.surveys import budget
 
 from ..models import MODELS
 

@@ -12,10 +12,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spectune import METHODS, SpectralConfig, SpectuneError, export_lora, merge_checkpoint
+from spectune.adapter import spectral_modules
 from spectune.algebra import truncate
 from spectune.checkpoint import open_checkpoint
 from spectune.errors import AdapterError, ExportError, OutputError
-from spectune.methods import spectral_modules
 
 from ..models import MODELS, Tiny, output
 from ..tuner.conftest import adapted, config_for, train

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spectune.adapter import spectral_modules
 from spectune.errors import AdapterError, ExportError
 from spectune.export import export_lora, verify_lora
 from spectune.export import lora as lora_file
 from spectune.export import verify as verify_file
 from spectune.export.logits import compare_logits, random_batch
-from spectune.methods import spectral_modules
 
 from .models import MODELS, adapted, batch
 

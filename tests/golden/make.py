@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectune import SpectralConfig
-from spectune.methods import spectral_modules
+from spectune.adapter import spectral_modules
 
 HERE = Path(__file__).parent
 # One line for every way in which a file is written: each method, embedded bases, saved patterns, shared cores.

@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from spectune.adapter import saved_modules
 from spectune.checkpoint import open_checkpoint, read_adapter_folder
 from spectune.errors import AdapterError
-from spectune.methods import METHODS, saved_modules
+from spectune.methods import METHODS
 
 from .make import CASES, HERE, Base
 

@@ -13,11 +13,11 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spectune import SpectralConfig, merge_checkpoint
+from spectune.adapter import saved_modules
 from spectune.checkpoint import AdapterFolder, open_checkpoint, read_adapter_folder
 from spectune.errors import AdapterError, OptionError, SpectuneError
 from spectune.export import source
 from spectune.fusion.adapters import _local, open_adapters
-from spectune.methods import saved_modules
 from tests.golden.make import HERE, Base
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]

@@ -17,7 +17,8 @@ import pytest
 from spectune import export_lora, fuse, merge_checkpoint
 from spectune.checkpoint import fresh_folder, open_checkpoint
 from spectune.errors import SpectuneError
-from spectune.recipes import parse_config, run
+from spectune.recipes import parse_config
+from spectune.runs import run
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
 # Action -> how many of its places are tried, spread over all of them.

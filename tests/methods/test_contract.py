@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from spectune.adapter import SpectralModule
 from spectune.algebra import apply, dense, rank, to_factors
-from spectune.methods import METHODS, Method, SpectralModule
+from spectune.methods import METHODS, Method
 from spectune.records import Spectrum
 
 from .cases import CASES

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from spectune import METHODS, SpectralConfig
-from spectune.methods import SpectralModule, spectral_modules
+from spectune.adapter import SpectralModule, spectral_modules
 from spectune.records import Delta
 from tests.abilities import start_compiling
 from tests.models import MODELS, output

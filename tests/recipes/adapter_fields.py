@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from spectune.methods import spectral_modules
-from spectune.recipes.yaml_file import put
+from spectune.adapter import spectral_modules
+from spectune.training.yaml_file import put
 from tests.recipes.every_field import Different, Entries, Run, Told
 from tests.recipes.short_trainings import step
 

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from examples.glyphs.base import fresh_pipeline
+from spectune.concepts import text_to_image
+from spectune.concepts.file import read_concept
+from spectune.concepts.pipeline import open_pipeline
 from spectune.methods import METHODS
-from spectune.recipes import text_to_image
-from spectune.recipes.concept_file import read_concept
-from spectune.recipes.concept_pipeline import open_pipeline
-from spectune.recipes.trainer import Watch
+from spectune.training.loop import Watch
 from tests.recipes.every_field import Different, Entries, Told, picture
 
 

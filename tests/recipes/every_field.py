@@ -16,8 +16,8 @@ from PIL import Image
 from pydantic import BaseModel
 
 from spectune.recipes import RECIPES, load_config
-from spectune.recipes.runs import build
 from spectune.recipes.table import recipe_class
+from spectune.runs.train import build
 from tests.models import vit_targets
 from tests.recipes import tiny
 

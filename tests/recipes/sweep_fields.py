@@ -12,13 +12,15 @@ from unittest.mock import patch
 
 import yaml
 
-from spectune.recipes import RunResult, load_sweep, parse_config, run_sweep, summarise, to_markdown
-from spectune.recipes.general_text import general_loss
-from spectune.recipes.sweep import GeneralText
-from spectune.recipes.sweep_process import Workers
+from spectune.recipes import parse_config
+from spectune.runs import RunResult
+from spectune.sweeps import load_sweep, run_sweep, summarise, to_markdown
+from spectune.sweeps.config import GeneralText
+from spectune.sweeps.general_text import general_loss
+from spectune.sweeps.workers import Workers
 from tests.recipes import tiny
 from tests.recipes.every_field import Different, Entries, Told
-from tests.recipes.sweeps import text_sweep
+from tests.sweeps.sweeps import text_sweep
 
 
 def sweep_home(folder: Path) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from spectune.errors import DataError, MissingExtraError, OptionError
-from spectune.recipes import dry_run, load_run, parse_config, run
+from spectune.recipes import parse_config
+from spectune.recipes.answers import continuations, gsm8k_answer, is_gsm8k_right
 from spectune.recipes.conversations import ALPACA, fill, prepared
-from spectune.recipes.generated_answers import continuations, gsm8k_answer, is_gsm8k_right
-from spectune.recipes.runs import build
 from spectune.recipes.table import recipe_class
+from spectune.runs import dry_run, load_run, run
+from spectune.runs.train import build
 
 from . import tiny
 

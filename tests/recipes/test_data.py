@@ -13,7 +13,7 @@ import pytest
 
 from spectune.errors import DataError
 from spectune.recipes.data import column, limited, load_splits, read_rows
-from spectune.recipes.run_config import DataSection
+from spectune.training.config import DataSection
 
 ROWS = [{"text": f'a "word", {i}\nand more', "label": str(i % 3)} for i in range(20)]
 

@@ -18,14 +18,16 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from spectune import SpectralConfig
+from spectune.concepts import text_to_image
+from spectune.concepts.file import read_concept
+from spectune.concepts.options import ConceptOptions
 from spectune.errors import DataError, OptionError
-from spectune.recipes import load_run, parse_config, run, text_to_image
-from spectune.recipes.concept_file import read_concept
-from spectune.recipes.concept_options import ConceptOptions
-from spectune.recipes.run_config import validate
-from spectune.recipes.sweep import GeneralText, SweepConfig
+from spectune.recipes import parse_config
 from spectune.recipes.table import recipe_class
+from spectune.runs import load_run, run
 from spectune.spectrum import obtain
+from spectune.sweeps.config import GeneralText, SweepConfig
+from spectune.training.config import validate
 from spectune.tuner import bases, build_adapter_config
 from spectune.tuner.config import SVDOptions
 from tests.recipes import adapter_fields as adapters

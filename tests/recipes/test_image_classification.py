@@ -12,10 +12,12 @@ import torch
 import transformers as tf
 from PIL import Image
 
+from spectune.concepts import alignment
 from spectune.errors import DataError, MissingExtraError, OptionError
-from spectune.recipes import alignment, dry_run, images, load_run, parse_config, run
+from spectune.recipes import images, parse_config
 from spectune.recipes.images import Pixels
 from spectune.recipes.table import recipe_class
+from spectune.runs import dry_run, load_run, run
 
 from . import tiny
 

@@ -12,12 +12,13 @@ import torch
 from sklearn import metrics as oracle
 
 from spectune.errors import DataError, OptionError
-from spectune.recipes import dry_run, load_run, parse_config, run
-from spectune.recipes.classification_metrics import measure
+from spectune.recipes import parse_config
+from spectune.recipes.metrics import measure
 from spectune.recipes.recipe import Recipe
-from spectune.recipes.runs import build
 from spectune.recipes.table import recipe_class
 from spectune.recipes.text_classification import GLUE
+from spectune.runs import dry_run, load_run, run
+from spectune.runs.train import build
 
 from . import tiny
 
@@ -161,7 +162,7 @@ def test_a_label_that_training_never_saw_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_validation_loss_is_looked_at_when_asked(tmp_path: Path) -> None:
-    import spectune.recipes.checkpoints as saved
+    import spectune.training.checkpoints as saved
 
     run(parse_config(tiny.text_run(tmp_path, training={"validate_every": 3})), tmp_path / "run")
     history = saved.history(saved.checkpoints(tmp_path / "run" / "checkpoints")[-1])

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from spectune import SpectralConfig
+from spectune.adapter import spectral_modules
 from spectune.errors import WeightError
-from spectune.methods import spectral_modules
 from spectune.tuner import bases
 
 from ..abilities import needs_fsdp2_on_a_cpu

@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
 from spectune import METHODS, SpectralConfig
-from spectune.methods import spectral_modules
+from spectune.adapter import spectral_modules
 from spectune.tuner import SpectralLayer
 
 from ..models import MODELS, Tiny, output

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, convert_to_lora, get_peft_model
 
 from spectune import METHODS, SpectralConfig, SpectuneError
-from spectune.methods import spectral_modules
+from spectune.adapter import spectral_modules
 from spectune.tuner import swap_adapter
 
 from ..abilities import start_compiling

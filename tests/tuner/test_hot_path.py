@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from spectune import METHODS, SpectralConfig
-from spectune.methods import SpectralModule, spectral_modules
+from spectune.adapter import SpectralModule, spectral_modules
 from spectune.tuner import kinds
 
 from .conftest import OPTIONS, train

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from spectune import METHODS, SpectralConfig, SpectuneError
-from spectune.methods import spectral_modules
+from spectune.adapter import spectral_modules
 
 from .conftest import OPTIONS, train
 

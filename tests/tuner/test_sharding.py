@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import nn
 
 from spectune import SpectralConfig
+from spectune.adapter import bases_as_parameters, spectral_modules
 from spectune.errors import AdapterError
-from spectune.methods import bases_as_parameters, spectral_modules
 
 from ..abilities import needs_fsdp2_on_a_cpu
 from ..models import MODELS

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from spectune.adapter import spectral_modules
 from spectune.errors import AdapterError
-from spectune.methods import spectral_modules
 from spectune.tuner import swap_adapter
 
 from ..models import MODELS, output

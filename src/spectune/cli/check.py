@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ..recipes import DryRun
+    from ..runs import DryRun
 
 MOST_LAYERS = 12
 
@@ -28,7 +28,8 @@ def check(
     """Validate a run and show it: an example with its loss mask, the layers, the counts, the memory, the rates."""
     from rich.console import Console
 
-    from ..recipes import dry_run, load_config
+    from ..recipes import load_config
+    from ..runs import dry_run
 
     asked = load_config(config, overrides or [])
     found = dry_run(asked)
@@ -41,7 +42,7 @@ def check(
 
 
 def _print(found: DryRun, console: Console) -> None:
-    from ..reports import readable_bytes
+    from ..pages import readable_bytes
 
     console.rule("the first training example (underlined: carries loss)")
     console.print(_example(found))

@@ -21,7 +21,7 @@ def compare(
     """Compare methods: rates chosen on validation, figures on test. The same command goes on where it was stopped."""
     from rich.console import Console
 
-    from ..recipes import load_sweep
+    from ..sweeps import load_sweep
     from .comparison_files import print_comparison, run_under_bar, write_files
 
     asked = load_sweep(sweep, overrides or [])

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..recipes import SweepConfig, SweepRecord
+    from ..sweeps import SweepConfig, SweepRecord
 
 
 def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int = 1) -> list[SweepRecord]:
     """Get every record of a sweep, with a bar of the runs and the steps of those at work."""
-    from ..recipes import run_sweep
+    from ..sweeps import run_sweep
     from .progress import Stages
 
     with Stages(console) as stages:
@@ -52,8 +52,8 @@ def write_files(
     """Write comparison.json, .md and .html and PEFT's form into a sweep's folder, and get the summary."""
     from ..checkpoint import write_atomically
     from ..errors import MissingExtraError
-    from ..recipes import summarise, to_markdown, write_method_comparison
-    from ..reports import write_comparison
+    from ..pages import write_comparison
+    from ..sweeps import summarise, to_markdown, write_method_comparison
 
     summary = summarise(sweep, records)
     told = dict(summary) if published is None else summary | {"published": dict(published)}
@@ -71,7 +71,7 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
     """Print the rows of a summary, the failed runs, and where the page is."""
     from rich.table import Table
 
-    from ..recipes import shown
+    from ..sweeps import shown
 
     table = Table("task", "method", f"test {summary['metric']}", "low to high", "rate", "trained", "step, ms")
     for row in summary["rows"]:
@@ -94,7 +94,7 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
 
 def provenance() -> dict[str, Any]:
     """Get what stands in every record: versions, machine, and the commit of the code where it is a checkout."""
-    from ..reports import machine, versions
+    from ..runs import machine, versions
 
     return {"versions": versions("datasets", "accelerate", "trl"), "machine": machine(), "commit": commit()}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..recipes.text_to_image import ConceptRun
-    from ..reports import RunRecord
+    from ..concepts.text_to_image import ConceptRun
+    from ..runs import RunRecord
 
 
 def train_from_file(config: Path, overrides: list[str], folder: Path, as_json: bool) -> None:
@@ -17,9 +17,9 @@ def train_from_file(config: Path, overrides: list[str], folder: Path, as_json: b
     from rich.console import Console
 
     from ..checkpoint import write_atomically
-    from ..recipes.concept_file import read_concept
-    from ..recipes.text_to_image import train_concept
-    from ..reports import write_report
+    from ..concepts.file import read_concept
+    from ..concepts.text_to_image import train_concept
+    from ..pages import write_report
     from .progress import Stages
 
     options, console = read_concept(config, overrides), Console(stderr=True, quiet=as_json)
@@ -42,7 +42,7 @@ def train_from_file(config: Path, overrides: list[str], folder: Path, as_json: b
 
 def concept_record(run: ConceptRun) -> RunRecord:
     """Get what the report shows of a concept: the sheets in the order of their steps."""
-    from ..reports import Picture, RunRecord, Size, machine, versions
+    from ..runs import Picture, RunRecord, Size, machine, versions
 
     options = run.options
     prompts = "; ".join(options.worded(prompt) for prompt in options.validation_prompts)

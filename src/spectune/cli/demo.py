@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..recipes import Demo
-    from ..reports import RunRecord
+    from ..demo import Demo
+    from ..runs import RunRecord
 
 
 def demo(
@@ -28,8 +28,8 @@ def demo(
     from rich.console import Console
 
     from ..checkpoint import fresh_folder
-    from ..recipes import DemoOptions, run_demo
-    from ..reports import write_report
+    from ..demo import DemoOptions, run_demo
+    from ..pages import write_report
     from .progress import Stages
 
     options = DemoOptions(method=method, r=r, steps=steps, rate=lr, seed=seed, sentences=sentences)
@@ -66,7 +66,7 @@ def _figures(done: Demo) -> dict[str, object]:
 
 def _record(done: Demo) -> RunRecord:
     """Get what the report shows."""
-    from ..reports import Example, Metric, Proof, RunRecord, Size, layer_spectra, machine, versions
+    from ..runs import Example, Metric, Proof, RunRecord, Size, layer_spectra, machine, versions
 
     test, labels = done.task.test.first(done.options.sentences), done.task.labels
     pairs = list(zip(test.texts, test.targets, done.predicted, strict=True))

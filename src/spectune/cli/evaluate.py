@@ -23,7 +23,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from ..recipes import load_base, load_run, measure
+    from ..runs import load_base, load_run, measure
     from .run_page import print_metrics
 
     recipe, model = (load_base if base else load_run)(run_dir, overrides or [])

@@ -12,7 +12,7 @@ import typer
 from ..errors import OptionError
 
 if TYPE_CHECKING:
-    from ..export import Extracted
+    from ..extraction import Extracted
 
 
 class Form(str, Enum):
@@ -62,7 +62,7 @@ def extract(
     import torch
     from rich.console import Console
 
-    from ..export import extract_adapter
+    from ..extraction import extract_adapter
     from .progress import Stages
 
     with Stages(Console(stderr=True)) as stages:

@@ -59,7 +59,7 @@ def fuse(
     )
     saved = fused.save(output, as_lora=as_lora, max_rank=max_rank, allow_lossy=allow_lossy) if output else None
     if report is not None:
-        from ..reports import write_overlap_page
+        from ..pages import write_overlap_page
 
         write_overlap_page(fused.report, report)
     _show(fused, saved, report, as_json)

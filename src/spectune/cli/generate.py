@@ -31,7 +31,7 @@ def generate(
         raise OptionError("generate: asked to continue nothing. Pass --prompt TEXT, or lines on stdin.")
     import torch
 
-    from ..recipes import load_run
+    from ..runs import load_run
 
     recipe, model = load_run(run_dir)
     torch.manual_seed(seed)

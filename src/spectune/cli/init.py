@@ -13,7 +13,7 @@ def init(
     ],
 ) -> None:
     """Print a commented YAML file for a recipe: what is set, and everything that may be set."""
+    from ..concepts.file import EXAMPLE, RECIPE
     from ..recipes import commented_yaml
-    from ..recipes.concept_file import EXAMPLE, RECIPE
 
     print(EXAMPLE if recipe == RECIPE else commented_yaml(recipe), end="")

@@ -13,7 +13,7 @@ from ..errors import OptionError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..reports import AdapterSurvey, ModelSurvey
+    from ..surveys import AdapterSurvey, ModelSurvey
 
 # Layers in the terminal's list of the most changed ones; --json and --html have all. Chosen.
 MOST_CHANGED = 8
@@ -33,7 +33,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Show a model's spectra and the budget of every method, or what an adapter does to its base."""
-    from ..reports import ModelSurvey, write_survey
+    from ..pages import write_survey
+    from ..surveys import ModelSurvey
 
     survey = _survey(path, base, r, include, exclude, sample, quick)
     if html is not None:
@@ -59,7 +60,7 @@ def _survey(
 ) -> ModelSurvey | AdapterSurvey:
     from rich.console import Console
 
-    from ..reports import is_adapter, survey_adapter, survey_model
+    from ..surveys import is_adapter, survey_adapter, survey_model
     from .progress import Stages
 
     adapter = is_adapter(path)
@@ -83,7 +84,8 @@ def _survey(
 def _show_model(survey: ModelSurvey) -> None:
     from rich.console import Console
 
-    from ..reports import group_figures, readable_bytes, readable_seconds, share, short
+    from ..pages import readable_bytes, readable_seconds, share, short
+    from ..surveys import group_figures
 
     kinds = _table(
         f"spectra by kind of weight (medians, r = {survey.r})",
@@ -118,7 +120,8 @@ def _show_model(survey: ModelSurvey) -> None:
 def _show_adapter(survey: AdapterSurvey) -> None:
     from rich.console import Console
 
-    from ..reports import adapter_group_figures, readable_bytes, share, short
+    from ..pages import readable_bytes, share, short
+    from ..surveys import adapter_group_figures
 
     rows = adapter_group_figures(survey)
     located = any("intruders" in row for row in rows)

@@ -24,8 +24,9 @@ def lr(
     """Train on an exponentially growing rate until the loss diverges, and propose a rate. Saves no model."""
     from rich.console import Console
 
-    from ..recipes import load_config, range_test
-    from ..reports import write_rate_page
+    from ..pages import write_rate_page
+    from ..recipes import load_config
+    from ..runs import range_test
     from .progress import Stages
 
     asked = load_config(config, overrides or [])

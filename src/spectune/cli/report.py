@@ -17,13 +17,14 @@ def report(
     from rich.console import Console
 
     from ..checkpoint import write_atomically
-    from ..reports import RunRecord, write_report
+    from ..pages import write_report
+    from ..runs import RunRecord
 
     path = run_dir / "run.json"
     if path.is_file():
         record = RunRecord.from_json(path.read_text("utf-8"))
     else:
-        from ..recipes import RunResult, load_run
+        from ..runs import RunResult, load_run
         from .run_page import run_record
 
         result = RunResult.read(run_dir)

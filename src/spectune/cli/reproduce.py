@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..recipes import Experiment
+    from ..papers import Experiment
 
 
 def reproduce(
@@ -33,7 +33,7 @@ def reproduce(
     from rich.console import Console
 
     from ..errors import OptionError
-    from ..recipes import load_experiment, prepare
+    from ..papers import load_experiment, prepare
     from .comparison_files import run_under_bar, write_files
 
     if name is None:
@@ -74,7 +74,7 @@ def _list(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..recipes import experiment_names, load_experiment
+    from ..papers import experiment_names, load_experiment
 
     found = {name: load_experiment(name) for name in experiment_names()}
     if as_json:
@@ -94,8 +94,8 @@ def _compute(experiment: Experiment, folder: Path, as_json: bool, console: Conso
     from rich.table import Table
 
     from ..checkpoint import write_atomically
-    from ..recipes import COMPUTATIONS
-    from ..reports import write_claims
+    from ..pages import write_claims
+    from ..papers import COMPUTATIONS
     from .comparison_files import provenance
 
     rows = [asdict(row) for row in COMPUTATIONS[str(experiment.compute)]()]

@@ -11,7 +11,7 @@ import typer
 from .extract import Dtype
 
 if TYPE_CHECKING:
-    from ..export import Resized
+    from ..extraction import Resized
 
 
 def resize(
@@ -29,7 +29,7 @@ def resize(
     import torch
     from rich.console import Console
 
-    from ..export import resize_lora
+    from ..extraction import resize_lora
     from .progress import Stages
 
     with Stages(Console(stderr=True)) as stages:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..recipes import Recipe, RunResult
-    from ..reports import RunRecord
+    from ..recipes import Recipe
+    from ..runs import RunRecord, RunResult
 
 # Metrics that are shares from 0 to 1, drawn as bars; losses and correlations stand in a table.
 SHARES = ("accuracy", "f1", "macro_f1", "exact_match", "gsm8k")
@@ -26,7 +26,7 @@ def write_run_page(
     """
     from ..checkpoint import write_atomically
     from ..errors import MissingExtraError
-    from ..reports import write_report
+    from ..pages import write_report
 
     record = run_record(result, recipe, model)
     if not main:
@@ -40,8 +40,17 @@ def write_run_page(
 
 def run_record(result: RunResult, recipe: Recipe, model: Any) -> RunRecord:
     """Get what the report shows of a run."""
-    from ..recipes import method_of
-    from ..reports import Example, Metric, RunRecord, Size, layer_spectra, layer_updates, machine, versions
+    from ..runs import (
+        Example,
+        Metric,
+        RunRecord,
+        Size,
+        layer_spectra,
+        layer_updates,
+        machine,
+        versions,
+    )
+    from ..training import method_of
 
     config = recipe.config
     held_out = next((split for split in ("validation", "test") if split in recipe.splits), None)

@@ -26,8 +26,10 @@ def train(
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
     from rich.console import Console
 
-    from ..recipes import Interrupted, RunResult, advice, join, learning_rate, load_config, method_of, run, train_run
-    from ..recipes.concept_file import is_concept
+    from ..concepts.file import is_concept
+    from ..recipes import load_config
+    from ..runs import RunResult, run, train_run
+    from ..training import Interrupted, advice, join, learning_rate, method_of
     from .concept_run import train_from_file
     from .progress import Stages
     from .run_page import print_metrics, write_run_page

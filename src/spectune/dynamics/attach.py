@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..adapter import Dynamics, SpectralModule, modules_with_dynamics, spectral_modules
 from ..errors import OptionError, nearest
-from ..methods import Dynamics, SpectralModule, modules_with_dynamics, spectral_modules
 from .rules import GRADIENT_NORMS, decay_by_spectrum, normalise_gradients
 
 _watching = False

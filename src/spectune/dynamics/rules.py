@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..methods import SpectralModule
+from ..adapter import SpectralModule
 
 
 def _rms(grad: torch.Tensor, axis: int) -> torch.Tensor:

@@ -1,12 +1,8 @@
 """Delta -> what others load: exact where the algebra allows, proven before the folder appears."""
 
-from .extract import extract_adapter as extract_adapter
-from .extracted import Extracted as Extracted
 from .lora import LoraExport as LoraExport
 from .lora import export_lora as export_lora
 from .merged import Merged as Merged
 from .merged import merge_checkpoint as merge_checkpoint
-from .resize import Resized as Resized
-from .resize import resize_lora as resize_lora
 from .verify import Proof as Proof
 from .verify import verify_lora as verify_lora

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter import SpectralModule, spectral_modules
 from ..checkpoint import PEFT_PREFIX
 from ..errors import ExportError, nearest
-from ..methods import SpectralModule, spectral_modules
 from ..records import Delta, SparseCore
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..adapter import SpectralModule
 from ..errors import ExportError
-from ..methods import SpectralModule
 from .layers import inner_model
 
 SEED = 0

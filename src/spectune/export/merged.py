@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..adapter.saved import saved_modules
 from ..algebra import dense
 from ..checkpoint import (
     CONFIG_LIMIT,
@@ -27,7 +28,6 @@ from ..checkpoint import (
 from ..checkpoint.reader import STEMS, read_json
 from ..checkpoint.tensor_file import HEADER_LIMIT
 from ..errors import AdapterError, ExportError
-from ..methods.saved import saved_modules
 from .tied import untied, write_untied_config
 
 # Weights in a form that is not merged would be the old ones: they and their indexes stay behind.

@@ -12,10 +12,10 @@ import torch
 import transformers
 from torch import nn
 
+from ..adapter import SpectralModule, spectral_modules
+from ..adapter.saved import loading
 from ..checkpoint import PEFT_PREFIX, AdapterFolder, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError
-from ..methods import SpectralModule, spectral_modules
-from ..methods.saved import loading
 from .layers import base_path, choose_adapter, fully_trained
 
 # PEFT's task types and the Auto class that PEFT's own AutoPeftModel* loads for each (peft/auto.py).

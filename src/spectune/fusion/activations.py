@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter import spectral_modules
 from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
-from ..methods import spectral_modules
 
 Grams = dict[str, torch.Tensor]
 

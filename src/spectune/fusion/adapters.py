@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import AdapterFolder, Checkpoint, LoraFile, open_checkpoint, read_adapter_folder, read_lora
-from ..errors import AdapterError, SpectuneError
-from ..methods import SpectralModule, saved_modules
-from ..methods.saved import (
+from ..adapter import SpectralModule, saved_modules
+from ..adapter.saved import (
     LayerRanks,
     base_tensor,
     fill_module,
@@ -23,6 +21,8 @@ from ..methods.saved import (
     saved_svd,
     tensors_by_layer,
 )
+from ..checkpoint import AdapterFolder, Checkpoint, LoraFile, open_checkpoint, read_adapter_folder, read_lora
+from ..errors import AdapterError, SpectuneError
 from ..records import Spectrum
 from ..spectrum.columns import choose
 from .contract import Part, Stored

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..adapter.saved import base_tensor
 from ..checkpoint import Checkpoint, refuse_to_replace
 from ..errors import AdapterError, OptionError
-from ..methods.saved import base_tensor
 from ..records import Delta
 from .activations import Grams
 from .adapters import Adapter, find_base, open_adapters

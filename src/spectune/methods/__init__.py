@@ -1,15 +1,5 @@
 """(Spectrum, trained numbers) -> Delta: one file per method, and the table that names them all."""
 
-from .adapted_models import ADAPTERS_ATTRIBUTE as ADAPTERS_ATTRIBUTE
-from .adapted_models import bases_as_parameters as bases_as_parameters
-from .adapted_models import spectral_modules as spectral_modules
 from .contract import Method as Method
-from .kept_basis import BASIS as BASIS
-from .kept_basis import in_own_dtype as in_own_dtype
-from .modules import Dynamics as Dynamics
-from .modules import SpectralModule as SpectralModule
-from .modules import modules_with_dynamics as modules_with_dynamics
-from .saved import base_tensor as base_tensor
-from .saved import saved_modules as saved_modules
 from .table import METHODS as METHODS
 from .table import build_method as build_method

@@ -1,44 +1,8 @@
-"""Training runs: data, model, metric, each read from top to bottom, on one shared loop."""
+"""Tasks: data, model, metric, each read from top to bottom, on one shared loop."""
 
-from .checkpoints import Interrupted as Interrupted
-from .computations import COMPUTATIONS as COMPUTATIONS
-from .computations import Computed as Computed
-from .demo import Demo as Demo
-from .demo import DemoOptions as DemoOptions
-from .demo import run_demo as run_demo
-from .dry_run import DryRun as DryRun
-from .dry_run import dry_run as dry_run
 from .example_yaml import commented_yaml as commented_yaml
-from .experiments import Experiment as Experiment
-from .experiments import experiment_names as experiment_names
-from .experiments import load_experiment as load_experiment
-from .experiments import prepare as prepare
-from .lr_range import RangeTest as RangeTest
-from .lr_range import range_test as range_test
-from .method_comparison import as_method_comparison as as_method_comparison
-from .method_comparison import write_method_comparison as write_method_comparison
-from .processes import join as join
-from .rates import advice as advice
-from .rates import learning_rate as learning_rate
-from .rates import method_of as method_of
 from .recipe import Answered as Answered
 from .recipe import Recipe as Recipe
-from .run_config import RunConfig as RunConfig
-from .run_result import RunResult as RunResult
-from .runs import Trained as Trained
-from .runs import load_base as load_base
-from .runs import load_run as load_run
-from .runs import measure as measure
-from .runs import run as run
-from .runs import train_run as train_run
-from .sweep import SweepConfig as SweepConfig
-from .sweep import load_sweep as load_sweep
-from .sweep import parse_sweep as parse_sweep
-from .sweep_record import SweepRecord as SweepRecord
-from .sweep_run import run_sweep as run_sweep
-from .sweep_table import shown as shown
-from .sweep_table import summarise as summarise
-from .sweep_table import to_markdown as to_markdown
 from .table import RECIPES as RECIPES
 from .table import load_config as load_config
 from .table import parse_config as parse_config

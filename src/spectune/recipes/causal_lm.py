@@ -14,12 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
+from ..training.config import DataSection, PathOrName, RunConfig, Section
+from ..training.loop import Plan, checked_arguments, loop_arguments, looped
+from .answers import GENERATED, continuations, harness_scores, prompt_ids
 from .conversations import PLAIN_TEMPLATE, Format, answer_of, prepared, prompt_of
 from .data import Row, limited, load_splits
-from .generated_answers import GENERATED, continuations, harness_scores, prompt_ids
 from .recipe import Answered, Recipe, Shown, pretrained, some
-from .run_config import DataSection, PathOrName, RunConfig, Section
-from .trainer import Plan, checked_arguments, loop_arguments, looped
 
 IGNORED = -100  # torch's cross entropy leaves this label out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, MissingExtraError, nearest
-from .run_config import SPLITS, DataSection
+from ..training.config import SPLITS, DataSection
 
 Row = dict[str, Any]
 # A small file may unfold to gigabytes. Deflate writes at most 1,032 equal bytes as one, text comes to 3 to 30, rows

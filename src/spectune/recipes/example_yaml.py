@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from .run_config import Section
+from ..training.config import Section
+from ..training.yaml_file import write_yaml
 from .table import recipe_class
-from .yaml_file import write_yaml
 
 WIDTH = 40
 

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
-from .classification_metrics import measure
+from ..training.config import DataSection, RunConfig, Section
+from ..training.loop import Plan
 from .data import held_out, limited
 from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of
+from .metrics import measure
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
-from .run_config import DataSection, RunConfig, Section
-from .trainer import Plan
 
 ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 

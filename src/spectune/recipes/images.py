@@ -13,8 +13,8 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..errors import DataError, MissingExtraError
+from ..training.config import SPLITS, DataSection
 from .data import hub_split
-from .run_config import SPLITS, DataSection
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # A picture of more pixels is refused before it is unpacked: a few kilobytes can unpack to gigabytes. Chosen.

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import DataError, OptionError
-from .run_config import RunConfig
-from .trainer import Loss, Plan, checked_arguments, loop_arguments, looped
+from ..training.config import RunConfig
+from ..training.loop import Loss, Plan, checked_arguments, loop_arguments, looped
 
 
 @dataclass(frozen=True)

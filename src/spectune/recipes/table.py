@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError, nearest
+from ..training.config import RunConfig, validate
+from ..training.yaml_file import read_yaml
 from .recipe import Recipe
-from .run_config import RunConfig, validate
-from .yaml_file import read_yaml
 
 # Name -> (module, class). Named and not imported, so that one recipe's libraries are no burden on another.
 RECIPES: dict[str, tuple[str, str]] = {

@@ -20,12 +20,11 @@ from transformers import (
 )
 
 from ..errors import DataError, OptionError
-from .classification_metrics import FOR_SCORES, METRICS, measure
+from ..training.config import DataSection, RunConfig, Section
+from ..training.loop import Loss
 from .data import Row, column, limited, load_splits
-from .mean_pooled import sentence_logits
+from .metrics import FOR_SCORES, METRICS, measure
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
-from .run_config import DataSection, RunConfig, Section
-from .trainer import Loss
 
 
 @dataclass(frozen=True)
@@ -274,3 +273,10 @@ class TextClassification(Recipe):
 
 def _class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def sentence_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Get the logits of each sentence: the mean of its tokens' logits, padding left out."""
+    mask_BN1 = batch["attention_mask"][..., None]
+    logits_BNL = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+    return (logits_BNL * mask_BN1).sum(1) / mask_BN1.sum(1)

@@ -5,7 +5,6 @@ from .any_method import build_adapter_config as build_adapter_config
 from .attach import attach as attach
 from .attach import load_attached as load_attached
 from .attach import swap_adapter as swap_adapter
-from .bank import AdapterBank as AdapterBank
 from .config import SpectralConfig as SpectralConfig
 from .config import SVDOptions as SVDOptions
 from .kinds import SpectralLinear as SpectralLinear

@@ -12,9 +12,9 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..adapter import ADAPTERS_ATTRIBUTE, SpectralModule, spectral_modules
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
 from ..errors import AdapterError, nearest
-from ..methods import ADAPTERS_ATTRIBUTE, SpectralModule, spectral_modules
 from .config import SpectralConfig
 from .layer import SpectralLayer
 

@@ -9,9 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..adapter.saved import LayerRanks
 from ..errors import WeightError
 from ..methods import Method
-from ..methods.saved import LayerRanks
 from ..records import Spectrum, Weight
 from ..spectrum import Request, obtain, open_cache, processes
 from .base_weight import backend_of, layout_of

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 
 from peft.config import PeftConfig
 
+from ..adapter.saved import FORMAT_VERSION, LOADING, loading, refuse_absurd, refuse_newer
 from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest
 from ..methods import METHODS, Method, build_method
-from ..methods.saved import FORMAT_VERSION, LOADING, loading, refuse_absurd, refuse_newer
 from .peft_type import PEFT_TYPE
 
 # Options that belong to single methods; the method says which it uses and what their defaults are.

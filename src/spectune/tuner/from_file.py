@@ -14,11 +14,11 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..adapter import ADAPTERS_ATTRIBUTE
+from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
 from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression
 from ..errors import AdapterError, WeightError
-from ..methods import ADAPTERS_ATTRIBUTE
-from ..methods.saved import LayerRanks
 from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
 

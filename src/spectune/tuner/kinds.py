@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter import SpectralModule
+from ..adapter.rows import ROWS, add_rows, stacked_cores
 from ..algebra import add, dense, is_dense_cheaper, through_core
-from ..methods import SpectralModule
 from ..records import Delta
-from .bank_layer import ROWS, add_rows, stacked_cores
 from .layer import SpectralAdapted
 
 

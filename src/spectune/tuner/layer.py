@@ -9,11 +9,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..adapter import Dynamics, SpectralModule, in_own_dtype
+from ..adapter.rows import BankedLayer, Groups, refuse_other_rows
 from ..algebra import dense
 from ..errors import WeightError
-from ..methods import Dynamics, SpectralModule, in_own_dtype
 from ..records import Spectrum
-from .bank_layer import BankedLayer, Groups, refuse_other_rows
 from .base_weight import Layout, backend_of, layout_of
 from .bases import find_basis, plain_weight
 from .config import SpectralConfig

@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..adapter import SpectralModule, spectral_modules
+from ..adapter.rows import ROWS, rows_repeated
+from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
 from ..errors import AdapterError, OptionError, SpectuneError, WeightError, nearest
-from ..methods import SpectralModule, spectral_modules
-from ..methods.saved import LayerRanks
 from ..records import Spectrum
-from .bank_layer import ROWS, rows_repeated
 from .base_weight import backend_of, layout_of
 from .bases import find_bases
 from .config import SpectralConfig

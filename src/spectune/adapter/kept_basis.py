@@ -1,0 +1,245 @@
+"""`KeptBasis`: the singular basis that an adapter lives in, found again, turned onto its file, embedded or sharded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import AdapterError
+from ..methods.contract import Method
+from ..records import Spectrum
+from ..spectrum import align, sketch, sketch_tolerance, sketch_width
+
+# |W Vh^T - U S| of an embedded basis, as a fraction of what a foreign basis of that size gives (|W|_F sqrt(R / K)):
+# rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
+FOREIGN_RESIDUAL = 0.03
+
+BASIS = ("U_OR", "S_R", "Vh_RI")
+# The large frozen tensors, which `bases_as_parameters` lets FSDP2 shard; what else is frozen is a few numbers for each
+# direction (singular values, sketch, places of a pattern).
+LARGE = ("U_OR", "Vh_RI", "U_rest", "Vh_rest", "P", "Q", "A")
+
+# A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
+# little memory. A wider one is rounded in each forward, which next to the products with it is nothing. Chosen.
+KEPT_SHARE = 4
+
+
+def in_own_dtype(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Get a block in which autocast rounds nothing on this tensor's device.
+
+    An update is made up in one: a core such as R_U S R_V^T - S is a small difference, which bfloat16 factors lose.
+    """
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class KeptBasis(nn.Module):
+    """The frozen basis of one adapter on one weight: a file brings it, or tells by its sketch which one was meant.
+
+    Buffers are the basis `U_OR, S_R, Vh_RI`, the method's frozen tensors, and the `sketch` that travels in the
+    file: on load the basis found there is turned onto it, so that the update is the same on every machine.
+    """
+
+    U_OR: torch.Tensor
+    S_R: torch.Tensor
+    Vh_RI: torch.Tensor
+    sketch: torch.Tensor
+    own_names: tuple[str, ...] = ()
+    """The names of the trained tensors that live here."""
+
+    def __init__(self, method: Method, spectrum: Spectrum, *, embed_basis: bool) -> None:
+        super().__init__()
+        self.method = method
+        self.name = spectrum.name
+        self.columns, self.quality = spectrum.columns, spectrum.quality
+        self.base_matrix: Callable[[], torch.Tensor] | None = None
+        """Gives W_OI, so that an embedded basis can be checked against it; set by the layer."""
+        self._record: Spectrum | None = None
+        self._cast: dict[tuple[str, torch.dtype], tuple[torch.Tensor, int, torch.Tensor]] = {}
+        device = spectrum.S_R.device
+        for buffer in BASIS:
+            self.register_buffer(buffer, getattr(spectrum, buffer).contiguous())
+        self.frozen_names = tuple(frozen := method.frozen(spectrum))
+        for name, tensor in frozen.items():
+            kept = tensor if tensor.is_floating_point() else tensor.to(torch.int32)
+            self.register_buffer(name, kept.to(device), persistent=method.saves_frozen())
+        found = math.isfinite(spectrum.quality.residual)
+        self.register_buffer("sketch", self._make_sketch() if found else torch.zeros(0))
+        self._settled_on: torch.Tensor | None = self.sketch if found else None
+        self.embed_basis(embed_basis)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the basis, in which the update is made up."""
+        S_R = self._buffers["S_R"]
+        assert S_R is not None
+        return S_R.dtype
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """The basis as a record, turned onto the stored sketch."""
+        if self._buffers["sketch"] is not self._settled_on:
+            self.settle()
+            self.refuse_non_finite()  # transformers writes a file's numbers straight into the module
+        return self._basis()
+
+    def _kept(self, name: str) -> torch.Tensor:
+        """Get a frozen tensor, a buffer or a parameter; faster than asking torch for the attribute."""
+        tensor = self._buffers[name] if name in self._buffers else self._parameters[name]
+        assert tensor is not None
+        return tensor
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        """Put another frozen tensor in a place."""
+        frozen = name in self._parameters
+        setattr(self, name, nn.Parameter(tensor.contiguous(), requires_grad=False) if frozen else tensor)
+
+    def bases_as_parameters(self) -> None:
+        """Keep the large frozen tensors as frozen parameters: FSDP2 shards these, and copies buffers to every process.
+
+        torch's tools for sharded models want every parameter in the state dict; the adapter's file is as before.
+        """
+        for name in LARGE:
+            tensor = self._buffers.get(name)
+            if tensor is not None and tensor.numel():
+                del self._buffers[name]
+                self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+        self._forget()
+
+    @property
+    def found_names(self) -> list[str]:
+        """The names of frozen parameters that are found again and do not travel in the adapter's file."""
+        embedded = "sketch" in self._non_persistent_buffers_set  # torch keeps such a note of buffers alone
+        travels = {name for name in LARGE if (embedded if name in BASIS else self.method.saves_frozen())}
+        frozen = [name for name in LARGE if name in self._parameters and name not in self.own_names]
+        return [name for name in frozen if name not in travels]
+
+    def _basis(self) -> Spectrum:
+        U_OR, S_R, Vh_RI = (self._kept(name) for name in BASIS)
+        held = self._record
+        # Kept, because every forward asks for it; a basis that was turned or moved is another tensor.
+        if held is None or held.U_OR is not U_OR or held.S_R is not S_R or held.Vh_RI is not Vh_RI:
+            held = self._record = Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name)
+        return held
+
+    @property
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """The method's frozen tensors next to the basis."""
+        return {name: getattr(self, name) for name in self.frozen_names}
+
+    def factors_in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get (U_OR, Vh_RI) for a forward in this dtype."""
+        basis = self.spectrum
+        return self._rounded("U_OR", basis.U_OR, dtype), self._rounded("Vh_RI", basis.Vh_RI, dtype)
+
+    def _rounded(self, name: str, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # A sharded basis is not kept a second time, whole: it is a parameter then.
+        frozen = factor is self._buffers.get(name) and len(self.columns) * KEPT_SHARE <= min(
+            self.U_OR.shape[0], self.Vh_RI.shape[1]
+        )
+        if not frozen or torch.compiler.is_compiling() or factor.is_inference():
+            return factor.to(dtype)
+        held = self._cast.get((name, dtype))
+        # The version counter moves when load_state_dict writes into the buffer; a turned basis is another tensor.
+        if held is None or held[0] is not factor or held[1] != factor._version:
+            held = self._cast[name, dtype] = (factor, factor._version, factor.to(dtype))
+        return held[2]
+
+    def _make_sketch(self) -> torch.Tensor:
+        return sketch(self._basis(), sketch_width(len(self.columns))).to(self.S_R.device)
+
+    def embed_basis(self, embed: bool) -> None:
+        """Choose what describes the basis in a file: the basis itself, or only its sketch."""
+        for buffer in (*BASIS, "sketch"):
+            if embed == (buffer != "sketch"):
+                self._non_persistent_buffers_set.discard(buffer)
+            else:
+                self._non_persistent_buffers_set.add(buffer)
+
+    def settle(self) -> None:
+        """Turn the basis onto the sketch that came from a file; `AdapterError` if it belongs to another weight."""
+        if hasattr(self._kept("Vh_RI"), "device_mesh"):  # no process has it whole
+            if self._buffers["sketch"] is not self._settled_on:
+                raise AdapterError(
+                    f"{self.name}: numbers were loaded after fully_shard, and a sharded basis cannot be turned onto "
+                    f"theirs. Load the adapter first, then call fully_shard."
+                )
+            return
+        if self.sketch.numel() and "sketch" not in self._non_persistent_buffers_set:
+            basis = self._basis()
+            with in_own_dtype(basis.S_R):
+                turned, unexplained = align(basis, self.sketch)
+            allowed = sketch_tolerance(basis)
+            if not unexplained <= allowed:
+                raise AdapterError(
+                    f"{self.name}: the adapter was trained on another base weight: the sketch of its singular "
+                    f"vectors differs by {unexplained:.1%} from this base's, rounding explains at most {allowed:.1%}. "
+                    f"Load it on the base model that it was trained on."
+                )
+            for name in BASIS:
+                self._keep(name, getattr(turned, name))
+        elif len(self.columns):
+            self.refuse_foreign(self._basis())
+            self._complete_frozen()
+        self._settled_on = self.sketch
+
+    def refuse_non_finite(self) -> None:
+        """Raise `AdapterError` when a trained number is NaN or infinite."""
+        for name in self.own_names:
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise AdapterError(
+                    f"{self.name}.{name}: NaN or infinity in the adapter file. Train or copy the adapter again."
+                )
+
+    def refuse_foreign(self, brought: Spectrum) -> None:
+        """Raise `AdapterError` when the basis of a file is missing, or is not one of this base weight."""
+        U_OR, S_R, Vh_RI = brought.U_OR, brought.S_R, brought.Vh_RI
+        if not bool(S_R.any()) and not math.isfinite(self.quality.residual):
+            raise AdapterError(
+                f"{self.name}: save_basis='always', but the file brought no basis. Export or copy the adapter again."
+            )
+        if self.base_matrix is None:
+            return
+        W_OI = self.base_matrix().to(S_R)
+        with in_own_dtype(S_R):
+            residual = torch.linalg.vector_norm(W_OI @ Vh_RI.mT - U_OR * S_R)
+        foreign = torch.linalg.vector_norm(W_OI) * (len(self.columns) / min(W_OI.shape)) ** 0.5
+        if not float(residual) <= FOREIGN_RESIDUAL * float(foreign):
+            raise AdapterError(
+                f"{self.name}: the adapter was trained on another base weight: its singular vectors leave a residual "
+                f"of {float(residual / foreign):.1%} here, at most {FOREIGN_RESIDUAL:.0%} is rounding. Load it on the "
+                f"base model that it was trained on."
+            )
+
+    def _complete_frozen(self) -> None:
+        """Find the frozen tensors again that follow from the basis, now that a file has brought it."""
+        if not self.method.saves_frozen():
+            for name, tensor in self.method.frozen(self._basis()).items():
+                if tensor.is_floating_point():
+                    self._keep(name, tensor.to(self.S_R))
+
+    def _forget(self) -> None:
+        """Drop what was kept for the forwards."""
+        self._record = None
+        self._cast.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_record": None, "_cast": {}}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "sketch" in state_dict or prefix + "U_OR" in state_dict:
+            self.settle()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> KeptBasis:
+        settled = self.sketch is self._settled_on
+        self._forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if settled:
+            self._settled_on = self.sketch
+        return self

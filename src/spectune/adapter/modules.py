@@ -1,0 +1,152 @@
+"""`SpectralModule`: one adapter on one weight."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..algebra import apply
+from ..methods.contract import Method
+from ..records import Delta, SparseCore, Spectrum
+from .kept_basis import KeptBasis, in_own_dtype
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What `spectune.dynamics` does to one module's numbers at each optimizer step; nothing by default."""
+
+    singular_decay: float = 0.0
+    grad_norm: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.singular_decay > 0 or self.grad_norm is not None
+
+
+class SpectralModule(KeptBasis):
+    """The trained numbers of one adapter on one weight, with the frozen basis that they live in.
+
+    Parameters are the method's trained tensors, under the method's own names; `owner` is the module that holds
+    those which all layers share.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        spectrum: Spectrum,
+        *,
+        embed_basis: bool,
+        random_start: bool = False,
+        owner: SpectralModule | None = None,
+    ) -> None:
+        super().__init__(method, spectrum, embed_basis=embed_basis)
+        rows_O, cols_I, _ = spectrum.shape
+        device = spectrum.S_R.device
+        self.strength = 1.0
+        self._dynamics = Dynamics()
+        # In a list, so that torch does not register the owner as a child and its tensors twice.
+        self._owner = [owner] if owner is not None else []
+        start = method.start(rows_O, cols_I, seed=zlib.crc32(spectrum.name.encode()))
+        self.trained_names = tuple(start)
+        self.own_names = tuple(name for name in start if owner is None or name not in method.shared_shapes())
+        for name in self.own_names:
+            tensor = start[name]
+            if random_start:
+                # PEFT's init_weights=False: a start that is not the identity, for tests of merging and saving.
+                tensor = tensor + 0.02 * torch.randn(tensor.shape)
+            self.register_parameter(name, nn.Parameter(tensor.to(device)))
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """What happens to the trained numbers at an optimizer step besides the step."""
+        return self._dynamics
+
+    @dynamics.setter
+    def dynamics(self, dynamics: Dynamics) -> None:
+        self._dynamics = dynamics
+        if dynamics:
+            _WITH_DYNAMICS[self] = None
+        else:
+            _WITH_DYNAMICS.pop(self, None)
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The trained tensors, in the dtype of the basis."""
+        dtype = self.dtype
+        return {name: self._holder(name).to(dtype) for name in self.trained_names}
+
+    def _holder(self, name: str) -> torch.Tensor:
+        home = self if name in self.own_names else self._owner[0]
+        tensor: torch.Tensor = getattr(home, name)
+        return tensor
+
+    def delta(self) -> Delta:
+        """Get the update as it stands, differentiable in the trained tensors."""
+        with in_own_dtype(self._kept("S_R")):
+            return self.method.delta(self.spectrum, self.trained, self.frozen, self.strength)
+
+    def training_delta(self) -> Delta:
+        """Get the update as one forward sees it: while training, with the method's dropout."""
+        with in_own_dtype(self._kept("S_R")):
+            trained = self.method.disturb(self.trained) if self.training else self.trained
+            return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
+
+    def delta_in(self, dtype: torch.dtype) -> Delta:
+        """Get `training_delta` for a forward in this dtype: made up in the dtype of the basis, rounded once.
+
+        Factors that are the frozen basis itself are rounded once for all forwards while they are narrow.
+        """
+        delta = self.training_delta()
+        if dtype == delta.left_OP.dtype:
+            return delta
+        core = delta.core
+        if isinstance(core, SparseCore):
+            core = replace(core, values_C=core.values_C.to(dtype))
+        else:
+            core = core.to(dtype)
+        return Delta(self._rounded("U_OR", delta.left_OP, dtype), core, self._rounded("Vh_RI", delta.right_QI, dtype))
+
+    def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return apply(self.delta_in(x_NI.dtype), x_NI)
+
+    def hold(self) -> Callable[[], None]:
+        """Get a function that puts everything back as it is now, trained numbers into the tensors that they are in."""
+        buffers, parameters, settled_on = dict(self._buffers), dict(self._parameters), self._settled_on
+        numbers = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+        def put_back() -> None:
+            self._buffers.update(buffers)
+            self._parameters.update(parameters)
+            self._settled_on = settled_on
+            for name, tensor in self.state_dict().items():
+                tensor.copy_(numbers[name])
+            self._forget()
+
+        return put_back
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.dynamics = self._dynamics  # a copy or an unpickled module is found at the step, too
+
+    def requires_grad_(self, requires_grad: bool = True) -> SpectralModule:
+        for name in self.own_names:
+            getattr(self, name).requires_grad_(requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.method}, directions={len(self.columns)}, solver={self.quality.solver}"
+
+
+# In the order of their creation, which is the same in every process: the norm of a sharded gradient is a collective,
+# and in the order of a WeakSet, that of addresses, processes would add up the gradients of different layers.
+_WITH_DYNAMICS: weakref.WeakKeyDictionary[SpectralModule, None] = weakref.WeakKeyDictionary()
+
+
+def modules_with_dynamics() -> Iterator[SpectralModule]:
+    """Get the living modules that ask for something at the optimizer step."""
+    yield from _WITH_DYNAMICS

@@ -1,0 +1,280 @@
+"""A saved adapter and the tensors of its base -> modules, without a live model and one weight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, Checkpoint
+from ..checkpoint.patterns import LayerPatterns
+from ..errors import AdapterError, OptionError, nearest
+from ..methods.contract import Method
+from ..methods.table import METHODS, build_method
+from ..records import Spectrum, Weight
+from ..spectrum import Request, obtain, open_cache
+from .adapted_models import ADAPTERS_ATTRIBUTE
+from .modules import SpectralModule
+
+# The layout of the adapter file. A file of a higher number is refused, never half-read.
+FORMAT_VERSION = 1
+# No weight has so many directions (the largest vocabularies have 262,144 words), and methods count up to their options.
+MOST_DIRECTIONS = 2**20
+# numpy's RandomState takes 32 bits, and two seeds are made of one (lidb).
+LARGEST_SEED = 2**31 - 1
+
+
+# The folder of the adapter that PEFT or transformers are loading in this thread: they pass on its config alone.
+LOADING: ContextVar[Path | None] = ContextVar("LOADING", default=None)
+
+
+@contextmanager
+def loading(folder: Path | None) -> Iterator[None]:
+    """Say, for the time of the block, whose tensors the configs read in it come with."""
+    before = LOADING.set(folder)
+    try:
+        yield
+    finally:
+        LOADING.reset(before)
+
+
+def refuse_newer(version: object) -> None:
+    """Raise `AdapterError` for a file in a format that this release does not know."""
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise AdapterError(
+            f"adapter_config.json: the file has format {version!r}, this release reads up to {FORMAT_VERSION}. "
+            f"Upgrade spectune."
+        )
+
+
+def refuse_absurd(options: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for numbers that only a damaged or hostile config has: methods would count for hours."""
+    for option, value in options.items():
+        most = LARGEST_SEED if option.endswith("seed") else MOST_DIRECTIONS
+        if isinstance(value, int) and abs(value) > most:
+            raise OptionError(f"{option}={value}: at most {most:,} makes sense. Correct it.")
+    columns = options.get("columns", "top")
+    if not isinstance(columns, (str, int, list, tuple)):
+        raise OptionError(f"columns={columns!r}: a word, a start index or a list of places is wanted.")
+    if isinstance(columns, (list, tuple)):
+        if not all(isinstance(place, int) for place in columns):
+            raise OptionError(f"columns={columns!r}: a list of columns holds integers only.")
+        if len(set(columns)) < len(columns):
+            raise OptionError(f"columns={columns!r}: a column stands there twice. Name each column once.")
+
+
+class LayerRanks:
+    """The r of each layer by the rank_pattern of one config; make one for all layers, its patterns share a deadline."""
+
+    def __init__(self, rank_pattern: object) -> None:
+        if not isinstance(rank_pattern or {}, Mapping):
+            raise AdapterError(f"adapter_config.json: rank_pattern={rank_pattern!r} is no map from layers to ranks.")
+        self._ranks: Mapping[str, int] = rank_pattern or {}  # type: ignore[assignment]
+        self._patterns = LayerPatterns(self._ranks)
+
+    def of(self, layer: str) -> int | None:
+        """Get the r that the pattern gives a layer, or None; `AdapterError` for hostile patterns."""
+        pattern = self._patterns.first(layer)
+        return None if pattern is None else self._ranks[pattern]
+
+
+def saved_method(config: Mapping[str, Any], layer: str, ranks: LayerRanks | None = None) -> Method:
+    """Get the method of one layer from the config of a saved adapter; `AdapterError` for one of a newer format.
+
+    `ranks` are the config's, where many layers are asked for.
+    """
+    refuse_newer(config.get("format_version", FORMAT_VERSION))
+    name = str(config.get("method"))
+    if name not in METHODS:
+        raise OptionError(f"adapter_config.json: unknown method {name!r}. {nearest(name, list(METHODS))}")
+    options = {option: config[option] for option in METHODS[name].options() if config.get(option) is not None}
+    if isinstance(options.get("columns"), list):
+        options["columns"] = tuple(options["columns"])
+    r = (ranks or LayerRanks(config.get("rank_pattern"))).of(layer)
+    options = options if r is None else {**options, "r": r}
+    refuse_absurd(options)
+    try:
+        return build_method(name, options)
+    except TypeError as error:  # a text or a list where a number belongs
+        raise OptionError(f"adapter_config.json: an option of {name} has the wrong type: {error}.") from error
+
+
+def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str, str, bool, SpectralModule]]:
+    """Get (layer, name of its base tensor, whether that is stored in x out, module) for every adapted layer.
+
+    The basis is found on the base's own weight and turned onto the saved sketch, so `AdapterError` for a base that the
+    adapter was not trained on. One base weight is in memory at a time.
+    """
+    owner: SpectralModule | None = None
+    ranks = LayerRanks(folder.config.get("rank_pattern"))
+    for layer, names in sorted(tensors_by_layer(folder).items(), key=lambda item: "H" not in item[1]):
+        tensor_name = base_tensor(layer, base)
+        tensors = {name: folder.tensor(key) for name, key in names.items()}
+        method = saved_method(folder.config, layer, ranks)
+        module, transposed = _fit(folder.config, method, layer, base.tensor(tensor_name), tensors, owner)
+        owner = owner or module
+        yield layer, tensor_name, transposed, module
+
+
+def tensors_by_layer(folder: AdapterFolder) -> dict[str, dict[str, str]]:
+    """Get layer -> {tensor of its module: key in the file}."""
+    found: dict[str, dict[str, str]] = {}
+    for key in folder.names:
+        layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(f".{ADAPTERS_ATTRIBUTE}.")
+        if middle:
+            found.setdefault(layer, {})[name] = key
+    return found
+
+
+def base_tensor(layer: str, base: Checkpoint) -> str:
+    """Get the name of a layer's weight in the checkpoint, which may lack the leading name of the model's body."""
+    wanted = f"{layer}.weight"
+    parts = wanted.split(".")
+    for start in range(len(parts) - 1):
+        if (name := ".".join(parts[start:])) in base.files:
+            return name
+    ending = [name for name in base.names if name.endswith("." + wanted)]
+    if len(ending) == 1:
+        return ending[0]
+    raise AdapterError(
+        f"{base.path}: the base has no tensor for the layer {layer!r}; transformers may rename them on load. Merge in "
+        f"memory then (merge_and_unload, save_pretrained). {nearest(wanted, base.names)}"
+    )
+
+
+def _fit(
+    config: Mapping[str, Any],
+    method: Method,
+    layer: str,
+    stored: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    owner: SpectralModule | None,
+) -> tuple[SpectralModule, bool]:
+    """Get the module with its saved numbers, and which way round the weight stands.
+
+    A checkpoint does not say whether a matrix is stored in x out (transformers' Conv1D). The shapes of the trained
+    tensors tell, and for a square weight the sketch does.
+    """
+    refused: AdapterError | None = None
+    if stored.ndim < 2 or not stored.is_floating_point():
+        raise AdapterError(
+            f"{layer}: the base has a {stored.ndim}-dimensional tensor of {str(stored.dtype).removeprefix('torch.')} "
+            f"there, and no weight that an adapter can stand on. Check the base."
+        )
+    for transposed in (False, True) if stored.ndim == 2 else (False,):
+        W_OI = stored.T if transposed else stored.flatten(1)
+        if not _shapes_fit(method, W_OI, tensors):
+            continue
+        try:
+            return _module(config, method, Weight(layer, W_OI), tensors, owner), transposed
+        except AdapterError as error:
+            refused = refused or error
+    shape = "x".join(map(str, stored.shape))
+    raise refused or AdapterError(
+        f"{layer}: the saved numbers do not fit the base weight {shape}. Load the base that the adapter was trained on."
+    )
+
+
+def _shapes_fit(method: Method, W_OI: torch.Tensor, tensors: dict[str, torch.Tensor]) -> bool:
+    shapes = method.trained_shapes(*W_OI.shape)
+    return all(tuple(tensors[name].shape) == shape for name, shape in shapes.items() if name in tensors)
+
+
+def _module(
+    config: Mapping[str, Any],
+    method: Method,
+    weight: Weight,
+    tensors: dict[str, torch.Tensor],
+    owner: SpectralModule | None,
+) -> SpectralModule:
+    rows_O, cols_I = weight.W_OI.shape
+    rank, columns = method.basis(rows_O, cols_I)
+    embedded = "U_OR" in tensors
+    refuse_misfits(method, weight.name, (rows_O, cols_I), tensors, owner)
+    if rank == 0 or embedded:
+        spectrum = Spectrum.unknown(rows_O, cols_I, rank, weight.name)
+    else:
+        (spectrum,) = obtain([weight], Request(rank, columns, **saved_svd(config)), open_cache())
+    module = SpectralModule(method, spectrum, embed_basis=embedded, owner=owner)
+    module.base_matrix = lambda: weight.W_OI
+    fill_module(module, tensors)
+    module.base_matrix = None
+    return module
+
+
+def refuse_misfits(
+    method: Method,
+    layer: str,
+    shape: tuple[int, int],
+    tensors: Mapping[str, torch.Tensor],
+    owner: SpectralModule | None,
+) -> None:
+    """Raise `AdapterError` when a tensor that belongs to a layer is missing, of another shape, NaN or infinite.
+
+    To be asked before anything is allocated: what fits is backed by bytes of the file, whatever the config says.
+    """
+    rank, _ = method.basis(*shape)
+    expected = method.trained_shapes(*shape) | (method.shared_shapes() if owner is None else {})
+    if rank and "U_OR" in tensors:
+        expected |= {"U_OR": (shape[0], rank), "S_R": (rank,), "Vh_RI": (rank, shape[1])}
+    for name, sides in expected.items():
+        if name not in tensors:
+            raise AdapterError(f"{layer}: the adapter file has no tensor {name!r}: it is incomplete. Copy it again.")
+        if tuple(tensors[name].shape) != sides:
+            found = "x".join(map(str, tensors[name].shape)) or "a single number"
+            raise AdapterError(
+                f"{layer}: the tensor {name!r} is {found}, the config makes it {'x'.join(map(str, sides))}. "
+                f"Copy the adapter again."
+            )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(
+                f"{layer}: the tensor {name!r} has NaN or infinity in it. Train or copy the adapter again."
+            )
+
+
+def fill_module(module: SpectralModule, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the tensors of a file into a module; `AdapterError` when one is missing, too many, or points nowhere."""
+    missing = [name for name in module.state_dict() if name not in tensors]
+    if missing:
+        raise AdapterError(
+            f"{module.name}: the adapter file has no tensor {missing[0]!r}: it is incomplete. Copy it again."
+        )
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise AdapterError(
+            f"{module.name}: the saved numbers do not fit: {' '.join(str(error).split())[:300]}. Copy it again."
+        ) from error
+    _refuse_wild_places(module)
+
+
+def _refuse_wild_places(module: SpectralModule) -> None:
+    """Raise `AdapterError` when a pattern that came with the file leaves the core, or names a place twice."""
+    if not module.method.saves_frozen() or "rows" not in module.frozen:
+        return
+    rows_C, cols_C = module.frozen["rows"].long(), module.frozen["cols"].long()
+    P, Q = module.U_OR.shape[1], module.Vh_RI.shape[0]
+    inside = bool(((rows_C >= 0) & (rows_C < P) & (cols_C >= 0) & (cols_C < Q)).all())
+    if not inside or len(torch.unique(rows_C * Q + cols_C)) < len(rows_C):
+        raise AdapterError(
+            f"{module.name}: the saved pattern has places outside of the {P}x{Q} core, or one twice. Copy it again."
+        )
+
+
+def saved_svd(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Get what the config says of how the basis was found, checked."""
+    found = config.get("svd") or {}
+    if not isinstance(found, dict):
+        raise AdapterError(f"adapter_config.json: svd={found!r} is no map of options. Copy the adapter again.")
+    kinds: dict[str, Any] = {"solver": str, "tolerance": (int, float), "seed": int}
+    options = {name: found[name] for name in kinds if name in found}
+    for name, value in options.items():
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise AdapterError(f"adapter_config.json: svd.{name}={value!r} has the wrong type. Copy the adapter again.")
+    refuse_absurd(options)
+    return options

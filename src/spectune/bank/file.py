@@ -1,0 +1,157 @@
+"""A saved adapter -> its cores in the basis of a bank, checked against that basis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..adapter import BASIS, SpectralModule, in_own_dtype
+from ..adapter.rows import numbers_of
+from ..adapter.saved import LayerRanks, refuse_misfits
+from ..checkpoint import PEFT_PREFIX, TENSOR_FILE, AdapterFolder, read_adapter_folder
+from ..errors import AdapterError
+from ..records import Delta, SparseCore, Spectrum
+from ..spectrum import align, sketch_tolerance
+from ..tuner.config import SpectralConfig
+
+MIDDLE = ".spectune_adapter."
+# Sketches that differ by less describe the same basis: float32 roundoff, and no more. Chosen.
+SAME_SKETCH = 1e-5
+# What a turned core may lose where the bank keeps a diagonal or a pattern, as a fraction of it. Chosen: a tenth of
+# what rounding the base to bfloat16 does.
+LOST_SHARE = 4e-4
+
+
+def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str, torch.Tensor]:
+    """Get layer -> the numbers of the saved adapter's core in the bank's basis; `AdapterError` if it does not fit.
+
+    The adapter must have the bank's method, options and layers. Its sketch says which basis it was trained in: the
+    same (then its core is taken as it is), the same turned (then the core is turned), or another weight's.
+    """
+    saved = read_adapter_folder(folder).require("SPECTUNE")
+    config = SpectralConfig.from_pretrained(str(folder))
+    tensors = _by_layer(saved)
+    if tensors.keys() != modules.keys():
+        different = sorted(tensors.keys() ^ modules.keys())
+        raise AdapterError(
+            f"{folder}: the bank adapts {len(modules)} layers, the file {len(tensors)}; the first that only one of "
+            f"them has is {different[0]!r}. Load it with load_adapter."
+        )
+    try:
+        brought = load_file(saved.path / TENSOR_FILE)  # at once: reading tensor by tensor opens the file for each
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{folder}: the tensors cannot be read: {error}. Copy the file again.") from error
+    cores, ranks = {}, LayerRanks(config.rank_pattern)
+    for layer, module in modules.items():
+        method = config.build_method(ranks.of(layer))
+        if method != module.method:
+            raise AdapterError(
+                f"{folder}: {layer}: the bank holds {module.method}, the file {method}. Make another bank."
+            )
+        cores[layer] = _core(module, {name: brought[key] for name, key in tensors[layer].items()})
+    return cores
+
+
+def _by_layer(saved: AdapterFolder) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for key in saved.names:
+        layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(MIDDLE)
+        if not middle:
+            raise AdapterError(
+                f"{saved.path}: the file also holds {key!r} (modules_to_save or biases), which the rows of "
+                f"one batch cannot each have for themselves. Load it with load_adapter."
+            )
+        found.setdefault(layer, {})[name] = key
+    return found
+
+
+@torch.no_grad()
+def _core(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    rows_O, cols_I, _ = module.spectrum.shape
+    refuse_misfits(module.method, module.name, (rows_O, cols_I), tensors, None)
+    _refuse_other_names(module, tensors)
+    device, dtype = module.S_R.device, module.dtype
+    for name in _places_in_file(module):
+        here = module.frozen[name].cpu().long()
+        if tensors[name].shape != here.shape or not torch.equal(tensors[name].long(), here):
+            raise AdapterError(f"{module.name}: the pattern of the file is not the bank's. Load it with load_adapter.")
+    trained = {name: tensors[name].to(device, dtype) for name in module.trained_names}
+    with in_own_dtype(module.S_R):
+        basis = _basis_of_file(module, tensors)
+        delta = module.method.delta(basis or module.spectrum, trained, module.frozen)
+        return numbers_of(delta.core) if basis is None else _turned(module, basis, delta)
+
+
+def _places_in_file(module: SpectralModule) -> list[str]:
+    return [name for name in module.frozen_names if module.method.saves_frozen()]
+
+
+def _refuse_other_names(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `AdapterError` for a tensor that is missing, belongs to nothing, or is of another kind of number."""
+    places = _places_in_file(module)
+    basis = BASIS if "U_OR" in tensors else ("sketch",)
+    expected = {*module.trained_names, *places, *basis}
+    for name in sorted(expected ^ tensors.keys()):
+        fault = "has no tensor" if name in expected else "has a tensor that nothing here asks for:"
+        raise AdapterError(f"{module.name}: the adapter file {fault} {name!r}. Copy it again.")
+    for name, tensor in tensors.items():
+        whole = name in places
+        if tensor.is_floating_point() == whole or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise AdapterError(
+                f"{module.name}: the tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')} and not "
+                f"{'integers' if whole else 'real numbers'}. Copy the adapter again."
+            )
+
+
+def _basis_of_file(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> Spectrum | None:
+    """Get the basis that the file was trained in, or None where it is the bank's own."""
+    mine = module.spectrum
+    if "sketch" in tensors:
+        stored_RT, own_RT = tensors["sketch"], module.sketch
+        if own_RT.shape == stored_RT.shape:
+            apart = torch.linalg.vector_norm(stored_RT.to(own_RT) - own_RT)
+            if float(apart) <= SAME_SKETCH * float(torch.linalg.vector_norm(own_RT)):
+                return None
+        theirs, unexplained = align(mine, stored_RT)
+    else:
+        U_OR, S_R, Vh_RI = (tensors[name].to(mine.S_R) for name in BASIS)
+        theirs = Spectrum(U_OR, S_R, Vh_RI, mine.columns, mine.quality, mine.name)
+        module.refuse_foreign(theirs)
+        unexplained = max(_outside(U_OR, mine.U_OR), _outside(Vh_RI.mT, mine.Vh_RI.mT))
+    allowed = sketch_tolerance(mine)
+    if not unexplained <= allowed:
+        raise AdapterError(
+            f"{module.name}: the adapter was trained on another base weight: its singular vectors differ by "
+            f"{unexplained:.1%} from the bank's, rounding explains at most {allowed:.1%}. Load it on its own base."
+        )
+    return theirs
+
+
+def _outside(theirs_OR: torch.Tensor, mine_OR: torch.Tensor) -> float:
+    """Get how much of a basis, 0 to 1, lies outside the span of the bank's."""
+    outside_OR = theirs_OR - mine_OR @ (mine_OR.mT @ theirs_OR)
+    return float(torch.linalg.vector_norm(outside_OR)) / mine_OR.shape[1] ** 0.5
+
+
+def _turned(module: SpectralModule, theirs: Spectrum, delta: Delta) -> torch.Tensor:
+    """Get the core in the bank's basis: U' C Vh' = U (U^T U') C (Vh' Vh^T) Vh."""
+    mine = module.spectrum
+    core_RR = (mine.U_OR.mT @ theirs.U_OR) @ delta.core_matrix() @ (theirs.Vh_RI @ mine.Vh_RI.mT)
+    if not isinstance(delta.core, SparseCore) and delta.core.ndim == 2:
+        return core_RR
+    every_R = torch.arange(len(core_RR), device=core_RR.device)
+    places = (every_R, every_R)
+    if isinstance(delta.core, SparseCore):
+        places = (delta.core.rows_C.long(), delta.core.cols_C.long())
+    numbers, rest_RR = core_RR[places], core_RR.clone()
+    rest_RR[places] = 0
+    lost, whole = float(torch.linalg.vector_norm(rest_RR)), float(torch.linalg.vector_norm(core_RR))
+    if lost > LOST_SHARE * whole:
+        raise AdapterError(
+            f"{module.name}: the adapter was trained in a turned basis (another machine or dtype of the base), where "
+            f"its core loses {lost / whole:.1%} as the bank keeps it. Load it with load_adapter."
+        )
+    return numbers

@@ -1,0 +1,6 @@
+"""Adapters out of full fine-tunes, and LoRAs at another rank."""
+
+from .extract import extract_adapter as extract_adapter
+from .extracted import Extracted as Extracted
+from .resize import Resized as Resized
+from .resize import resize_lora as resize_lora

@@ -1,0 +1,224 @@
+"""`resize_lora`: any plain LoRA at another rank, by exact SVD of its factors, in the layout that it came in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algebra import singular_values
+from ..checkpoint import LoraFile, fresh_folder, read_lora, save_tensors, write_atomically
+from ..checkpoint.lora_file import DIFFUSERS_METADATA, ENDINGS
+from ..errors import ExportError, OptionError, OutputError
+from ..export.lora import DTYPES
+from ..export.lora_config import rank_pattern
+from ..records import Delta
+from .cut import Cut, cut_factors
+
+# Files of a PEFT folder that would still hold the old factors, or a trainer's state that belongs to them.
+OLD_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+# What kohya's trainer writes into the header about ranks, and the hashes of the tensors, which no longer hold.
+KOHYA_RANK, KOHYA_HASHES = ("ss_network_dim", "ss_network_alpha"), ("sshs_model_hash", "sshs_legacy_hash")
+# PEFT options with which B A is not the update, or a cut one not of the kind that they promise.
+OTHER_UPDATES = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "velora_config")
+OnLayer = Callable[[int, int], None]
+"""Called with (layers done, all layers)."""
+
+
+@dataclass(frozen=True)
+class ResizedLayer:
+    """One layer before and after; losses are fractions of |dW|_F, the file's own update."""
+
+    name: str
+    old_rank: int
+    rank: int
+    cut: float
+    """What the lower rank leaves out: |dW - best of this rank|_F."""
+    lost: float
+    """|dW - what the new file holds|_F, measured in the new file: the cut and the rounding to its dtype."""
+
+    @property
+    def rounding(self) -> float:
+        """What storing the new factors in their dtype adds; it is perpendicular to the cut, up to its own square."""
+        return float(max(self.lost**2 - self.cut**2, 0.0) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A LoRA at another rank: where it stands, its layers, and both sizes."""
+
+    path: Path
+    layers: tuple[ResizedLayer, ...] = field(repr=False)
+    carried: tuple[str, ...]
+    """Tensors that belong to no update (modules_to_save), copied."""
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def at_their_rank(self) -> tuple[str, ...]:
+        """Layers that have no higher rank than asked for and stay as they are."""
+        return tuple(layer.name for layer in self.layers if layer.rank == layer.old_rank)
+
+    @property
+    def worst_loss(self) -> float:
+        """The largest share of an update that is lost."""
+        return max(layer.lost for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Get everything in plain numbers and words."""
+        layers = [asdict(layer) | {"rounding": layer.rounding} for layer in self.layers]
+        return asdict(self) | {"path": str(self.path), "layers": layers, "worst_loss": self.worst_loss}
+
+
+@torch.no_grad()
+def resize_lora(
+    lora: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    frobenius: float | None = None,
+    dtype: torch.dtype | None = None,
+    on_layer: OnLayer | None = None,
+) -> Resized:
+    """Write a LoRA with every layer's update cut to its best approximation of a lower rank.
+
+    dW_OI = scaling B_OP A_PI ~ B'_OR A'_RI, by QR of both factors and the SVD of the P x P middle in float64: the
+    result of a dense SVD (Eckart-Young), without building dW. `rank` is the most that a layer keeps; `energy` keeps at
+    least this share of |dW|_F^2, `frobenius` loses at most this share of |dW|_F, each layer by itself. A rank is
+    never raised: a layer that needs no cut keeps its rank and its numbers. The new scaling is 1.
+
+    `lora` is PEFT's folder, which becomes a folder (rank_pattern and alpha_pattern rewritten), or one safetensors
+    file of diffusers or kohya's trainer, which becomes a file of the same names (alphas and header rewritten).
+    Factors keep their dtype unless `dtype` names another. Everything else is copied. One layer is in memory at a
+    time, and the result; losses are measured in the written file. `ExportError` for an update that is not B A or
+    not finite, `OptionError` for wrong options, `OutputError` for an output that exists.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise OptionError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
+    cut, source, output = Cut(rank=rank, energy=energy, frobenius=frobenius), read_lora(lora), Path(output)
+    _refuse_other_updates(source)
+    if source.config:
+        with fresh_folder(output) as folder:
+            resizing = _Resizing(source, cut, dtype, on_layer)
+            _copy_the_rest(source.path, folder)
+            config = _rescaled(source.config, resizing.ranks)
+            write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_tensors(folder / "adapter_model.safetensors", resizing.tensors, source.file.metadata)
+            layers = resizing.measure(folder)
+    else:
+        _refuse_output(output)
+        resizing = _Resizing(source, cut, dtype, on_layer)
+        save_tensors(output, resizing.tensors, _header(source, resizing.ranks))
+        layers = resizing.measure(output)
+    written = output / "adapter_model.safetensors" if source.config else output
+    return Resized(output, layers, source.carried, source.file.path.stat().st_size, written.stat().st_size)
+
+
+class _Resizing:
+    """The tensors of the new file, layer by layer."""
+
+    def __init__(self, source: LoraFile, cut: Cut, dtype: torch.dtype | None, on_layer: OnLayer | None) -> None:
+        self.source = source
+        self.ranks: dict[str, int] = {}
+        self.cuts: dict[str, float] = {}
+        used = {name for layer in source.layers.values() for name in (layer.A_name, layer.B_name)}
+        self.tensors = {name: source.file.tensor(name) for name in source.file.names if name not in used}
+        for done, layer in enumerate(source.layers, 1):
+            self._take(layer, cut, dtype)
+            if on_layer is not None:
+                on_layer(done, len(source.layers))
+
+    def _take(self, layer: str, cut: Cut, dtype: torch.dtype | None) -> None:
+        place, file = self.source.layers[layer], self.source.file
+        B_OP, A_PI = (factor.double() for factor in self.source.factors(layer))
+        if not (torch.isfinite(B_OP).all() and torch.isfinite(A_PI).all()):
+            raise ExportError(f"{layer}: found NaN or infinity in the factors. Train or copy the LoRA again.")
+        # A power of two, as most scalings are, is exact in every dtype.
+        B_OR, A_RI, self.cuts[layer] = cut_factors(B_OP * place.scaling, A_PI, cut)
+        rank = self.ranks[layer] = len(A_RI)
+        for name, factor, first in ((place.B_name, B_OR, None), (place.A_name, A_RI, rank)):
+            shape = file.shapes[name]
+            sides = (shape[0], rank, *shape[2:]) if first is None else (rank, *shape[1:])
+            stored = factor.to(dtype or file.dtypes[name]).reshape(sides)
+            if not torch.isfinite(stored).all():
+                raise ExportError(f"{layer}: the new factors are too large for {stored.dtype}. Choose dtype float32.")
+            self.tensors[name] = stored
+        alpha = _alpha_name(place.A_name)
+        if alpha in file.shapes:
+            self.tensors[alpha] = _exact(rank, file.dtypes[alpha]).reshape(file.shapes[alpha])
+
+    def measure(self, written: Path) -> tuple[ResizedLayer, ...]:
+        """Compare the written LoRA with the old one, layer by layer, both from the disk."""
+        new, layers = read_lora(written), []
+        for name, place in self.source.layers.items():
+            old, now = self.source.delta(name, torch.float64), new.delta(name, torch.float64)
+            left_OP = torch.cat([old.left_OP, now.left_OP], dim=1)
+            assert isinstance(old.core, torch.Tensor) and isinstance(now.core, torch.Tensor)
+            apart = Delta(left_OP, torch.cat([old.core, -now.core]), torch.cat([old.right_QI, now.right_QI]))
+            size, missed = (float(torch.linalg.vector_norm(singular_values(delta))) for delta in (old, apart))
+            lost = missed / size if size else 0.0
+            layers.append(ResizedLayer(name, place.rank, new.layers[name].rank, self.cuts[name], lost))
+        return tuple(layers)
+
+
+def _alpha_name(A_name: str) -> str:
+    stem = next(A_name.removesuffix(A_end) for A_end, _ in ENDINGS if A_name.endswith(A_end))
+    return f"{stem}.alpha"
+
+
+def _exact(rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """Get a rank as a tensor in this dtype, or in float32 where it would be rounded (300 in bfloat16)."""
+    alpha = torch.tensor(rank, dtype=dtype)
+    return alpha if float(alpha) == rank else torch.tensor(rank, dtype=torch.float32)
+
+
+def _rescaled(options: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Get PEFT's options with these ranks and a scaling of 1 for each of these layers."""
+    r, pattern = rank_pattern(ranks)
+    patterns = {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    return {**options, "r": r, "lora_alpha": r, **patterns, "use_rslora": False}
+
+
+def _header(source: LoraFile, ranks: Mapping[str, int]) -> dict[str, str]:
+    """Get the header of the new file: what it says of ranks and alphas is made true again."""
+    header = {key: value for key, value in source.file.metadata.items() if key not in KOHYA_HASHES}
+    word = str(next(iter(ranks.values()))) if len(set(ranks.values())) == 1 else "Dynamic"
+    header |= {key: word for key in KOHYA_RANK if key in header}
+    if DIFFUSERS_METADATA in header:
+        options: dict[str, Any] = json.loads(header[DIFFUSERS_METADATA])
+        for part in sorted({key.partition(".")[0] for key in options}):
+            of_part = {name.removeprefix(f"{part}."): r for name, r in ranks.items() if name.startswith(f"{part}.")}
+            if of_part:
+                options |= {f"{part}.{key}": value for key, value in _rescaled({}, of_part).items()}
+        header[DIFFUSERS_METADATA] = json.dumps(options, indent=2, sort_keys=True)
+    return header
+
+
+def _copy_the_rest(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in OLD_WEIGHTS:
+            shutil.copyfile(path, target / path.name)
+
+
+def _refuse_other_updates(source: LoraFile) -> None:
+    for option in OTHER_UPDATES:
+        if source.config.get(option):
+            raise ExportError(f"{source.path}: with {option} the update is not a plain B A. Merge it instead.")
+
+
+def _refuse_output(output: Path) -> None:
+    if output.suffix != ".safetensors":
+        raise OutputError(
+            f"{output}: the LoRA is one file, so the result is one. Give a name that ends in .safetensors."
+        )
+    if output.exists():
+        raise OutputError(f"{output}: there is such a file already. Choose another name.")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}. Create it first.")

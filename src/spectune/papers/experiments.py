@@ -1,0 +1,135 @@
+"""Published experiments as ready sweeps: what was printed, at full size, and small on what is at hand.
+
+One YAML in `experiments/` for each: `published` (method -> task -> figure as printed), `full` and `small` (a sweep and
+how it departs from the paper), or `compute`, for those that train nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..errors import DataError, OptionError, nearest
+from ..sweeps.config import SweepConfig, parse_sweep
+from ..training.config import Section, validate
+from ..training.yaml_file import put, read_yaml
+
+FOLDER, ENDING = "experiments", ".yaml"
+WORD = re.compile(r"\$\{(\w+)\}")
+
+
+class Version(Section):
+    """One size of an experiment."""
+
+    deviations: list[str] = Field(min_length=1)
+    """How it departs from the paper, one sentence each."""
+    makers: list[Literal["languages", "digits", "interface_lm"]] = Field(default_factory=list)
+    """What is made or found before: models and data of `small_models`."""
+    sweep: dict[str, Any]
+
+
+class Experiment(Section):
+    """A published experiment."""
+
+    title: str
+    source: str
+    needs: str
+    """What the full size asks of hardware and hub."""
+    published: dict[str, dict[str, float]] = Field(default_factory=dict)
+    full: Version | None = None
+    small: Version | None = None
+    small_with_data: Version | None = None
+    """The small size where --data is given."""
+    compute: Literal["parameter_table", "lemmas", "svd_cost"] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Experiment:
+        if (self.compute is None) == (self.full is None):
+            raise ValueError("an experiment has sweeps or a computation, one of them")
+        return self
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A sweep that is ready to run, and what its report puts beside it."""
+
+    sweep: SweepConfig
+    published: dict[str, Any]
+
+
+def experiment_names() -> list[str]:
+    """Get the names of all experiments."""
+    folder = resources.files(__package__).joinpath(FOLDER)
+    return sorted(path.name.removesuffix(ENDING) for path in folder.iterdir() if path.name.endswith(ENDING))
+
+
+def load_experiment(name: str) -> Experiment:
+    """Get one experiment; `OptionError` with the near misses for a name that does not exist."""
+    names = experiment_names()
+    if name not in names:
+        raise OptionError(f"experiment {name!r} does not exist. {nearest(name, names)}")
+    with resources.as_file(resources.files(__package__).joinpath(FOLDER, name + ENDING)) as path:
+        return validate(Experiment, read_yaml(path), name)
+
+
+def prepare(
+    experiment: Experiment,
+    folder: str | Path,
+    *,
+    small: bool,
+    data: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    say: Callable[[str], None] | None = None,
+) -> Reproduction:
+    """Get an experiment's sweep, with what it runs on found or made in `folder`/made.
+
+    `overrides` (key=value) go over the sweep and are named among the deviations. `DataError` where it needs --data.
+    """
+    version = _version(experiment, small, data)
+    values: dict[str, str] = {} if data is None else {"data": str(Path(data).resolve())}
+    if version.makers:
+        from .small_models import MAKERS
+
+        made = Path(folder, "made").resolve()
+        made.mkdir(parents=True, exist_ok=True)
+        for maker in version.makers:
+            if say is not None:
+                say(f"preparing {maker}")
+            values |= MAKERS[maker](made)
+    asked = _filled(version.sweep, values, experiment.title)
+    changed = list(overrides)
+    for override in changed:
+        put(asked, override)
+    size = "small" if small else "full size"
+    sweep = parse_sweep({"title": f"{experiment.title} ({size})"} | asked, experiment.title)
+    deviations = [*version.deviations, *(f"Changed by the user: {override}" for override in changed)]
+    return Reproduction(sweep, {"source": experiment.source, "rows": experiment.published, "deviations": deviations})
+
+
+def _version(experiment: Experiment, small: bool, data: str | Path | None) -> Version:
+    version = experiment.small if small else experiment.full
+    if small and data is not None and experiment.small_with_data is not None:
+        version = experiment.small_with_data
+    if version is None:
+        raise OptionError(f"{experiment.title}: it has no {'small' if small else 'full'} version.")
+    return version
+
+
+def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
+    """Get a value with every `${name}` in its texts put in."""
+    if isinstance(value, dict):
+        return {key: _filled(inner, words, where) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, words, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for name in WORD.findall(value):
+        if name not in words:
+            raise DataError(f"{where}: it reads {value!r} of your own. Give --data DIR, with what `needs` names in it.")
+    return WORD.sub(lambda found: words[found[1]], value)

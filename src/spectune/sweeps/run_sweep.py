@@ -1,0 +1,226 @@
+"""`run_sweep`: every run of a sweep in its own process, one JSON for each, from where it was stopped.
+
+sweep.json           what was asked                       runs/NAME/     the run's folder, as `spectune train` has it
+records/NAME.json    one run: figures, machine, versions, commit, seed; or the one-line error of a failed one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..checkpoint import hold_folder, write_atomically
+from ..errors import OutputError
+from ..runs.result import RESULT_FILE, RunResult
+from ..runs.train import ADAPTER, CHECKPOINTS, MODEL, differences
+from ..training.rates import method_of
+from .choice import chosen_rate, rate_beyond
+from .config import Cell, SweepConfig, cells, require_splits
+from .record import SweepRecord, read_record
+from .workers import OnStep, Workers, last_words, plain_ctrl_c
+
+RECORDS, RUNS, ASKED = "records", "runs", "sweep.json"
+
+
+class OnRun(Protocol):
+    """Called before a run and for each of its steps, with its place, the number of runs, and its name."""
+
+    def __call__(self, done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None: ...
+
+
+def run_sweep(
+    sweep: SweepConfig,
+    output_dir: str | Path,
+    *,
+    provenance: Mapping[str, Any],
+    on_run: OnRun | None = None,
+    jobs: int = 1,
+) -> list[SweepRecord]:
+    """Get the record of every run; what was finished before is read, a failed run is tried once more.
+
+    `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time (at most one of
+    each method on each task), each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from
+    their threads. `OutputError` where the folder holds the same runs told otherwise, `DataError` where a task has no
+    validation or test examples; KeyboardInterrupt after Ctrl-C, when the runs at work have saved their checkpoints:
+    call it again and it goes on.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: asked for an output folder, found a file. Choose another folder.")
+    require_splits(sweep)
+    try:
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        (folder / RUNS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+    with hold_folder(folder), plain_ctrl_c():
+        write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
+        # The runs of one method on one task wait for each other: its rates decide what comes next.
+        lines = len(sweep.tasks) * len(sweep.methods)
+        return _run_all(_Running(sweep, folder, provenance, on_run, min(jobs, lines)))
+
+
+def _run_all(running: _Running) -> list[SweepRecord]:
+    sweep, workers = running.sweep, running.workers
+    with ThreadPoolExecutor(running.jobs) as pool:
+        try:
+            waiting = [pool.submit(running.line, task, method) for task in sweep.tasks for method in sweep.methods]
+            for done in as_completed(waiting):
+                done.result()
+        except BaseException:
+            workers.stop()
+            try:
+                pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:  # asked twice
+                workers.stop(at_once=True)
+            raise
+    return [record for line in waiting for record in line.result()]
+
+
+@dataclass
+class _Running:
+    """A sweep at work, and the records so far."""
+
+    sweep: SweepConfig
+    folder: Path
+    provenance: Mapping[str, Any]
+    on_run: OnRun | None
+    jobs: int
+    found: list[SweepRecord] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        sweep, seeds = self.sweep, len(self.sweep.seeds)
+        first = len(sweep.seeds[: sweep.tuning_seeds])
+        rates = [len(method.learning_rates) for method in sweep.methods.values()]
+        self.runs = len(sweep.tasks) * sum(count * first + seeds - first for count in rates)
+        self.workers = Workers(self.jobs)
+
+    def line(self, task: str, method: str) -> list[SweepRecord]:
+        """Get the records of one method on one task: the first seeds try the rates, the others run the chosen one."""
+        sweep, rates = self.sweep, list(self.sweep.methods[method].learning_rates)
+        first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
+        found = [self.once(cell) for cell in cells(sweep, task, method, rates, first)]
+        for _ in range(sweep.grow):
+            further = rate_beyond(rates, chosen_rate(found, sweep.metric))
+            if further is None:
+                break
+            rates.append(further)
+            self.runs += len(first)
+            found += [self.once(cell) for cell in cells(sweep, task, method, [further], first)]
+        rate = chosen_rate(found, sweep.metric)
+        chosen = [] if rate is None else [rate]
+        return found + [self.once(cell) for cell in cells(sweep, task, method, chosen, rest)]
+
+    def once(self, cell: Cell) -> SweepRecord:
+        """Get the record of a run, done now or read."""
+        record = self._old(cell) or self._new(cell)
+        self.found.append(record)
+        return record
+
+    def _old(self, cell: Cell) -> SweepRecord | None:
+        path = self.folder / RECORDS / f"{cell.name}.json"
+        old = read_record(path) if path.is_file() else None
+        if old is not None and not old.ok and old.config != cell.config.plain():
+            shutil.rmtree(self.folder / RUNS / cell.name, ignore_errors=True)  # what was wrong was put right
+        elif old is not None and old.config != cell.config.plain():
+            different = ", ".join(differences(old.config, cell.config.plain())[:3])
+            raise OutputError(
+                f"{path}: asked to continue, but this run was told otherwise before: {different}. Give the same sweep, "
+                f"or choose another folder."
+            )
+        lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
+        return old if old is not None and old.ok and not lacks else None
+
+    def _new(self, cell: Cell) -> SweepRecord:
+        place, run_folder = len(self.found), self.folder / RUNS / cell.name
+
+        def on_step(step: int, steps: int, loss: float | None) -> None:
+            if self.on_run is not None:
+                self.on_run(place, self.runs, cell.name, step, steps, loss)
+
+        on_step(0, 0, None)
+        if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
+            # Its weights were deleted, and now something is asked of them: train them again.
+            (run_folder / RESULT_FILE).unlink(missing_ok=True)
+        record = _finished(cell, run_folder, self._work(cell, run_folder, on_step), self.provenance, self.jobs)
+        record.write(self.folder / RECORDS / f"{cell.name}.json")
+        if record.ok:
+            _tidy(run_folder, self.sweep.keep)
+        return record
+
+    def _work(self, cell: Cell, run_folder: Path, on_step: OnStep) -> dict[str, Any]:
+        asked = self.sweep.forgetting
+        # The base model's loss is the same for every run that begins with the same model.
+        known = [r.general_loss_base for r in self.found if r.general_loss_base is not None and _same_base(r, cell)]
+        job, answer, log = (run_folder.with_name(f"{cell.name}.{end}") for end in ("job", "answer", "log"))
+        told = {
+            "config": cell.config.plain(),
+            "folder": str(run_folder.resolve()),
+            "answer": str(answer.resolve()),
+            "forgetting": None if asked is None else asked.model_dump(mode="json"),
+            "base_loss": known[0] if known else None,
+        }
+        answer.unlink(missing_ok=True)
+        write_atomically(job, json.dumps(told))
+        status = self.workers.run(job, log, on_step)
+        answered = answer.is_file()
+        found: dict[str, Any] = (
+            json.loads(answer.read_text("utf-8")) if answered else {"error": last_words(status, log)}
+        )
+        for path in (job, answer, *([log] if answered else [])):
+            path.unlink(missing_ok=True)
+        return found
+
+
+def _finished(
+    cell: Cell, run_folder: Path, answer: dict[str, Any], provenance: Mapping[str, Any], jobs: int
+) -> SweepRecord:
+    common: dict[str, Any] = {
+        "task": cell.task,
+        "method": cell.method,
+        "kind": method_of(cell.config),
+        "rate": cell.rate,
+        "seed": cell.seed,
+        "config": cell.config.plain(),
+        "seconds": float(answer.get("seconds", 0.0)),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "jobs": jobs,
+        "provenance": dict(provenance),
+    }
+    if "error" in answer or not (run_folder / RESULT_FILE).is_file():
+        return SweepRecord(**common, status="failed", error=str(answer.get("error", "no result was written")))
+    result = RunResult.read(run_folder)
+    tail = result.losses[-max(1, len(result.losses) // 10) :]
+    same = ("metrics", "steps", "trainable", "head", "total", "step_seconds", "peak_bytes", "file_bytes", "device")
+    return SweepRecord(
+        **common,
+        status="success",
+        final_loss=sum(tail) / len(tail) if tail else None,
+        **{name: getattr(result, name) for name in same},
+        general_loss=answer.get("general_loss"),
+        general_loss_base=answer.get("general_loss_base"),
+    )
+
+
+def _same_base(record: SweepRecord, cell: Cell) -> bool:
+    now = cell.config.plain()
+    return all(record.config.get(name) == now[name] for name in ("model", "revision", "dtype", "data"))
+
+
+def _tidy(run_folder: Path, keep: str) -> None:
+    """Delete what is not to stay; the figures stand in the record, and what trackers wrote is theirs."""
+    goes = {"nothing": (MODEL, ADAPTER), "adapters": (MODEL,), "everything": ()}[keep]
+    for name in goes:
+        shutil.rmtree(run_folder / name, ignore_errors=True)
+    if keep != "everything":
+        for checkpoint in (run_folder / CHECKPOINTS).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with suppress(OSError):  # not empty where a tracker writes into it
+            (run_folder / CHECKPOINTS).rmdir()

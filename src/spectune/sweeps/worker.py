@@ -1,0 +1,97 @@
+"""One run of a sweep in a process of its own, so that its peak memory is its own and its crash is its own.
+
+    python -m spectune.sweeps.worker JOB.json
+
+Told by a file, answers by a file; a line of JSON for each step goes to stdout. It ends as on Ctrl-C when stdin
+closes: so it never outlives the sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..checkpoint import write_atomically
+from ..errors import SpectuneError
+from ..recipes.recipe import Recipe
+from ..recipes.table import parse_config
+from ..runs.result import RESULT_FILE, RunResult
+from ..runs.train import load_run, train_run
+from ..training.loop import OnStep
+from .config import GeneralText
+from .general_text import general_loss
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
+    """Train, measure, write the answer; get the exit status."""
+    started = time.perf_counter()
+    try:
+        answer = work(job, on_step)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SpectuneError as error:
+        answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"}
+    write_atomically(job["answer"], json.dumps(answer | {"seconds": time.perf_counter() - started}))
+    return FAILED if "error" in answer else 0
+
+
+def work(job: dict[str, Any], on_step: OnStep | None = None) -> dict[str, Any]:
+    """Get the run's loss on general text and the base model's; trains what is not trained yet."""
+    config, folder = parse_config(job["config"]), Path(job["folder"])
+    recipe: Recipe | None = None
+    model: Any = None
+    if not (folder / RESULT_FILE).is_file():
+        trained = train_run(config, folder, resume=True, on_step=on_step)
+        recipe, model = trained.recipe, trained.model
+    if job["forgetting"] is None or config.recipe != "causal_lm":
+        return {}
+    RunResult.read(folder)
+    if recipe is None:
+        recipe, model = load_run(folder)
+    asked = GeneralText.model_validate(job["forgetting"])
+    after, base = general_loss(model, recipe.processing, asked), job["base_loss"]
+    if base is None:
+        del model
+        base = general_loss(recipe.build_model(), recipe.processing, asked)
+    return {"general_loss": after, "general_loss_base": base}
+
+
+def _telling(steps_told: TextIO) -> OnStep:
+    def tell(step: int, steps: int, loss: float) -> None:
+        with suppress(BrokenPipeError):  # the sweep was killed; stdin says so too, and a checkpoint is saved
+            print(json.dumps([step, steps, loss if math.isfinite(loss) else None]), file=steps_told, flush=True)
+
+    return tell
+
+
+def _own_stdout() -> TextIO:
+    """Get the stdout that the sweep reads; what libraries and their compilers print goes to stderr from now on."""
+    steps_told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return steps_told
+
+
+def _end_with_the_sweep() -> None:
+    """Wait for the end of stdin, which the sweep holds open as long as it lives."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    # A shell lets its background jobs ignore Ctrl-C, and this would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout())))

@@ -1,0 +1,115 @@
+"""`Workers`: jobs in processes of their own, their steps heard, Ctrl-C passed on, their last words kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+OnStep = Callable[[int, int, "float | None"], None]
+"""Called with (step, steps, loss or None)."""
+
+
+class Workers:
+    """The processes of a sweep that are at work."""
+
+    def __init__(self, jobs: int = 1) -> None:
+        """Take how many will be at work at a time: then each gets its share of the cores."""
+        self._environment = dict(os.environ)
+        if jobs > 1:
+            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
+        self._at_work = set[subprocess.Popen[str]]()
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def run(self, job: Path, log: Path, on_step: OnStep) -> int:
+        """Run a job in a process of its own, and get its exit status; KeyboardInterrupt when it was stopped."""
+        with log.open("w", encoding="utf-8") as stderr:
+            process = self._start(job, stderr)
+            assert process.stdout is not None and process.stdin is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith("["):
+                        on_step(*json.loads(line))
+                status = process.wait()
+            except BaseException:  # of on_step
+                process.send_signal(signal.SIGINT)
+                process.wait()
+                raise
+            finally:
+                with self._lock:
+                    self._at_work.discard(process)
+                process.stdin.close()
+                process.stdout.close()
+        if self._stopping:
+            raise KeyboardInterrupt
+        return status
+
+    def _start(self, job: Path, stderr: TextIO) -> subprocess.Popen[str]:
+        with self._lock:  # none begins after `stop`
+            if self._stopping:
+                raise KeyboardInterrupt
+            process = subprocess.Popen(
+                [sys.executable, "-m", "spectune.sweeps.worker", str(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=self._environment,
+                # A terminal's Ctrl-C would reach it too, and twice is at once: without a checkpoint.
+                start_new_session=True,
+            )
+            self._at_work.add(process)
+            return process
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Have every process save its checkpoint and end, or end without; no other one begins."""
+        with self._lock:
+            self._stopping = True
+            for process in self._at_work:
+                if at_once:
+                    process.kill()
+                else:
+                    process.send_signal(signal.SIGINT)
+
+
+@contextmanager
+def plain_ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, once for each: runs may take long to save their checkpoints.
+
+    Elsewhere the command line raises a second one by itself. Signals are the main thread's; where Ctrl-C is ignored (a
+    shell's background job) it stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for kind, handler in before.items():
+            if kind is signal.SIGTERM or handler is not signal.SIG_IGN:
+                signal.signal(kind, signal.default_int_handler)
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def last_words(status: int, log: Path) -> str:
+    """Get why a process without an answer ended, in one line."""
+    if status < 0:
+        return f"the process was ended by signal {-status}" + (" (out of memory?)" if status == -9 else "") + "."
+    lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    return f"the process ended with status {status}: {lines[-1][:500] if lines else 'no message'}"

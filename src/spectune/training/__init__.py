@@ -1,0 +1,8 @@
+"""The loop that trains: what a run is told, its rates, its checkpoints, its processes."""
+
+from .checkpoints import Interrupted as Interrupted
+from .config import RunConfig as RunConfig
+from .processes import join as join
+from .rates import advice as advice
+from .rates import learning_rate as learning_rate
+from .rates import method_of as method_of

@@ -1,0 +1,324 @@
+"""The one train loop: transformers' Trainer (or trl's), told what trains at which rate, and saved whole.
+
+A recipe brings its model, its rows and perhaps a loss; `Plan` says the rest. accelerate is underneath, so the
+loop runs on one device, with DDP, FSDP or DeepSpeed as `accelerate launch` sets it up.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from ..adapter import SpectralModule, bases_as_parameters, spectral_modules
+from ..errors import OptionError
+from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
+from .checkpoints import PARTIAL, save_whole, write_examples_a_step
+from .config import RunConfig
+
+OnStep = Callable[[int, int, float], None]
+"""Called with (step, steps, loss) after each optimizer step."""
+Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop is told beyond transformers' own arguments."""
+
+    rates: Sequence[tuple[Sequence[nn.Parameter], float]]
+    """Parameters and their peak learning rate; nothing else is trained."""
+    loss: Loss | None = None
+    """In place of the loss that the model returns."""
+    ramp: float | None = None
+    """For a range test: the first group's rate grows exponentially from this share of its peak to the peak."""
+
+
+class Loop:
+    """What every run adds to a Trainer: rates by group, a loss of its own, checkpoints that are whole."""
+
+    def __init__(self, *args: Any, plan: Plan, **kwargs: Any) -> None:
+        self.plan = plan
+        super().__init__(*args, **kwargs)
+        self._run_dir: Path | None = None
+        self._place_bases()
+        self.add_callback(AllocateBudget())  # type: ignore[attr-defined]
+        for callback in list(self.callback_handler.callbacks):  # type: ignore[attr-defined]
+            if type(callback).__name__ == "PrinterCallback":  # it prints every log line as a dict
+                self.remove_callback(callback)  # type: ignore[attr-defined]
+
+    def _place_bases(self) -> None:
+        """Shard the frozen bases with the model under FSDP2, and keep DDP from sending them."""
+        me: Any = self
+        modules = [module for _, _, module in spectral_modules(me.model)]
+        if me.is_fsdp_enabled:
+            refuse_fsdp_options(me.accelerator.state.fsdp_plugin)
+            bases_as_parameters(me.model)
+        if me.is_deepspeed_enabled:
+            refuse_deepspeed_options(me.accelerator.state.deepspeed_plugin, modules)
+        # DDP would send every buffer before every forward.
+        tensors = {id(t) for module in modules for t in module.buffers()}
+        names = [name for name, buffer in me.model.named_buffers() if id(buffer) in tensors]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(me.model, names)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        me: Any = self
+        if me.optimizer is None:
+            decayed = set(me.get_decay_parameter_names(me.model))
+            matrices = {id(p) for name, p in me.model.named_parameters() if name in decayed}
+            groups = []
+            for parameters, rate in self.plan.rates:
+                for decays in (True, False):
+                    part = [p for p in parameters if (id(p) in matrices) == decays]
+                    decay = me.args.weight_decay if decays else 0.0
+                    groups += [{"params": part, "lr": rate, "weight_decay": decay}] if part else []
+            kind, options = me.get_optimizer_cls_and_kwargs(me.args, me.model)
+            me.optimizer = kind(groups, **options)
+        return me.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        me: Any = self
+        ramp = self.plan.ramp
+        if ramp is None:
+            return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        first = {id(p) for p in self.plan.rates[0][0]}
+
+        def grow(step: int) -> float:
+            return ramp ** (1 - min(step / max(num_training_steps - 1, 1), 1.0))
+
+        curves = [
+            grow if any(id(p) in first for p in group["params"]) else (lambda step: 1.0)
+            for group in me.optimizer.param_groups
+        ]
+        me.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(me.optimizer, curves)
+        me._created_lr_scheduler = True
+        return me.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        if self.plan.loss is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        loss = self.plan.loss(model, inputs)
+        return (loss, {}) if return_outputs else loss
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        me: Any = self
+        return str(self._run_dir or me.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """transformers writes file after file under the final name; a crash there would leave half a checkpoint."""
+        me: Any = self
+        folder = Path(me.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep, me.args.save_total_limit = me.args.save_total_limit, None
+
+        def write() -> None:
+            self._run_dir = folder / PARTIAL
+            with same_bases(me.model):
+                super(Loop, self)._save_checkpoint(model, trial)  # type: ignore[misc]
+            if me.args.should_save:
+                asked = me.args.per_device_train_batch_size * me.args.gradient_accumulation_steps
+                write_examples_a_step(folder / PARTIAL / name, asked * me.args.world_size)
+                if is_adalora(me.model):
+                    save_budget(me.model, folder / PARTIAL / name)
+
+        name = f"checkpoint-{me.state.global_step}"
+        try:
+            save_whole(folder, name, write, keep, me.accelerator.wait_for_everyone, me.args.should_save)
+        finally:
+            self._run_dir, me.args.save_total_limit = None, keep
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        me: Any = self
+        if isinstance(me.model, PreTrainedModel):
+            # Its files bear the names of older releases for some architectures (ViT), which only from_pretrained knows;
+            # transformers' own way here would load nothing, and say nothing.
+            saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
+            me.model.load_state_dict(saved.state_dict())
+            return
+        if is_adalora(me.model):
+            load_budget(me.model, Path(resume_from_checkpoint))
+            return
+        with same_bases(me.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        # A pickle of the arguments, which stand in run.yaml; nothing here reads pickles.
+        Path(output_dir or "", "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """trl writes one beside every checkpoint; the run's report is the card."""
+
+
+def refuse_fsdp_options(plugin: Any) -> None:
+    """Raise `OptionError` for what FSDP can be told and an adapted model cannot do."""
+    told = {
+        f"fsdp_version={plugin.fsdp_version}": (plugin.fsdp_version != 2, "fsdp_version: 2"),
+        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
+        f"state_dict_type={plugin.state_dict_type}": (
+            "FULL" not in str(plugin.state_dict_type),
+            "fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+    }
+    for asked, (refused, instead) in told.items():
+        if refused:
+            raise OptionError(
+                f"accelerate: asked for FSDP with {asked}, with which bases are not sharded or checkpoints not whole. "
+                f"Set {instead} (examples/accelerate/fsdp2.yaml)."
+            )
+
+
+def refuse_deepspeed_options(plugin: Any, modules: Sequence[SpectralModule]) -> None:
+    """Raise `OptionError` for what DeepSpeed can be told and a run cannot do."""
+    if plugin.zero_stage == 3:
+        raise OptionError(
+            "accelerate: asked for DeepSpeed ZeRO-3, which leaves bases whole on every process and no process with an "
+            "adapter to save. Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
+        )
+    if plugin.hf_ds_config.mismatches:
+        told = "; ".join(line.strip("- ").replace("ds ", "DeepSpeed ", 1) for line in plugin.hf_ds_config.mismatches)
+        raise OptionError(
+            f"accelerate: DeepSpeed was told otherwise than the run: {told}. Leave that out of accelerate's file, the "
+            f"run's own values then hold (examples/accelerate/zero2.yaml)."
+        )
+    if any(module.dynamics for module in modules):
+        raise OptionError(
+            "adapter: asked for singular_decay or grad_norm under DeepSpeed, whose optimizer holds other tensors than "
+            "the adapter's, so that neither would act. Leave them out, or use DDP or FSDP2."
+        )
+
+
+@contextmanager
+def same_bases(model: nn.Module) -> Iterator[None]:
+    """Keep the bases of spectral adapters bit for bit while they are saved or loaded.
+
+    Both turn a basis onto its sketch, which moves the last bits even where nothing is to turn. Where the sketch is
+    the one that was there before, the basis is put back, so that a resumed run ends in the very same weights.
+    """
+    found = [(m, (m.U_OR, m.S_R, m.Vh_RI), m.sketch.clone()) for _, _, m in spectral_modules(model)]
+    yield
+    for module, basis, sketch in found:
+        if torch.equal(module.sketch, sketch):
+            module.U_OR, module.S_R, module.Vh_RI = basis
+
+
+@cache
+def looped(base: type[Trainer]) -> type[Any]:
+    """Get a Trainer class (transformers', trl's) with this loop's ways."""
+    return type(f"Run{base.__name__}", (Loop, base), {})
+
+
+def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -> dict[str, Any]:
+    """Get what transformers' TrainingArguments and trl's SFTConfig are told for a run."""
+    asked = config.training
+    return {
+        "output_dir": str(folder),
+        "max_steps": asked.steps or -1,
+        "num_train_epochs": asked.epochs or 1,
+        "per_device_train_batch_size": asked.batch_size,
+        "per_device_eval_batch_size": asked.batch_size,
+        "gradient_accumulation_steps": asked.gradient_accumulation,
+        "weight_decay": asked.weight_decay,
+        "warmup_steps": asked.warmup,
+        "lr_scheduler_type": asked.schedule,
+        "max_grad_norm": asked.max_grad_norm,
+        "optim": asked.optimizer,
+        # Else transformers refuses bfloat16 on a CPU, which torch autocasts to as well.
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": asked.precision == "bfloat16",
+        "fp16": asked.precision == "float16",
+        "gradient_checkpointing": asked.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": asked.save_every,
+        "save_total_limit": asked.keep_checkpoints,
+        "eval_strategy": "no" if asked.validate_every is None else "steps",
+        "eval_steps": asked.validate_every,
+        "prediction_loss_only": True,
+        "report_to": list(asked.report_to),
+        "dataloader_num_workers": asked.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": config.seed,
+        "logging_steps": 1,
+        # Otherwise the Trainer replaces NaN by the mean of the losses before it, and a run that diverged looks well.
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
+    """Get transformers' (or trl's) arguments; what they refuse, such as an optimizer's name, is an `OptionError`."""
+    try:
+        return one_device(kind(**values))
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"training: {' '.join(str(error).split())[:300]}") from error
+
+
+def one_device(arguments: Any) -> Any:
+    """Get the arguments with one device a process: else transformers trains on all that it sees with nn.DataParallel,
+    and a step has so many times the examples that were asked for. `accelerate launch` is the way to several.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+class Watch(TrainerCallback):
+    """Keeps the loss and the time of every step, and the validation losses with their steps."""
+
+    def __init__(self, on_step: OnStep | None = None) -> None:
+        self.on_step = on_step
+        self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(_now() - self._started)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "eval_loss" in logs:
+            self.validation.append((state.global_step, float(logs["eval_loss"])))
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            if self.on_step is not None and state.is_world_process_zero:
+                self.on_step(state.global_step, state.max_steps, self.losses[-1])
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median time of a step; the first one, which warms everything up, is left out."""
+        return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def quiet_libraries() -> None:
+    """Silence the bars and remarks of the libraries underneath: the run has its own bar and its own words."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # What transformers renames for its next major release is no business of who trains with this one.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        import datasets
+    except ImportError:
+        return
+    datasets.disable_progress_bars()

@@ -1,0 +1,111 @@
+"""Learning rates that are known to work, method by method, and what to say of one far outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError
+from ..methods import METHODS
+from .config import RunConfig
+
+# "Far" is ten times outside: within it tuning decides, beyond it runs are dead or diverge. Chosen.
+FAR = 10.0
+# A new head's rate where nothing is said: SVFT (arXiv 2405.19597), table 14, every method on vision; its GLUE runs
+# took 6e-3 (table 11).
+HEAD_RATE = 4e-3
+
+
+@dataclass(frozen=True)
+class KnownRates:
+    """The lowest and the highest peak rate that published or measured runs with AdamW used, and the usual one."""
+
+    low: float
+    high: float
+    source: str
+    usual: float | None = None
+    """None for the methods of METHODS, which say their own default."""
+
+
+SVFT = "SVFT, arXiv 2405.19597"
+SPECTRAL = "Spectral Adapter, arXiv 2405.13952"
+BENCH = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
+# Models of up to 23 million parameters, a hundred steps: larger models and longer runs want the lower end.
+SMALL = "small models, benchmarks/results/rates.json"
+KNOWN: dict[str, KnownRates] = {
+    "spectral_a": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: 1e-5 (Llama-3-8B) to 7e-4 (MRPC); {SMALL}"),
+    "spectral_r": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: 1e-4 (text encoder) to 5e-2 (UNet); {SMALL}"),
+    "svft": KnownRates(1e-3, 1e-1, f"{SVFT}: 1e-3 (random, LLaMA-3) to 8e-2 (plain, CoLA); {SMALL}"),
+    "specadapt": KnownRates(3e-4, 1e-2, f"SpecAdapt's official trainer: 3e-3, all of VTAB-1k; {SMALL}"),
+    "svdiff": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: its SVDiff runs, 1e-4 and 1e-3; {SMALL}"),
+    "lidb": KnownRates(1e-4, 1e-2, f"{SPECTRAL}: its LiDB runs, 1e-4 and 5e-4; {SMALL}"),
+    "orthogonal_adaptation": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: as its LoRA runs, 1e-5 and 1e-4; {SMALL}"),
+    "LORA": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: 1e-5 to 2e-4; {SVFT}: 4e-3; {SMALL}", 2e-4),
+    "ADALORA": KnownRates(5e-4, 2.2e-3, f"{SPECTRAL}: GLUE", 1e-3),
+    "OFT": KnownRates(8e-5, 9e-4, f"{SPECTRAL}: GLUE", 2e-4),
+    "BOFT": KnownRates(1e-4, 4e-3, f"{SVFT}: 4e-3 (vision); {BENCH}: 1e-4", 1e-3),
+    "VERA": KnownRates(2e-2, 7e-2, f"{SVFT}: vision", 2e-2),
+    "IA3": KnownRates(1e-4, 5e-3, f"{BENCH}: 1e-4 scored 31.1, 5e-3 scored 45.5", 5e-3),
+    "LOKR": KnownRates(1e-4, 3e-3, BENCH, 3e-3),
+    "HIRA": KnownRates(1e-4, 4.5e-3, BENCH, 4.5e-3),
+    "none": KnownRates(1e-5, 8e-5, f"full fine-tuning: {SPECTRAL}: 1e-5; {SVFT}: 4e-5 and 8e-5 (ViT-B)", 2e-5),
+}
+
+
+def method_of(config: RunConfig) -> str:
+    """Get the word for how a run tunes: one of METHODS, one of PEFT's types, or none."""
+    options = config.adapter_options
+    if options is None:
+        return "none"
+    return str(options.get("method") or str(options.get("peft_type", "")).upper())
+
+
+def learning_rate(config: RunConfig) -> float:
+    """Get the run's peak rate: what it asks for, else the method's default; `OptionError` where there is none."""
+    asked = config.training.learning_rate
+    if asked is not None:
+        return asked
+    method = method_of(config)
+    if method in METHODS:
+        return METHODS[method].learning_rate
+    usual = KNOWN[method].usual if method in KNOWN else None
+    if usual is None:
+        raise OptionError(
+            f"training.learning_rate: no rate is known for {method}. Give one; `spectune lr` proposes a value."
+        )
+    return usual
+
+
+def head_learning_rate(config: RunConfig) -> float:
+    """Get the rate of a new head: what the run asks for; in full fine-tuning the model's; else the usual one."""
+    asked = config.training.head_learning_rate
+    if asked is not None:
+        return asked
+    return learning_rate(config) if config.adapter_options is None else HEAD_RATE
+
+
+def advice(method: str, rate: float) -> str | None:
+    """Get one sentence where a rate is more than ten times outside what is known to work, else None."""
+    known = KNOWN.get(method)
+    if known is None or known.low / FAR <= rate <= known.high * FAR:
+        return None
+    side = "below" if rate < known.low else "above"
+    times = known.low / rate if rate < known.low else rate / known.high
+    span = f"{known.low:g} to {known.high:g}" if known.low != known.high else f"{known.low:g}"
+    return (
+        f"learning rate {rate:g} is {times:.0f} times {side} what is known to work for {method} ({span}; "
+        f"{known.source}). Leave it out for the default, or find one with `spectune lr`."
+    )
+
+
+def said(config: RunConfig) -> dict[str, Any]:
+    """Get the rates of a run and what is known about them, for `check`."""
+    method, rate = method_of(config), learning_rate(config)
+    known = KNOWN.get(method)
+    return {
+        "learning_rate": rate,
+        "head_learning_rate": head_learning_rate(config),
+        "known": None if known is None else [known.low, known.high],
+        "source": None if known is None else known.source,
+        "advice": advice(method, rate),
+    }

@@ -1,0 +1,26 @@
+"""Every method through the demo's journey: train, save, fresh process, export, plain PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spectune.demo import DemoOptions, run_demo
+from spectune.errors import OptionError
+from spectune.methods import METHODS
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_survives_the_journey(method: str, tmp_path: Path) -> None:
+    options = DemoOptions(method=method, steps=3, sentences=40)
+    done = run_demo(options, tmp_path, lambda line: None, lambda name, steps: lambda step, steps, loss: None)
+    assert done.reload_agreement == 1.0 and done.lora_agreement == 1.0
+    assert len(done.outcome.losses) == 3 and done.trainable > 0
+    assert done.export.proof.max_relative_error < 1e-5
+
+
+@pytest.mark.parametrize(("options", "line"), [({"steps": 0}, "steps=0"), ({"method": "nope"}, "unknown method")])
+def test_wrong_options_are_refused_before_any_work(options: dict[str, object], line: str) -> None:
+    with pytest.raises(OptionError, match=line):
+        DemoOptions(**options).config()  # type: ignore[arg-type]

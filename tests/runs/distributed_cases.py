@@ -1,0 +1,193 @@
+"""Runs of the recipes with a step of eight examples, on as many processes as there are.
+
+`torchrun --nproc-per-node 2 -m tests.runs.distributed_cases FOLDER` runs them on two; `one_process` in this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.utils import DistributedType
+
+from spectune.cli import main
+from spectune.errors import OutputError
+from spectune.training import Interrupted
+from spectune.recipes import parse_config
+from spectune.runs import run, train_run
+from spectune.training.yaml_file import write_yaml
+
+from ..abilities import FSDP2_ON_A_CPU, RESUMES_ON_SEVERAL_CPUS
+from ..models import vit_targets
+from ..tuner.test_sharding import bytes_here
+from ..recipes import tiny
+
+EXAMPLES = 8  # of one optimizer step, over all processes
+STEPS = 5
+LLAMA = ["q_proj", "v_proj", "up_proj"]
+VIT = [vit_targets()[0]]
+# name: (recipe, adapter, forwards per step)
+CASES: dict[str, tuple[str, Any, int]] = {
+    "spectral_a": ("text", {"method": "spectral_a", "r": 2, "target_modules": ["query", "value"]}, 1),
+    "spectral_r": ("lm", {"method": "spectral_r", "r": 4, "target_modules": LLAMA}, 1),
+    "svft": ("lm", {"method": "svft", "pattern": "banded", "target_modules": LLAMA}, 1),
+    "singular decay and gradient norm": (
+        "text",
+        {"method": "spectral_a", "r": 2, "target_modules": ["query"], "singular_decay": 5.0, "grad_norm": "rms"},
+        1,
+    ),
+    "gradient accumulation, tokens": ("lm", {"method": "spectral_a", "r": 2, "target_modules": LLAMA}, 2),
+    "gradient accumulation, classes": (
+        "image",
+        {"method": "spectral_a", "r": 2, "target_modules": VIT},
+        2,
+    ),
+    "full fine-tuning": ("image", "none", 1),
+}
+# DeepSpeed's optimizer holds other tensors than the adapter's, so dynamics are refused there.
+ZERO2 = [name for name in CASES if name != "singular decay and gradient norm"]
+
+
+def prepare(folder: Path) -> None:
+    """Write models and data, answers of one to eleven tokens among them: processes then hold unequal counts."""
+    values = {
+        "text": tiny.text_run(_made(folder / "text"), dropout=0.0),
+        "lm": tiny.lm_run(_made(folder / "lm")),
+        "image": tiny.image_run(_made(folder / "image")),
+    }
+    rows = [
+        {"question": f"w{i} w{i + 1}", "answer": " ".join(f"w{j}" for j in range(1 + i * 7 % 11))} for i in range(24)
+    ]
+    Path(values["lm"]["data"]["train"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "runs.json").write_text(json.dumps(values))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def config_of(name: str, folder: Path, processes: int) -> Any:
+    """Get the configuration of a case whose step has `EXAMPLES` examples on so many processes."""
+    recipe, adapter, forwards = CASES[name]
+    values = json.loads((folder / "runs.json").read_text())[recipe]
+    training = {
+        "steps": STEPS,
+        "save_every": 2,
+        "batch_size": EXAMPLES // forwards // processes,
+        "gradient_accumulation": forwards,
+        "learning_rate": 1e-3 if adapter == "none" else 1e-2,
+    }
+    return parse_config(tiny.merged(values, {"adapter": adapter, "training": training}))
+
+
+def stopped(name: str, folder: Path, output: Path, processes: int) -> None:
+    """Run until the main process alone gets a signal in its second step."""
+
+    def stop(done: int, steps: int, loss: float) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        run(config_of(name, folder, processes), output, on_step=stop)
+    except Interrupted:
+        return
+    raise AssertionError("the run did not stop")
+
+
+def pair(folder: Path) -> None:
+    """Run every case on the processes of this launch, and move runs between one process and them."""
+    for name in CASES:
+        done = train_run(config_of(name, folder, dist.get_world_size()), folder / "pair" / name)
+        _say_if_weights_differ(name, done.model)
+    _through_the_command(folder)
+    stopped("spectral_a", folder, folder / "from pair", dist.get_world_size())
+    if RESUMES_ON_SEVERAL_CPUS:
+        run(config_of("spectral_a", folder, dist.get_world_size()), folder / "from one", resume=True)
+    if FSDP2_ON_A_CPU:
+        _sharded(folder)
+
+
+def _through_the_command(folder: Path) -> None:
+    config = folder / f"{os.environ['RANK']}.yaml"
+    config.write_text(write_yaml(config_of("spectral_a", folder, dist.get_world_size()).plain()))
+    sys.argv = ["spectune", "train", str(config), "-o", str(folder / "command"), "--json"]
+    with redirect_stdout(StringIO()) as said, suppress(SystemExit):
+        main()
+    (folder / f"{os.environ['RANK']}.said").write_text(said.getvalue())
+
+
+def _sharded(folder: Path) -> None:
+    """Train through accelerate's FSDP2, which shards on accelerators alone: here it takes the CPU for one."""
+    connect = accelerate.state.PartialState.__init__
+
+    def take_for_accelerator(self: Any, *args: Any, **kwargs: Any) -> None:
+        connect(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    accelerate.state.PartialState.__init__ = take_for_accelerator
+    told = yaml.safe_load((Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml").read_text())
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ |= {key.upper(): str(value) for key, value in told["fsdp_config"].items()}
+    done = train_run(config_of("svft", folder, dist.get_world_size()), folder / "sharded")
+    held = bytes_here(done.model, ("U_OR", "Vh_RI"))
+    (folder / f"{os.environ['RANK']}.bytes").write_text(str(held))
+    try:
+        (folder / "sharded" / "result.json").unlink(missing_ok=True)
+        dist.barrier()
+        shutil.rmtree(folder / "sharded" / "checkpoints" / f"checkpoint-{STEPS}", ignore_errors=True)
+        dist.barrier()
+        run(config_of("svft", folder, dist.get_world_size()), folder / "sharded", resume=True)
+    except OutputError as error:
+        (folder / f"{os.environ['RANK']}.refused").write_text(str(error))
+
+
+def zero2(folder: Path) -> None:
+    """Train and try to go on, through DeepSpeed as accelerate's launcher sets it up."""
+    for name in ZERO2:
+        done = train_run(config_of(name, folder, dist.get_world_size()), folder / "zero2" / name)
+        _say_if_weights_differ(name, done.model)
+        try:
+            (folder / "zero2" / name / "result.json").unlink(missing_ok=True)
+            dist.barrier()
+            run(config_of(name, folder, dist.get_world_size()), folder / "zero2" / name, resume=True)
+        except OutputError as error:
+            (folder / f"{os.environ['RANK']}.{name}.refused").write_text(str(error))
+
+
+def _say_if_weights_differ(name: str, model: torch.nn.Module) -> None:
+    mine = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    if not all(torch.equal(other, mine) for other in others):
+        raise AssertionError(f"{name}: the processes hold other weights")
+
+
+def killed(folder: Path) -> None:
+    """Run, and have the main process kill the other one in the third step."""
+    (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+
+    def kill(done: int, steps: int, loss: float) -> None:
+        if done == 3:
+            os.kill(int((folder / "1.pid").read_text()), signal.SIGKILL)
+
+    run(config_of("spectral_a", folder, 2), folder / "killed", on_step=kill)
+
+
+if __name__ == "__main__":
+    from spectune.training import join
+
+    join()
+    {"pair": pair, "killed": killed, "zero2": zero2}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,199 @@
+"""Two processes (gloo, on a CPU) train what one process trains, move runs to and fro, and die in bounded time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from spectune.errors import OptionError, OutputError
+from spectune.adapter import Dynamics
+from spectune.runs import RunResult, run
+from spectune.training.checkpoints import checkpoints, history
+from spectune.runs.train import build
+from spectune.recipes.table import recipe_class
+from spectune.training.loop import refuse_deepspeed_options, refuse_fsdp_options
+
+from ..abilities import RESUMES_ON_SEVERAL_CPUS, needs_fsdp2_on_a_cpu
+from ..tuner.test_sharding import bytes_here
+from .distributed_cases import CASES, STEPS, ZERO2, config_of, prepare, stopped
+
+ROOT = Path(__file__).parents[2]
+# A sum over eight examples rounds otherwise than two sums over four: 1e-7 of a gradient. Adam divides a gradient by
+# its own size, so an entry whose gradient is a thousandth of the loss's scale moves by 1e-4 of a step of 1e-2.
+WEIGHTS = 1e-5
+LOSS = 1e-5
+# A machine that does other things needs 15 seconds for a launch; torchrun itself waits at most 30 for a worker that
+# does not end. Hanging for ever is what is refused.
+BOUND = 180
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ZERO2_LAUNCH = ("accelerate.commands.launch", "--config_file", "examples/accelerate/zero2.yaml", "--num_processes", "2")
+
+
+def launch(*words: str | Path, by: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    """Run a module on two processes."""
+    command = [sys.executable, "-m", *by, *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=BOUND)
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return {name: tensor for path in folder.glob("*/*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def difference(first: Path, second: Path) -> float:
+    one, two = saved(first), saved(second)
+    assert one.keys() == two.keys() and one
+    # A key's bias moves no attention: its gradient is roundoff alone, and Adam makes steps of it.
+    return max(float((one[name] - two[name]).abs().max()) for name in one if not name.endswith("key.bias"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every case on one process and on two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    prepare(folder)
+    for name in CASES:
+        run(config_of(name, folder, 1), folder / "one" / name)
+    stopped("spectral_a", folder, folder / "from one", 1)
+    done = launch("-m", "tests.runs.distributed_cases", "pair", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_processes_train_what_one_trains_on_the_same_examples(name: str, runs: Path) -> None:
+    one, two = RunResult.read(runs / "one" / name), RunResult.read(runs / "pair" / name)
+    assert len(two.losses) == STEPS and two.losses == pytest.approx(one.losses, abs=LOSS)
+    assert difference(runs / "one" / name, runs / "pair" / name) < WEIGHTS
+    assert two.trainable == one.trainable and two.file_bytes == one.file_bytes
+    for split, figures in one.metrics.items():
+        assert two.metrics[split] == pytest.approx(figures, abs=LOSS)
+
+
+def test_the_bases_are_not_sent_before_every_forward(runs: Path) -> None:
+    config = config_of("svft", runs, 1)
+    recipe = recipe_class(config.recipe)(config)
+    model, plan = build(recipe)
+    recipe.trainer(model, plan, runs / "unused")
+    left = model._ddp_params_and_buffers_to_ignore
+    assert {name.rpartition(".")[2] for name in left} >= {"U_OR", "S_R", "Vh_RI", "sketch"}
+    assert all(".spectune_adapter." in name for name in left)
+
+
+def test_only_one_process_writes(runs: Path) -> None:
+    def names(folder: Path) -> set[str]:
+        files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        return {name for name in files if "rng_state" not in name}
+
+    assert names(runs / "pair" / "spectral_a") == names(runs / "one" / "spectral_a")
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_processes(runs: Path) -> None:
+    whole = RunResult.read(runs / "one" / "spectral_a")
+    assert [path.name for path in checkpoints(runs / "from pair" / "checkpoints")] == ["checkpoint-2", "checkpoint-3"]
+    fewer = run(config_of("spectral_a", runs, 1), runs / "from pair", resume=True)
+    more = [RunResult.read(runs / "from one")] if RESUMES_ON_SEVERAL_CPUS else []
+    for moved in (fewer, *more):
+        assert moved.losses == pytest.approx(whole.losses, abs=LOSS)
+        assert difference(Path(moved.folder), Path(whole.folder)) < WEIGHTS
+
+
+def test_a_step_of_other_examples_is_refused(runs: Path) -> None:
+    halved = config_of("spectral_a", runs, 2)
+    with pytest.raises(OutputError, match="4 x 1 examples on each of 1 processes, 4 a step, but the run in it has 8"):
+        run(halved, runs / "one" / "spectral_a", resume=True)
+
+
+def test_a_killed_worker_ends_the_launch_and_costs_no_checkpoint(runs: Path) -> None:
+    start = time.monotonic()
+    done = launch("-m", "tests.runs.distributed_cases", "killed", runs)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-3000:]
+    assert time.monotonic() - start < BOUND
+    folder = runs / "killed"
+    assert not (folder / "result.json").exists()
+    (last,) = checkpoints(folder / "checkpoints")
+    assert last.name == "checkpoint-2" and load_file(last / "adapter_model.safetensors")
+    whole = RunResult.read(runs / "one" / "spectral_a")
+    again = run(config_of("spectral_a", runs, 1), folder, resume=True)
+    assert again.losses == pytest.approx(whole.losses, abs=LOSS)
+    assert difference(folder, Path(whole.folder)) < WEIGHTS
+
+
+def test_the_command_prints_and_writes_once(runs: Path) -> None:
+    whole = RunResult.read(runs / "one" / "spectral_a")
+    printed = json.loads((runs / "0.said").read_text())
+    assert printed["metrics"] == whole.metrics and (runs / "1.said").read_text() == ""
+    assert (runs / "command" / "report.html").is_file()
+    assert difference(runs / "command", Path(whole.folder)) < WEIGHTS
+
+
+@needs_fsdp2_on_a_cpu
+def test_fsdp2_shards_the_bases_and_trains_what_one_process_trains(runs: Path) -> None:
+    whole = RunResult.read(runs / "one" / "svft")
+    losses = [e["loss"] for e in history(runs / "sharded" / "checkpoints" / "checkpoint-4") if "loss" in e]
+    assert losses == pytest.approx(whole.losses[:4], abs=LOSS)
+    assert difference(runs / "sharded", Path(whole.folder)) < WEIGHTS
+    model, _ = build(recipe_class("causal_lm")(config_of("svft", runs, 1)))
+    all_bytes = bytes_here(model, ("U_OR", "Vh_RI"))
+    for rank in range(2):
+        assert int((runs / f"{rank}.bytes").read_text()) == pytest.approx(all_bytes / 2, rel=0.02)
+        assert "runs under FSDP and DeepSpeed cannot be resumed" in (runs / f"{rank}.refused").read_text()
+
+
+@pytest.fixture(scope="module")
+def zero2(runs: Path) -> Path:
+    """The same folder, with every case that DeepSpeed takes; its part for CPUs needs a C++ compiler."""
+    pytest.importorskip("deepspeed")
+    done = launch("-m", "tests.runs.distributed_cases", "zero2", runs, by=ZERO2_LAUNCH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs
+
+
+@pytest.mark.parametrize("name", ZERO2)
+def test_zero_2_trains_what_one_process_trains(name: str, zero2: Path) -> None:
+    whole = RunResult.read(zero2 / "one" / name)
+    (last,) = checkpoints(zero2 / "zero2" / name / "checkpoints")[-1:]
+    assert any(last.glob("global_step*")), "DeepSpeed did not run"
+    assert [e["loss"] for e in history(last) if "loss" in e] == pytest.approx(whole.losses, abs=LOSS)
+    assert difference(zero2 / "zero2" / name, Path(whole.folder)) < WEIGHTS
+    for rank in range(2):
+        assert "runs under FSDP and DeepSpeed cannot be resumed" in (zero2 / f"{rank}.{name}.refused").read_text()
+
+
+@pytest.mark.parametrize(
+    "told, answer",
+    [
+        ({"fsdp_version": 1}, "fsdp_version=1, .* Set fsdp_version: 2"),
+        ({"cpu_ram_efficient_loading": True}, "Set fsdp_cpu_ram_efficient_loading: false"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "Set fsdp_state_dict_type: FULL_STATE_DICT"),
+    ],
+)
+def test_what_fsdp_cannot_do_with_an_adapter_is_refused(told: dict[str, Any], answer: str) -> None:
+    right = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"}
+    refuse_fsdp_options(SimpleNamespace(**right))
+    with pytest.raises(OptionError, match=answer):
+        refuse_fsdp_options(SimpleNamespace(**right | told))
+
+
+def test_what_deepspeed_cannot_do_with_an_adapter_is_refused() -> None:
+    acting, still = (SimpleNamespace(dynamics=Dynamics(grad_norm=norm)) for norm in ("rms", None))
+    agrees = SimpleNamespace(mismatches=[])
+    refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still])
+    with pytest.raises(OptionError, match="singular_decay or grad_norm under DeepSpeed"):
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still, acting])
+    with pytest.raises(OptionError, match="ZeRO-3.* Use FSDP2"):
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=3, hf_ds_config=agrees), [still])
+    differs = SimpleNamespace(mismatches=["- ds gradient_clipping=0.3 vs hf max_grad_norm=1.0"])
+    with pytest.raises(OptionError, match=r"the run: DeepSpeed gradient_clipping=0.3 vs hf max_grad_norm=1.0. Leave"):
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=differs), [still])
