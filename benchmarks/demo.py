@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from provenance import provenance
 
-from spectune import SpectralConfig
-from spectune.demo.demo import OPTIONS, TARGETS, base_folder
-from spectune.demo.languages import LanguageTask, load_languages
-from spectune.demo.mean_pooled import Setting, TextClassification, accuracy
+from spectune.demo import LANGUAGES, DemoOptions, write_languages
+from spectune.recipes import parse_config
+from spectune.runs import run
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 # Rates in steps of about three around each method's own default; the same number of tries for each.
@@ -33,24 +32,25 @@ GRIDS: dict[str, list[float]] = {
 }
 
 
-def config_of(method: str) -> Any:
-    if method == "lora":
-        return LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
-    return SpectralConfig(method=method, target_modules=TARGETS, **OPTIONS.get(method, {}))
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
 
-def run(method: str, rate: float, seed: int, steps: int, task: LanguageTask) -> dict[str, Any]:
-    recipe = TextClassification(Setting(base_folder(), task.labels, steps, seed))
-    started = time.perf_counter()
+def run_once(method: str, rate: float, seed: int, steps: int, files: dict[str, Any]) -> dict[str, Any]:
+    spectral = method not in ("frozen", "lora")
+    options = DemoOptions(method=method if spectral else None, steps=steps, rate=rate or None, seed=seed)
+    values = options.values(files)
+    values["data"]["validation"] = files["validation"]
     if method == "frozen":
-        outcome = recipe.train_head(task.train.texts, task.train.targets)
-    else:
-        outcome = recipe.train_adapter(config_of(method), rate, task.train.texts, task.train.targets)
+        values["adapter"] = "head"
+        del values["training"]["learning_rate"]
+    elif method == "lora":
+        values["adapter"] = LORA | {"target_modules": values["adapter"]["target_modules"]}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(parse_config(values), Path(folder, "run"))
+    figures = {split: result.metrics[split]["accuracy"] for split in ("validation", "test")}
     seconds = time.perf_counter() - started
-    parts = {"validation": task.validation, "test": task.test}
-    figures = {name: accuracy(recipe.predict(outcome.model, p.texts), p.targets) for name, p in parts.items()}
-    trained = sum(p.numel() for n, p in outcome.model.named_parameters() if p.requires_grad and "classifier" not in n)
-    return {"method": method, "rate": rate, "seed": seed, "seconds": seconds, "trained": trained, **figures}
+    return {"method": method, "rate": rate, "seed": seed, "seconds": seconds, "trained": result.trainable, **figures}
 
 
 def save(runs: list[dict[str, Any]], steps: int) -> None:
@@ -85,14 +85,16 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--steps", type=int, default=150)
     asked = parser.parse_args()
-    task = load_languages()
+    work = tempfile.TemporaryDirectory()
+    written = {split: str(path) for split, path in write_languages(Path(work.name)).items()}
+    files: dict[str, Any] = written | {"labels": list(LANGUAGES.values())}
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"steps": asked.steps, "runs": []}
     runs = old["runs"] if old["steps"] == asked.steps else []
 
     def once(method: str, rate: float, seed: int) -> dict[str, Any]:
         done = [r for r in runs if (r["method"], r["rate"], r["seed"]) == (method, rate, seed)]
         if not done:
-            runs.append(run(method, rate, seed, asked.steps, task))
+            runs.append(run_once(method, rate, seed, asked.steps, files))
             save(runs, asked.steps)
             done = runs[-1:]
         print({k: v if not isinstance(v, float) else round(v, 4) for k, v in done[0].items()}, flush=True)

@@ -37,11 +37,11 @@ from fusion_arms import (
     row_of,
     without_adapter,
 )
+from mean_pooled import Setting, TextClassification, accuracy, sentence_loss
 from safetensors.torch import load_file, save_file
 
 from spectune.demo.demo import base_folder
 from spectune.demo.languages import LANGUAGES, LanguageTask, Sentences, load_languages
-from spectune.demo.mean_pooled import Setting, TextClassification, accuracy, sentence_loss
 from spectune.fusion import collect_grams
 from spectune.training.fit import fit
 from spectune.tuner import attach, load_attached

@@ -30,10 +30,12 @@ def test_the_demo_reloads_exports_and_reports(journey: tuple[Path, dict[str, obj
     folder, figures = journey
     assert figures["reload_agreement"] == 1.0 and figures["lora_agreement"] == 1.0
     assert 0 < figures["lora_max_relative_error"] < 1e-5
-    page = (folder / "report.html").read_text()
+    page = (folder / "run" / "report.html").read_text()
     assert "spectral_a" in page and "<svg" in page
-    assert json.loads((folder / "run.json").read_text())["seed"] == 0
-    assert (folder / "adapter" / "adapter_config.json").exists() and (folder / "lora" / "adapter_config.json").exists()
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert result["config"]["seed"] == 0 and all(check["ok"] for check in result["checks"])
+    assert (folder / "run" / "adapter" / "adapter_config.json").exists()
+    assert (folder / "lora" / "adapter_config.json").exists()
 
 
 def test_the_same_seed_gives_the_same_adapter(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
@@ -41,29 +43,29 @@ def test_the_same_seed_gives_the_same_adapter(journey: tuple[Path, dict[str, obj
     done = spectune("demo", "--steps", "4", "--sentences", "64", "--output", "again", "--json", cwd=tmp_path)
     again = json.loads(done.stdout)
     assert {**again, "report": ""} == {**figures, "report": ""}
-    name = "adapter/adapter_model.safetensors"
+    name = "run/adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_export_prints_the_proof(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     folder, _ = journey
-    done = spectune("export", str(folder / "adapter"), "-o", str(tmp_path / "lora"))
+    done = spectune("export", str(folder / "run" / "adapter"), "-o", str(tmp_path / "lora"))
     assert done.returncode == 0, done.stderr
     assert "--max-lora-rank 16" in done.stdout and "max |logit difference|" in done.stdout
-    as_json = spectune("export", str(folder / "adapter"), "-o", str(tmp_path / "lora2"), "--json")
+    as_json = spectune("export", str(folder / "run" / "adapter"), "-o", str(tmp_path / "lora2"), "--json")
     assert json.loads(as_json.stdout)["max_rank"] == 16
 
 
 def test_export_merges_into_the_base_checkpoint(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     folder, _ = journey
-    done = spectune("export", str(folder / "adapter"), "-o", str(tmp_path / "merged"), "--to", "merged")
+    done = spectune("export", str(folder / "run" / "adapter"), "-o", str(tmp_path / "merged"), "--to", "merged")
     assert done.returncode == 0 and "36 weights merged" in done.stdout, done.stderr
     assert (tmp_path / "merged" / "model.safetensors").exists() and (tmp_path / "merged" / "config.json").exists()
 
 
 def test_a_lower_rank_needs_the_word(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     folder, _ = journey
-    command = ["export", str(folder / "adapter"), "-o", str(tmp_path / "lora"), "--max-rank", "2"]
+    command = ["export", str(folder / "run" / "adapter"), "-o", str(tmp_path / "lora"), "--max-rank", "2"]
     refused = spectune(*command)
     assert refused.returncode == 1 and "pass --allow-lossy" in refused.stderr and not (tmp_path / "lora").exists()
     allowed = spectune(*command, "--allow-lossy")
@@ -73,7 +75,7 @@ def test_a_lower_rank_needs_the_word(journey: tuple[Path, dict[str, object]], tm
 FAILURES = [
     (["demo", "--method", "spectral_b"], 1, "unknown method 'spectral_b'. Did you mean"),
     (["demo", "--method", "svft", "--r", "4"], 1, "method 'svft' has no option 'r'"),
-    (["demo", "--steps", "0"], 1, "steps=0: at least 1 is needed"),
+    (["demo", "--steps", "0"], 1, "training.steps: found 0"),
     (["demo", "--output", "full"], 1, "full"),
     (["export", "nowhere", "-o", "out"], 1, "nowhere: asked for an adapter folder, found nothing"),
     (["export", "full", "-o", "out"], 1, "adapter_config.json"),
@@ -98,10 +100,11 @@ def test_debugging_shows_where_a_failure_came_from(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr and "AdapterError" in done.stderr
 
 
-def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "spectune.cli", "demo", "--steps", "400", "--sentences", "64", "--output", "out"]
+def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
+    words = ["demo", "--steps", "40", "--sentences", "64", "--output", "out"]
+    command = [sys.executable, "-m", "spectune.cli", *words]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        while not any(tmp_path.iterdir()):
+        while not (tmp_path / "out" / "frozen" / "run.yaml").exists():
             time.sleep(0.2)
             assert running.poll() is None, running.stderr
         time.sleep(1)
@@ -111,7 +114,10 @@ def test_interrupting_leaves_nothing_behind(tmp_path: Path) -> None:
         finally:
             running.kill()
     assert running.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
-    assert list(tmp_path.iterdir()) == []
+    done = spectune(*words, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "out" / "run" / "report.html").exists(), done.stderr
+    again = spectune(*words, cwd=tmp_path)
+    assert again.returncode == 1 and "there is a finished demo in it. Pass --overwrite" in again.stderr
 
 
 def test_env_lists_the_packages_that_matter() -> None:

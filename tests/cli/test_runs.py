@@ -21,7 +21,7 @@ import yaml
 
 from spectune.adapter import spectral_modules
 from spectune.cli import main
-from spectune.runs import load_base, measure
+from spectune.runs import RunResult, load_base, measure
 from tests.recipes import tiny
 
 
@@ -73,11 +73,11 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_training_leaves_a_whole_folder(journey: tuple[Path, dict[str, Any]]) -> None:
     folder, figures = journey
     names = {path.name for path in (folder / "run").iterdir()}
-    assert names - {".lock"} == {"run.yaml", "run.json", "result.json", "report.html", "adapter", "checkpoints"}
+    assert names - {".lock"} == {"run.yaml", "result.json", "report.html", "adapter", "checkpoints"}
     assert figures["metrics"]["validation"]["accuracy"] >= 0 and figures["trainable"] == 512
     assert yaml.safe_load((folder / "run" / "run.yaml").read_text())["training"]["steps"] == 4
-    record = json.loads((folder / "run" / "run.json").read_text())
-    assert len(record["loss"]) == 4 and record["method"] == "spectral_a" and record["spectra"]
+    record = json.loads((folder / "run" / "result.json").read_text())
+    assert len(record["losses"]) == 4 and record["method"] == "spectral_a" and record["spectra"]
     page = (folder / "run" / "report.html").read_text()
     assert "validation accuracy" in page and "<svg" in page
     assert (folder / "run" / "adapter" / "tokenizer.json").exists()
@@ -91,11 +91,13 @@ def test_a_run_is_evaluated_and_reported_from_its_folder(journey: tuple[Path, di
     recipe, model = load_base(folder / "run")
     assert json.loads(before.stdout) == measure(recipe, model) != figures["metrics"], before.stderr
     assert not list(spectral_modules(model))
-    for name in ("report.html", "run.json"):
-        (folder / "run" / name).unlink()
+    (folder / "run" / "report.html").unlink()
+    result = RunResult.read(folder / "run")
+    blind = result.model_copy(update={"looked_at": False, "spectra": [], "updates": [], "examples": [], "sizes": []})
+    blind.write(folder / "run" / "result.json")
     done = spectune("report", str(folder / "run"), cwd=tmp_path)
     assert done.returncode == 0 and "validation accuracy" in (folder / "run" / "report.html").read_text(), done.stderr
-    assert (folder / "run" / "run.json").exists()
+    assert RunResult.read(folder / "run") == result
     refused = spectune("generate", str(folder / "run"), "-p", "w1", cwd=tmp_path)
     assert refused.returncode == 1 and "it writes no text" in refused.stderr
 
@@ -174,9 +176,9 @@ def test_init_prints_what_check_reads(tmp_path: Path) -> None:
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: asked for a YAML file, found nothing"),
         (["check", "bad.yaml"], "seeed: unknown key. Did you mean 'seed'?"),
-        (["evaluate", "."], "asked for a run's folder, found no run.yaml"),
-        (["report", "."], "asked for a finished run, found no result.json"),
-        (["evaluate", ".", "training.steps=3"], "asked for a run's folder"),
+        (["evaluate", "."], "there is no run.yaml here"),
+        (["report", "."], "the run is not finished: there is no result.json"),
+        (["evaluate", ".", "training.steps=3"], "there is no run.yaml here"),
     ],
 )
 def test_failures_are_one_line(words: list[str], line: str, tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ def test_every_method_survives_the_journey(method: str, tmp_path: Path) -> None:
     options = DemoOptions(method=method, steps=3, sentences=40)
     done = run_demo(options, tmp_path, lambda line: None, lambda name, steps: lambda step, steps, loss: None)
     assert done.reload_agreement == 1.0 and done.lora_agreement == 1.0
-    assert len(done.outcome.losses) == 3 and done.trainable > 0
-    assert done.export.proof.max_relative_error < 1e-5
+    assert done.result.steps == 3 and done.result.trainable > 0
+    assert done.export.proof.max_relative_error < 1e-5 and all(check.ok for check in done.result.checks)
 
 
-@pytest.mark.parametrize(("options", "line"), [({"steps": 0}, "steps=0"), ({"method": "nope"}, "unknown method")])
+@pytest.mark.parametrize(
+    ("options", "line"), [({"steps": 0}, "training.steps"), ({"method": "nope"}, "unknown method")]
+)
 def test_wrong_options_are_refused_before_any_work(options: dict[str, object], line: str) -> None:
     with pytest.raises(OptionError, match=line):
-        DemoOptions(**options).config()  # type: ignore[arg-type]
+        DemoOptions(**options).check()  # type: ignore[arg-type]

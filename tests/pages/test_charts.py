@@ -60,7 +60,16 @@ def test_smoothing_keeps_a_constant_and_does_not_lag_behind() -> None:
 
 
 def test_bars_are_as_long_as_their_shares() -> None:
-    root = ElementTree.fromstring(bar_chart([Metric("a", 0.5), Metric("b", 1.0), Metric("<c>", 0.0, 'x"y')], strong=1))
+    root = ElementTree.fromstring(
+        bar_chart(
+            [
+                Metric(name="a", value=0.5),
+                Metric(name="b", value=1.0),
+                Metric(name="<c>", value=0.0, note='x"y'),
+            ],
+            strong=1,
+        )
+    )
     bars = [rect for rect in root.iter("rect") if "bar" in str(rect.get("class"))]
     widths = [float(str(bar.get("width"))) for bar in bars]
     assert widths[0] == pytest.approx(widths[1] / 2) and widths[2] == 0
@@ -69,7 +78,7 @@ def test_bars_are_as_long_as_their_shares() -> None:
 
 
 def test_a_spectrum_has_all_points_and_the_change_only_where_there_is_one() -> None:
-    svg = spectrum_chart(LayerSpectrum("layer", [8.0, 4.0, 2.0, 1.0], [9.0, 4.0, 2.0, 1.0]))
+    svg = spectrum_chart(LayerSpectrum(name="layer", before=[8.0, 4.0, 2.0, 1.0], after=[9.0, 4.0, 2.0, 1.0]))
     before, after, change = (drawn(svg, kind) for kind in ("before", "after", "change"))
     assert len(before) == len(after) == 4 and len(change) == 1
     assert before[1:] == after[1:] and after[0][1] < before[0][1]
@@ -79,13 +88,13 @@ def test_a_spectrum_has_all_points_and_the_change_only_where_there_is_one() -> N
 
 @pytest.mark.parametrize("values", [[], [0.0], [1.0], [1.0, 0.0], [math.nan, 1.0], [1e-30, 1e-32], [1.0, 1.0]])
 def test_any_spectrum_can_be_drawn(values: list[float]) -> None:
-    root = ElementTree.fromstring(spectrum_chart(LayerSpectrum("a&b", values, values)))
+    root = ElementTree.fromstring(spectrum_chart(LayerSpectrum(name="a&b", before=values, after=values)))
     assert "nan" not in ElementTree.tostring(root, encoding="unicode")
 
 
 def test_a_wide_spectrum_is_thinned() -> None:
     values = [1 / (i + 1) for i in range(4096)]
-    points = drawn(spectrum_chart(LayerSpectrum("x", values, values)), "before")
+    points = drawn(spectrum_chart(LayerSpectrum(name="x", before=values, after=values)), "before")
     assert 200 < len(points) <= MOST_POINTS and points[-1][0] == 466
 
 

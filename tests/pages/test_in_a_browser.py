@@ -15,7 +15,7 @@ import pytest
 from spectune.pages import write_claims, write_comparison, write_overlap_page, write_rate_page
 from spectune.pages.run_page import render
 from spectune.pages.survey_page import render_survey
-from spectune.runs import Picture
+from spectune.runs import Drawing
 
 from . import test_comparison_page as comparison
 from . import test_overlap_page as overlap
@@ -33,9 +33,9 @@ def run_page(path: Path) -> str:
 
     content = io.BytesIO()
     Image.new("RGB", (64, 64), (200, 30, 30)).save(content, "PNG")
-    picture = Picture(f"step 100: {LONG}", base64.b64encode(content.getvalue()).decode())
+    picture = Drawing(caption=f"step 100: {LONG}", png=base64.b64encode(content.getvalue()).decode())
     config = full_record().config | {LONG: "x" * 200}
-    return render(replace(full_record(), pictures=[picture] * 3, config=config, title=f"A run of {LONG}"))
+    return render(full_record(drawings=[picture] * 3, config=config, title=f"A run of {LONG}"))
 
 
 def model_survey(path: Path) -> str:

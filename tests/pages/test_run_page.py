@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import pytest
 from spectune.errors import MissingExtraError, OutputError
 from spectune.pages import write_report
 from spectune.pages.run_page import MOST_EXAMPLES, headline, readable_bytes, render
-from spectune.runs import Example, LayerSpectrum, Metric, Proof, RunRecord, Size
+from spectune.runs import Check, Example, LayerSpectrum, Metric, Size
 
-from .records import full_record
+from .records import bare_record, full_record
 
 HOSTILE = '<script>alert(1)</script><img src="http://x.y/z">"\'&'
 VOID = {"meta", "wbr", "br", "img", "link", "input", "hr"}
@@ -64,12 +63,12 @@ def test_every_part_of_the_record_is_on_the_page() -> None:
         "73,728",
         "312.4 KB",
         "0.4127",
-        "held-out loss",
+        "test loss",
         "2.4e-7",
         "humor",
     ):
         assert words in page, words
-    for part in ("results", "loss", "figures", "spectra", "sizes", "proofs", "examples", "configuration", "versions"):
+    for part in ("results", "loss", "figures", "spectra", "sizes", "checks", "examples", "configuration", "versions"):
         assert f'id="{part}"' in page, part
     assert page.count('aria-label="holds"') == 2 and page.count('aria-label="fails"') == 1
     assert record.versions["torch"] in page and record.machine["platform"] in page
@@ -78,18 +77,23 @@ def test_every_part_of_the_record_is_on_the_page() -> None:
 
 
 def test_hostile_text_is_shown_and_not_obeyed() -> None:
-    record = RunRecord(
-        *(HOSTILE,) * 3,
+    record = bare_record(
+        title=HOSTILE,
+        task=HOSTILE,
+        method=HOSTILE,
         config={HOSTILE: HOSTILE},
         versions={HOSTILE: HOSTILE},
         machine={HOSTILE: HOSTILE},
-        loss=[1.0],
-        metrics=[Metric(HOSTILE, 0.5, HOSTILE), Metric(HOSTILE, 5, HOSTILE, share=False)],
-        sizes=[Size(HOSTILE, 1, 1)],
-        spectra=[LayerSpectrum(HOSTILE, [2.0, 1.0], [2.5, 1.0])],
-        proofs=[Proof(HOSTILE, True, HOSTILE)],
-        examples=[Example(HOSTILE, HOSTILE, HOSTILE), Example(HOSTILE, HOSTILE, "x")],
-        headline=HOSTILE,
+        losses=[1.0],
+        metrics={HOSTILE: {"accuracy": 0.5, HOSTILE: 5.0}},
+        compared=[
+            Metric(name=HOSTILE, value=0.5, note=HOSTILE),
+            Metric(name=HOSTILE, value=5, note=HOSTILE, share=False),
+        ],
+        sizes=[Size(name=HOSTILE, trainable=1, file_bytes=1)],
+        spectra=[LayerSpectrum(name=HOSTILE, before=[2.0, 1.0], after=[2.5, 1.0])],
+        checks=[Check(name=HOSTILE, ok=True, text=HOSTILE)],
+        examples=[Example(text=HOSTILE, expected=HOSTILE, predicted=name) for name in (HOSTILE, "x")],
     )
     tags = Tags(render(record))
     assert "script" not in tags.count and "img" not in tags.count and tags.open == []
@@ -97,26 +101,27 @@ def test_hostile_text_is_shown_and_not_obeyed() -> None:
 
 
 def test_an_empty_record_is_a_page_without_empty_figures() -> None:
-    page = render(RunRecord("t", "t", "svft"))
-    assert "<svg" not in page and 'id="proofs"' not in page and 'id="versions"' in page
+    page = render(bare_record())
+    assert "<svg" not in page and 'id="checks"' not in page and 'id="versions"' in page
 
 
 def test_a_long_list_of_examples_is_cut_and_says_so() -> None:
-    page = render(replace(full_record(), examples=[Example(f"text {i}", "a", "b") for i in range(40)]))
+    page = render(full_record(examples=[Example(text=f"text {i}", expected="a", predicted="b") for i in range(40)]))
     assert page.count("text ") - page.count("text classification") >= MOST_EXAMPLES and "text 12" not in page
     assert "first 12 of 40" in page
 
 
 def test_steps_without_a_finite_loss_are_named() -> None:
-    assert "1 of 2 steps had no finite loss" in render(replace(full_record(), loss=[1.0, float("nan")]))
+    assert "1 of 2 steps had no finite loss" in render(full_record(losses=[1.0, float("nan")]))
 
 
-def test_the_headline_is_the_records_own_if_it_has_one() -> None:
-    assert headline(replace(full_record(), headline="It works.")) == "It works."
-    assert headline(replace(full_record(), metrics=[])) == (
+def test_the_headline_says_the_first_share_of_the_test_examples() -> None:
+    assert headline(full_record(metrics={}, compared=[])) == (
         "spectral_a, 300 steps, with 73,728 trained numbers in a file of 312.4 KB."
     )
-    assert headline(RunRecord("t", "t", "svft", metrics=[Metric("svft", 0.5)])) == "svft: 50.0%."
+    both = {"validation": {"accuracy": 0.9}, "test": {"loss": 0.1, "accuracy": 0.5, "macro_f1": 0.4}}
+    assert headline(bare_record(metrics=both)) == "test accuracy: 50.0%."
+    assert headline(bare_record(metrics={"validation": {"accuracy": 0.9}})) == "validation accuracy: 90.0%."
 
 
 def test_bytes_are_readable() -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from spectune.recipes import RECIPES, load_config
 from spectune.recipes.table import recipe_class
-from spectune.runs.train import build
+from spectune.runs.building import build
 from tests.models import vit_targets
 from tests.recipes import tiny
 

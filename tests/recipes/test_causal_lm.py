@@ -17,7 +17,7 @@ from spectune.recipes.answers import continuations, gsm8k_answer, is_gsm8k_right
 from spectune.recipes.conversations import ALPACA, fill, prepared
 from spectune.recipes.table import recipe_class
 from spectune.runs import dry_run, load_run, run
-from spectune.runs.train import build
+from spectune.runs.building import build
 
 from . import tiny
 

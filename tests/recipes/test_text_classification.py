@@ -18,7 +18,7 @@ from spectune.recipes.recipe import Recipe
 from spectune.recipes.table import recipe_class
 from spectune.recipes.text_classification import GLUE
 from spectune.runs import dry_run, load_run, run
-from spectune.runs.train import build
+from spectune.runs.building import build
 
 from . import tiny
 

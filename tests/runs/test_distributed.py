@@ -18,7 +18,7 @@ from spectune.errors import OptionError, OutputError
 from spectune.adapter import Dynamics
 from spectune.runs import RunResult, run
 from spectune.training.checkpoints import checkpoints, history
-from spectune.runs.train import build
+from spectune.runs.building import build
 from spectune.recipes.table import recipe_class
 from spectune.training.loop import refuse_deepspeed_options, refuse_fsdp_options
 

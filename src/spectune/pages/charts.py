@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 
-from ..runs.record import LayerSpectrum, LayerUpdate, Metric
+from ..runs.result import LayerMove, LayerSpectrum, Metric
 from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, line, linear_ticks, log_ticks, text
 
 HEIGHT = 270
@@ -126,7 +126,7 @@ def spectrum_chart(layer: LayerSpectrum) -> str:
     return drawing(f"Singular values of {layer.name} before and after tuning", HEIGHT, parts)
 
 
-def update_chart(updates: Sequence[LayerUpdate]) -> str:
+def update_chart(updates: Sequence[LayerMove]) -> str:
     """Get |dW| as a share of |W|, a bar for each layer in the model's order; a pointer shows its name."""
     top = max((update.share for update in updates), default=0.0) or 1.0
     x = Scale(0, len(updates), LEFT, WIDTH - RIGHT)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
-from ..runs.record import Metric, RunRecord
+from ..runs.result import SHARES, Metric, RunResult
 from .charts import bar_chart, loss_chart, spectrum_chart, update_chart
 from .frame import fill
 
@@ -18,77 +18,103 @@ MOST_EXAMPLES = 12
 MOST_LAYERS = 8
 
 
-def write_report(record: RunRecord, path: str | Path) -> None:
+def write_report(result: RunResult, path: str | Path) -> None:
     """Write the run as a self-contained HTML page, whole or not at all.
 
-    Everything that comes from the record is escaped. `MissingExtraError` without jinja2, `OutputError`
+    Everything that comes from the result is escaped. `MissingExtraError` without jinja2, `OutputError`
     where the file cannot be written.
     """
-    write_atomically(path, render(record))
+    write_atomically(path, render(result))
 
 
-def render(record: RunRecord) -> str:
+def render(result: RunResult) -> str:
     """Get the page as text."""
-    return fill("run.html.j2", {"bytes": readable_bytes, "figure": figure}, **_parts(record))
+    return fill("run.html.j2", {"bytes": readable_bytes, "figure": figure}, **_parts(result))
 
 
-def _parts(record: RunRecord) -> dict[str, Any]:
-    shares = [metric for metric in record.metrics if metric.share]
-    finite = [value for value in record.loss if math.isfinite(value)]
+def _parts(result: RunResult) -> dict[str, Any]:
+    shares = [metric for metric in figures(result) if metric.share]
+    finite = [value for value in result.losses if math.isfinite(value)]
     return {
-        "record": record,
-        "headline": headline(record),
-        "tiles": _tiles(record, shares),
+        "result": result,
+        "headline": headline(result),
+        "tiles": _tiles(result),
         "bars": bar_chart(shares, "Results", strong=len(shares) - 1) if shares else "",
         "notes": [metric for metric in shares if metric.note],
-        "figures": [metric for metric in record.metrics if not metric.share],
-        "loss": loss_chart(record.loss, validation=record.validation) if record.loss else "",
-        "updates": update_chart(record.updates) if record.updates else "",
-        "farthest": sorted(record.updates, key=lambda update: -update.share)[:MOST_LAYERS],
-        "lost_steps": len(record.loss) - len(finite),
-        "spectra": [(layer.name, spectrum_chart(layer), _moved(layer.before, layer.after)) for layer in record.spectra],
-        "largest": max((size.trainable for size in record.sizes), default=0) or 1,
-        "right": [example for example in record.examples if example.right],
-        "wrong": [example for example in record.examples if not example.right],
+        "figures": [metric for metric in figures(result) if not metric.share],
+        "loss": loss_chart(result.losses, validation=result.validation_losses) if result.losses else "",
+        "updates": update_chart(result.updates) if result.updates else "",
+        "farthest": sorted(result.updates, key=lambda update: -update.share)[:MOST_LAYERS],
+        "lost_steps": len(result.losses) - len(finite),
+        "spectra": [(layer.name, spectrum_chart(layer), _moved(layer.before, layer.after)) for layer in result.spectra],
+        "largest": max((size.trainable for size in result.sizes), default=0) or 1,
+        "right": [example for example in result.examples if example.right],
+        "wrong": [example for example in result.examples if not example.right],
         "most": MOST_EXAMPLES,
-        "config": json.dumps(record.config, indent=2, ensure_ascii=False, default=str),
+        "config": json.dumps(result.config, indent=2, ensure_ascii=False, default=str),
     }
 
 
-def headline(record: RunRecord) -> str:
-    """Get the result in one sentence: the record's own, or the last share, against the weakest and the strongest
-    of the others, with the adapter's size."""
-    if record.headline:
-        return record.headline
-    shares = [metric for metric in record.metrics if metric.share]
-    said = f"{record.method}, {len(record.loss):,} steps"
-    if shares:
-        said = f"{shares[-1].name}: {shares[-1].value:.1%}"
-    ends = sorted(shares[:-1], key=lambda metric: metric.value)
-    if ends:
+def figures(result: RunResult) -> list[Metric]:
+    """Get every figure of the page in its order: what the run is compared with, its own, speed and memory.
+
+    Of the shares the last one is the run's result: the first metric of its test (else validation) examples.
+    """
+    own = [
+        Metric(name=f"{split} {name}", value=value, share=name in SHARES and 0 <= value <= 1)
+        for split, metrics in result.metrics.items()
+        for name, value in metrics.items()
+    ]
+    main = main_figure(result)
+    own = [metric for metric in own if metric != main] + ([main] if main else [])
+    if result.step_seconds is not None:
+        own.append(Metric(name="seconds a step", value=result.step_seconds, note="median", share=False))
+    if result.peak_bytes is not None:
+        own.append(Metric(name="peak memory, bytes", value=result.peak_bytes, note=result.device, share=False))
+    return [*result.compared, *own]
+
+
+def main_figure(result: RunResult) -> Metric | None:
+    """Get the run's first share on its test examples, else on its validation examples; None where there is none."""
+    for split in ("test", "validation"):
+        for name, value in result.metrics.get(split, {}).items():
+            if name in SHARES and 0 <= value <= 1:
+                return Metric(name=f"{split} {name}", value=value)
+    return None
+
+
+def headline(result: RunResult) -> str:
+    """Get the result in one sentence: its main figure, against the weakest and the strongest of what it is compared
+    with, and the adapter's size."""
+    main, said = main_figure(result), f"{result.method}, {result.steps:,} steps"
+    if main is not None:
+        said = f"{main.name}: {main.value:.1%}"
+        ends = sorted((metric for metric in result.compared if metric.share), key=lambda metric: metric.value)
         rivals = ends if len(ends) < 2 else [ends[0], ends[-1]]
-        said += ", against " + " and ".join(f"{metric.value:.1%} ({metric.name})" for metric in rivals)
-    if record.sizes:
-        size = record.sizes[0]
+        if rivals:
+            said += ", against " + " and ".join(f"{metric.value:.1%} ({metric.name})" for metric in rivals)
+    if result.sizes:
+        size = result.sizes[0]
         file = "" if size.file_bytes is None else f" in a file of {readable_bytes(size.file_bytes)}"
         said += f", with {size.trainable:,} trained numbers{file}"
     return said + "."
 
 
-def _tiles(record: RunRecord, shares: list[Metric]) -> list[tuple[str, str]]:
+def _tiles(result: RunResult) -> list[tuple[str, str]]:
     """Get the few figures that stand large under the headline; the gain is over the strongest rival."""
-    tiles = []
-    if len(shares) > 1:
-        rival = max(shares[:-1], key=lambda metric: metric.value)
-        tiles.append((f"{100 * (shares[-1].value - rival.value):+.1f} points", f"over {rival.name}"))
-    if record.sizes:
-        tiles.append((f"{record.sizes[0].trainable:,}", "numbers trained"))
-        if record.sizes[0].file_bytes is not None:
-            tiles.append((readable_bytes(record.sizes[0].file_bytes), "adapter file"))
-    if record.loss:
-        tiles.append((f"{len(record.loss):,}", "steps"))
-    if record.proofs:
-        tiles.append((f"{sum(proof.ok for proof in record.proofs)} of {len(record.proofs)}", "proofs hold"))
+    tiles, main = [], main_figure(result)
+    rivals = [metric for metric in result.compared if metric.share]
+    if rivals and main is not None:
+        rival = max(rivals, key=lambda metric: metric.value)
+        tiles.append((f"{100 * (main.value - rival.value):+.1f} points", f"over {rival.name}"))
+    if result.sizes:
+        tiles.append((f"{result.sizes[0].trainable:,}", "numbers trained"))
+        if result.sizes[0].file_bytes is not None:
+            tiles.append((readable_bytes(result.sizes[0].file_bytes), "adapter file"))
+    if result.losses:
+        tiles.append((f"{result.steps:,}", "steps"))
+    if result.checks:
+        tiles.append((f"{sum(check.ok for check in result.checks)} of {len(result.checks)}", "checks hold"))
     return tiles
 
 

@@ -17,11 +17,12 @@ import transformers as tf
 
 from ..checkpoint import write_atomically
 from ..demo.demo import base_folder
-from ..demo.languages import LANGUAGES, load_languages
+from ..demo.languages import LANGUAGES, load_languages, write_languages
 from ..errors import MissingExtraError
 from ..recipes.table import parse_config
+from ..runs.folder import MODEL
 from ..runs.result import RESULT_FILE
-from ..runs.train import MODEL, run
+from ..runs.train import run
 
 # Digits that the vision transformer learns first, and those that are new to it afterwards. Chosen.
 KNOWN_DIGITS, NEW_DIGITS = range(6), range(6, 10)
@@ -33,14 +34,8 @@ SEED = 0
 
 def languages(folder: Path) -> dict[str, str]:
     """Get all-MiniLM-L6-v2 and the task of telling 24 languages apart (Django's own translations)."""
-    task = load_languages()
-    found = {"minilm": str(base_folder())}
-    for split in ("train", "validation", "test"):
-        part, path = getattr(task, split), folder / f"languages-{split}.jsonl"
-        rows = ({"text": t, "label": task.labels[i]} for t, i in zip(part.texts, part.targets, strict=True))
-        _rows(path, rows)
-        found[f"languages_{split}"] = str(path)
-    return found
+    files = {f"languages_{split}": str(path) for split, path in write_languages(folder).items()}
+    return {"minilm": str(base_folder())} | files
 
 
 def digits(folder: Path) -> dict[str, str]:

@@ -63,6 +63,9 @@ class TextData(DataSection):
     text: str | None = Field(None, description="Column of the text; default: text, or the GLUE task's.")
     text_pair: str | None = Field(None, description="Column of the second text, for tasks on pairs.")
     label: str = Field(LABEL, description="Column of the label or score.")
+    labels: list[str] | None = Field(
+        None, min_length=2, description="The classes in their order; default: those of train, sorted."
+    )
     max_tokens: int = Field(128, gt=0, description="Longer texts are cut.")
 
     @model_validator(mode="after")
@@ -154,11 +157,21 @@ class TextClassification(Recipe):
         if self.config.scores:
             return ["score"]
         values = {_class_name(v) for v in column(self.everything["train"], self.config.data.label, "train")}
+        if self.config.data.labels is not None:
+            return self._given_labels(self.config.data.labels, values)
         numbers = all(value.lstrip("-").isdigit() for value in values)
         found = sorted(values, key=int) if numbers else sorted(values)
         if len(found) < 2:
             raise DataError(f"data.{self.config.data.label}: asked for classes, found only {found}.")
         return found
+
+    def _given_labels(self, given: list[str], values: set[str]) -> list[str]:
+        unknown = sorted(values - set(given))
+        if unknown:
+            raise DataError(f"data.labels: train has the class {unknown[0]!r}, which is not in the list. Add it.")
+        if len(set(given)) < len(given):
+            raise DataError("data.labels: a class stands twice in the list. Name each once.")
+        return given
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
         names = dict(enumerate(self.labels))

@@ -12,7 +12,7 @@ from ..checkpoint import PEFT_PREFIX
 from ..training.rates import said
 from ..recipes.recipe import Recipe, Shown
 from ..training.config import RunConfig
-from .train import build, numbers
+from .building import build, numbers
 from ..recipes.table import recipe_class
 from ..training.loop import quiet_libraries
 

@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..training.rates import learning_rate, method_of
 from ..recipes.recipe import Recipe
 from ..training.config import RunConfig
-from .train import build
+from .building import build
 from ..recipes.table import recipe_class
 from ..training.loop import OnStep, Plan, Watch, quiet_libraries
 

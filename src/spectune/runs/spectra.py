@@ -11,7 +11,7 @@ from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
 from ..adapter import SpectralModule, spectral_modules
-from .record import LayerSpectrum
+from .result import LayerSpectrum
 
 # What PEFT puts before the path of every module of the base model.
 
@@ -59,4 +59,4 @@ def _layer_spectrum(model: nn.Module, path: str, modules: list[SpectralModule]) 
     for module in modules:
         tuned_OI += dense(module.delta()).to(W_OI)
     before, after = (torch.linalg.svdvals(matrix).tolist() for matrix in (W_OI, tuned_OI))
-    return LayerSpectrum(path.removeprefix(PEFT_PREFIX), before, after)
+    return LayerSpectrum(name=path.removeprefix(PEFT_PREFIX), before=before, after=after)

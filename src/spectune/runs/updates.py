@@ -11,14 +11,14 @@ from torch import nn
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX
 from ..adapter import spectral_modules
-from .record import LayerUpdate
+from .result import LayerMove
 
 # Rows of the identity that a foreign layer is asked at a time: bounds the memory. Chosen.
 ROWS = 512
 
 
 @torch.no_grad()
-def layer_updates(model: nn.Module) -> list[LayerUpdate]:
+def layer_updates(model: nn.Module) -> list[LayerMove]:
     """Get |dW|_F and |W|_F of every adapted layer, in the model's order.
 
     A spectral layer's dW is the sum of its active adapters at their strength. Any other adapted linear layer (LoRA,
@@ -30,7 +30,7 @@ def layer_updates(model: nn.Module) -> list[LayerUpdate]:
     training = model.training
     model.eval()  # dropout is no part of an update
     try:
-        return [LayerUpdate(name.removeprefix(PEFT_PREFIX), *norms) for name, norms in _norms(model)]
+        return [LayerMove(name=name.removeprefix(PEFT_PREFIX), moved=norms[0], norm=norms[1]) for name, norms in _norms(model)]
     finally:
         model.train(training)
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import DataError, OptionError, nearest
 from ..recipes.table import parse_config, recipe_class
-from ..training.config import PathOrName, RunConfig, Section, validate
+from ..training.config import HEAD, PathOrName, RunConfig, Section, validate
 from ..training.yaml_file import read_yaml
 
 # Names become folders.
@@ -21,10 +21,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
-class Method(Section):
+class Arm(Section):
     """One way of tuning, and the learning rates to try."""
 
-    adapter: dict[str, Any] | Literal["none"] = Field(description="As in a run: method, peft_type, or none.")
+    adapter: dict[str, Any] | Literal["none", "head"] = Field(
+        description="As in a run: method, peft_type, none, or head (whose rates are the head's)."
+    )
     learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="The grid.")
     over: dict[str, Any] = Field(default_factory=dict, description="Goes over the base run for this method alone.")
 
@@ -62,7 +64,7 @@ class SweepConfig(Section):
     tasks: dict[str, dict[str, Any]] = Field(
         {"task": {}}, min_length=1, description="What goes over the base run, task by task."
     )
-    methods: dict[str, Method] = Field(min_length=1, description="Ways of tuning.")
+    methods: dict[str, Arm] = Field(min_length=1, description="Ways of tuning.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="Each chosen rate runs all.")
     tuning_seeds: int | None = Field(
         None, gt=0, description="Only so many seeds try every rate, the rest only the chosen one; default: all."
@@ -129,7 +131,8 @@ def cell(sweep: SweepConfig, task: str, method: str, rate: float, seed: int) -> 
     """Get one run: the base, the task over it, the method over both."""
     asked = sweep.methods[method]
     values = merged(merged(sweep.run, sweep.tasks[task]), asked.over)
-    own = {"adapter": asked.adapter, "training": {"learning_rate": rate}, "seed": seed}
+    rate_of = "head_learning_rate" if asked.adapter == HEAD else "learning_rate"
+    own = {"adapter": asked.adapter, "training": {rate_of: rate}, "seed": seed}
     for name in ("adapter", "seed"):
         if name in values:
             raise OptionError(f"{task}, {method}: {name} is given by methods and seeds. Leave it out of run and tasks.")

@@ -42,10 +42,10 @@ def as_method_comparison(sweep: SweepConfig, record: SweepRecord) -> dict[str, A
     config = record.config
     metric, test = metric_of(record.metrics, REPORTED, sweep.report or sweep.metric)
     validation = metric_of(record.metrics, ("validation",), sweep.metric)
-    peak = NOT_MEASURED if record.peak_bytes is None else record.peak_bytes
-    samples = record.steps * config["training"]["batch_size"] * config["training"]["gradient_accumulation"]
+    peak = NOT_MEASURED if record.found.peak_bytes is None else record.found.peak_bytes
+    samples = record.found.steps * config["training"]["batch_size"] * config["training"]["gradient_accumulation"]
     last = {
-        "step": record.steps,
+        "step": record.found.steps,
         "test accuracy": test,
         "train loss": record.final_loss,
         "train samples": samples,
@@ -66,17 +66,17 @@ def as_method_comparison(sweep: SweepConfig, record: SweepRecord) -> dict[str, A
             "accelerator_memory_max": peak,
             "accelerator_memory_reserved_99th": NOT_MEASURED,
             # The median step times the steps: evaluation and saving are not in it, as they are not in PEFT's.
-            "train_time": (record.step_seconds or 0.0) * record.steps,
-            "file_size": record.file_bytes,
-            "num_trainable_params": record.trainable + record.head,
-            "num_total_params": record.total,
-            "status": record.status,
+            "train_time": (record.found.step_seconds or 0.0) * record.found.steps,
+            "file_size": record.found.file_bytes,
+            "num_trainable_params": record.found.trainable + record.found.head,
+            "num_total_params": record.found.total,
+            "status": ("success" if record.ok else "failed"),
             "metrics": [
-                {"step": record.steps, f"valid {validation[0]}": validation[1], "train loss": record.final_loss},
+                {"step": record.found.steps, f"valid {validation[0]}": validation[1], "train loss": record.final_loss},
                 last | ({} if record.forgetting is None else {"forgetting": record.forgetting}),
             ],
         },
-        "meta_info": _meta_info(record) | {"spectune": {"metric": metric, "memory_of": record.device}},
+        "meta_info": _meta_info(record) | {"spectune": {"metric": metric, "memory_of": record.found.device}},
     }
 
 
@@ -87,7 +87,7 @@ def _train_config(record: SweepRecord) -> dict[str, Any]:
         "dtype": config["dtype"],
         "max_seq_length": config["data"].get("max_tokens"),
         "batch_size": training["batch_size"],
-        "max_steps": record.steps,
+        "max_steps": record.found.steps,
         "seed": record.seed,
         "grad_norm_clip": training["max_grad_norm"],
         "optimizer_type": training["optimizer"],
@@ -115,6 +115,6 @@ def _meta_info(record: SweepRecord) -> dict[str, Any]:
         "model_info": {"sha": record.config.get("revision"), "created_at": None},
         "dataset_info": {},
         "package_info": packages,
-        "system_info": {name: getattr(platform, name)() for name in names} | {"accelerator": record.device},
+        "system_info": {name: getattr(platform, name)() for name in names} | {"accelerator": record.found.device},
         "pytorch_info": "",
     }

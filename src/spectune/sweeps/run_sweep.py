@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from ..checkpoint import hold_folder, write_atomically
 from ..errors import OutputError
+from ..runs.folder import ADAPTER, CHECKPOINTS, MODEL, differences
 from ..runs.result import RESULT_FILE, RunResult
-from ..runs.train import ADAPTER, CHECKPOINTS, MODEL, differences
 from ..training.rates import method_of
 from .choice import chosen_rate, rate_beyond
 from .config import Cell, SweepConfig, cells, require_splits
@@ -132,8 +132,8 @@ class _Running:
         elif old is not None and old.config != cell.config.plain():
             different = ", ".join(differences(old.config, cell.config.plain())[:3])
             raise OutputError(
-                f"{path}: asked to continue, but this run was told otherwise before: {different}. Give the same sweep, "
-                f"or choose another folder."
+                f"{path}: the run here has another configuration: {different}. Give the same sweep, or choose another "
+                f"folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
         return old if old is not None and old.ok and not lacks else None
@@ -195,15 +195,10 @@ def _finished(
         "provenance": dict(provenance),
     }
     if "error" in answer or not (run_folder / RESULT_FILE).is_file():
-        return SweepRecord(**common, status="failed", error=str(answer.get("error", "no result was written")))
-    result = RunResult.read(run_folder)
-    tail = result.losses[-max(1, len(result.losses) // 10) :]
-    same = ("metrics", "steps", "trainable", "head", "total", "step_seconds", "peak_bytes", "file_bytes", "device")
+        return SweepRecord(**common, error=str(answer.get("error", "no result was written")))
     return SweepRecord(
         **common,
-        status="success",
-        final_loss=sum(tail) / len(tail) if tail else None,
-        **{name: getattr(result, name) for name in same},
+        result=RunResult.read(run_folder).model_copy(update={"folder": ""}),
         general_loss=answer.get("general_loss"),
         general_loss_base=answer.get("general_loss_base"),
     )

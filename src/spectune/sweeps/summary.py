@@ -49,7 +49,7 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, A
             {"run": f"{r.task}--{r.method}--{r.rate:g}--{r.seed}", "error": r.error} for r in records if not r.ok
         ],
         "runs": len(records),
-        "device": good.device if good else "",
+        "device": good.found.device if good else "",
         "provenance": good.provenance if good else {},
         "says": remarks(sweep, rows, records),
     }
@@ -90,12 +90,12 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
         "low": _finite(min(tests)) if tests else None,
         "high": _finite(max(tests)) if tests else None,
         "seeds": len(tests),
-        "trainable": at[0].trainable if at else None,
-        "head": at[0].head if at else None,
-        "total": at[0].total if at else None,
-        "step_seconds": _median([r.step_seconds for r in at]),
-        "peak_bytes": max((r.peak_bytes for r in at if r.peak_bytes is not None), default=None),
-        "file_bytes": max((r.file_bytes for r in at), default=None),
+        "trainable": at[0].found.trainable if at else None,
+        "head": at[0].found.head if at else None,
+        "total": at[0].found.total if at else None,
+        "step_seconds": _median([r.found.step_seconds for r in at]),
+        "peak_bytes": max((r.found.peak_bytes for r in at if r.found.peak_bytes is not None), default=None),
+        "file_bytes": max((r.found.file_bytes for r in at if r.found.file_bytes is not None), default=None),
         "forgetting": statistics.fmean(forgot) if forgot else None,
         "failed": sum(not r.ok for r in mine),
     }
@@ -126,7 +126,7 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
         said.append("One seed: differences may be chance.")
     elif len(sweep.seeds[: sweep.tuning_seeds]) < len(sweep.seeds):
         said.append(f"Rates were chosen with {len(sweep.seeds[: sweep.tuning_seeds])} of {len(sweep.seeds)} seeds.")
-    if not any(r.device != "cpu" for r in records if r.ok):
+    if not any(r.found.device != "cpu" for r in records if r.ok):
         said.append("Peak memory is that of the whole process; step times hold for this machine as busy as it was.")
     jobs = max((r.jobs for r in records if r.ok), default=1)
     if jobs > 1:

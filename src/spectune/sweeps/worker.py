@@ -23,8 +23,9 @@ from ..checkpoint import write_atomically
 from ..errors import SpectuneError
 from ..recipes.recipe import Recipe
 from ..recipes.table import parse_config
+from ..runs.load import load_run
 from ..runs.result import RESULT_FILE, RunResult
-from ..runs.train import load_run, train_run
+from ..runs.train import train_run
 from ..training.loop import OnStep
 from .config import GeneralText
 from .general_text import general_loss

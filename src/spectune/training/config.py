@@ -12,7 +12,7 @@ from ..errors import OptionError, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-NO_ADAPTER = "none"
+NO_ADAPTER, HEAD = "none", "head"
 
 
 def absolute_if_there(name: str) -> str:
@@ -108,14 +108,20 @@ class RunConfig(Section):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="How the base is loaded.")
     seed: int = Field(0, ge=0, description="The same seed gives the same run.")
-    adapter: dict[str, Any] | Literal["none"] = Field(
-        description="{method: …} of spectune, {peft_type: …} of PEFT, or none: train every weight."
+    adapter: dict[str, Any] | Literal["none", "head"] = Field(
+        description="{method: …} of spectune, {peft_type: …} of PEFT, none (train every weight), head (the new head)."
     )
     training: Training
 
+    @model_validator(mode="after")
+    def _one_rate(self) -> RunConfig:
+        if self.adapter == HEAD and self.training.learning_rate is not None:
+            raise ValueError("adapter: head has no adapter's rate; give training.head_learning_rate, not learning_rate")
+        return self
+
     @property
     def adapter_options(self) -> dict[str, Any] | None:
-        """The adapter's options, None for full fine-tuning."""
+        """The adapter's options, None where there is no adapter."""
         return None if isinstance(self.adapter, str) else dict(self.adapter)
 
     def plain(self) -> dict[str, Any]:

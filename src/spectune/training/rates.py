@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..methods import METHODS
-from .config import RunConfig
+from .config import HEAD, NO_ADAPTER, RunConfig
 
 # "Far" is ten times outside: within it tuning decides, beyond it runs are dead or diverge. Chosen.
 FAR = 10.0
@@ -53,15 +53,17 @@ KNOWN: dict[str, KnownRates] = {
 
 
 def method_of(config: RunConfig) -> str:
-    """Get the word for how a run tunes: one of METHODS, one of PEFT's types, or none."""
-    options = config.adapter_options
-    if options is None:
-        return "none"
+    """Get the word for how a run tunes: one of METHODS, one of PEFT's types, none or head."""
+    if isinstance(config.adapter, str):
+        return config.adapter
+    options = config.adapter
     return str(options.get("method") or str(options.get("peft_type", "")).upper())
 
 
 def learning_rate(config: RunConfig) -> float:
     """Get the run's peak rate: what it asks for, else the method's default; `OptionError` where there is none."""
+    if config.adapter == HEAD:
+        return head_learning_rate(config)
     asked = config.training.learning_rate
     if asked is not None:
         return asked
@@ -81,7 +83,7 @@ def head_learning_rate(config: RunConfig) -> float:
     asked = config.training.head_learning_rate
     if asked is not None:
         return asked
-    return learning_rate(config) if config.adapter_options is None else HEAD_RATE
+    return learning_rate(config) if config.adapter == NO_ADAPTER else HEAD_RATE
 
 
 def advice(method: str, rate: float) -> str | None:

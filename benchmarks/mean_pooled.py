@@ -1,4 +1,4 @@
-"""The demo's classifier: sentences and labels in, an adapted sentence encoder and its accuracy out.
+"""A classifier for merged bodies: sentences and labels in, an adapted sentence encoder and its accuracy out.
 
 A sentence encoder was trained to average its tokens, so the head reads that average: a linear head on every token,
 its logits averaged over the sentence. transformers has it as a token classifier, which plain PEFT loads as well. A
@@ -18,10 +18,10 @@ from torch import nn
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
-from ..recipes.text_classification import sentence_logits
-from ..training.fit import fit
-from ..training.loop import OnStep
-from ..tuner import attach
+from spectune.recipes.text_classification import sentence_logits
+from spectune.training.fit import fit
+from spectune.training.loop import OnStep
+from spectune.tuner import attach
 
 
 @dataclass(frozen=True)
