@@ -177,7 +177,7 @@ def test_init_prints_what_check_reads(tmp_path: Path) -> None:
         (["train", "nowhere.yaml"], "nowhere.yaml: asked for a YAML file, found nothing"),
         (["check", "bad.yaml"], "seeed: unknown key. Did you mean 'seed'?"),
         (["evaluate", "."], "there is no run.yaml here"),
-        (["report", "."], "the run is not finished: there is no result.json"),
+        (["report", "."], "there is no run.yaml here"),
         (["evaluate", ".", "training.steps=3"], "there is no run.yaml here"),
     ],
 )

@@ -43,7 +43,11 @@ def record(method: str = "a", rate: float = 1e-3, seed: int = 0, **more: Any) ->
         "config": config, "metrics": metrics, "losses": [0.5] * 10, "trainable": 100, "total": 1000,
         "learning_rate": rate, "step_seconds": 0.1, "peak_bytes": 2**20, "file_bytes": 400, "device": "cpu",
     }  # fmt: skip
-    found |= {name: more.pop(name) for name in list(more) if name in RunResult.model_fields and name != "config"}
+    found |= {
+        name: more.pop(name)
+        for name in list(more)
+        if name in RunResult.model_fields and name not in SweepRecord.model_fields
+    }
     values = {"task": "task", "method": method, "kind": "svft", "rate": rate, "seed": seed, "config": config}
     result = None if "error" in more else RunResult(**found)
     return SweepRecord(**(values | {"result": result} | more))
