@@ -10,7 +10,7 @@ set -euo pipefail
 
 LIMIT_MIB=60      # what one copy to such a machine may weigh
 LIMIT_COMMAND=2000 # characters
-LACKING="peft psutil pydantic pydantic-core annotated-types typing-inspection typing-extensions typer click shellingham
+LACKING="peft gguf psutil pydantic pydantic-core annotated-types typing-inspection typing-extensions typer click shellingham
     annotated-doc rich markdown-it-py mdurl pygments regex filelock threadpoolctl scipy"
 
 [ $# -ge 1 ] || { echo "usage: bash benchmarks/gpu_folder.sh OUT [PYTHON]" >&2; exit 2; }
