@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu.json"
 # What a part may take beyond its time to end a row by itself, before it is stopped. Chosen.
 GRACE = 3.0
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
-OTHER_MACHINE = 3  # exit code of a part that will not add to this record
+OTHER_MACHINE = 3  # exit code of a part that will not write into this record
 
 
 def arguments() -> argparse.Namespace:
@@ -80,7 +80,7 @@ def child(given: argparse.Namespace) -> None:
     if not told_seconds:
         return  # the driver is gone
     if error is None:
-        error = head_error(given)
+        write_head(given)
     notebook = Notebook(given.output, given.child, part.title, float(told_seconds))
     try:
         if error is not None:
@@ -93,18 +93,19 @@ def child(given: argparse.Namespace) -> None:
     notebook.close()
 
 
-def head_error(given: argparse.Namespace) -> Exception | None:
-    """Write the head of the record; leave without touching the record where it is of another machine or commit."""
+def write_head(given: argparse.Namespace) -> None:
+    """Write the head of the record; leave without touching it where it is of another machine, or the device is not."""
     from gpu_parts.machine import OtherMachineError, agree
 
     try:
         agree(given.output, given.device, given.tiny)
     except OtherMachineError as error:
         print(error, file=sys.stderr)
-        raise SystemExit(OTHER_MACHINE) from None
-    except Exception as error:  # no driver, no such device: the part says it
-        return error
-    return None
+    except (RuntimeError, AssertionError) as error:  # what torch raises without CUDA, without a driver, without a card
+        print(f"--device {given.device}: {first_line(error)}. Name another --device.", file=sys.stderr)
+    else:
+        return
+    raise SystemExit(OTHER_MACHINE)
 
 
 def wait(process: subprocess.Popen[str], part: str, seconds: float, path: Path) -> None:

@@ -133,6 +133,15 @@ def test_figures_of_two_machines_do_not_share_a_record(tmp_path: Path) -> None:
         machine.agree(path, "cpu", True)
 
 
+def test_a_device_that_is_not_there_leaves_the_record_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "gpu.json"
+    given = argparse.Namespace(output=path, device="cuda:99", tiny=True)
+    with pytest.raises(SystemExit) as stopped:
+        gpu.write_head(given)
+    assert stopped.value.code == gpu.OTHER_MACHINE and not path.exists()
+    assert capsys.readouterr().err.startswith("--device cuda:99: ")
+
+
 def test_the_parts_share_the_time_and_leave_what_they_did_not_use() -> None:
     order = list(PARTS)
     assert gpu.allowance(100, order[-1], order[-1:]) == 100
