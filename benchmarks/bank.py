@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from provenance import provenance
-from step import clock, spread
+from rounds import spread
+from step import clock
 from step_cases import MODELS, R
 
 from spectune import AdapterBank, SpectralConfig

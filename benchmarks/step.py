@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from provenance import provenance
+from rounds import spread
 from step_cases import ADAPTERS, FLOOR, LORA, MODELS, adapted, batch
 from torch import nn
 
@@ -126,13 +127,6 @@ def prepared(setting: dict[str, Any], adapters: list[str], device: str) -> tuple
             model.compile()
         runs[name] = (model, torch.optim.AdamW(trained, lr=1e-6))
     return runs, left_out
-
-
-def spread(times: list[float], base: list[float]) -> list[float]:
-    """Get lower quartile, median and upper quartile of the ratios round by round."""
-    ratios = sorted(a / b for a, b in zip(times, base, strict=True))
-    quarter = len(ratios) // 4
-    return [round(value, 4) for value in (ratios[quarter], statistics.median(ratios), ratios[-1 - quarter])]
 
 
 def measure(setting: dict[str, Any], adapters: list[str], rounds: int, device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import gpu_table
 from recipe_tables import gsm8k_table, rates_table, sweep_table
 
 ROOT = Path(__file__).parents[1]
@@ -254,7 +255,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rates": ("docs/results.md", rates_table),
     "small_glue": ("docs/results.md", sweep_table),
     "compare_small": ("docs/results.md", sweep_table),
+    "gpu": ("docs/speed.md", gpu_table),
 }
+# A GPU is there now and then only: until one has run benchmarks/gpu.py, its table says "not measured".
+MAY_LACK = {"gpu"}
 
 
 def rewritten(page: str, name: str, table: str) -> str:
@@ -268,7 +272,9 @@ def main() -> None:
     for name, (page_name, make) in TABLES.items():
         path = ROOT / page_name
         page = path.read_text()
-        new = rewritten(page, name, make(json.loads((RESULTS / f"{name}.json").read_text())))
+        file = RESULTS / f"{name}.json"
+        record = {} if name in MAY_LACK and not file.exists() else json.loads(file.read_text())
+        new = rewritten(page, name, make(record))
         if new != page and "--check" in sys.argv:
             wrong.append(page_name)
         elif new != page:

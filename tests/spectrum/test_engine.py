@@ -167,12 +167,3 @@ def test_an_option_that_does_not_exist_is_refused(options, message):
     with pytest.raises(OptionError) as error:
         decompose(weight(torch.ones(8, 8)), 2, **options)
     assert str(error.value).startswith("layers.3.q_proj: ") and message in str(error.value)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("solver", ["auto", *SOLVERS])
-def test_a_gpu_finds_the_same_directions_as_the_cpu(solver):
-    W_OI = power_law(400, 300)
-    found, here = decompose(W_OI.cuda(), 8, solver=solver), decompose(W_OI, 8, solver=solver)
-    assert found.U_OR.is_cuda
-    torch.testing.assert_close(found.U_OR.cpu(), here.U_OR, atol=1e-3, rtol=0)

@@ -1,0 +1,33 @@
+"""The parts, their order, and their shares of the time. Imports nothing heavy: the driver reads this at once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: where its `run(setting, notebook)` stands, and how much of the time it may have."""
+
+    module: str
+    title: str
+    share: float
+    """Of all the parts' shares; what a part leaves over goes to those after it. Chosen, not measured."""
+
+    def runner(self) -> Callable[[Any, Any], None]:
+        """Get the function that measures; this imports torch and PEFT."""
+        found: Callable[[Any, Any], None] = importlib.import_module(f".{self.module}", __package__).run
+        return found
+
+
+PARTS: dict[str, Part] = {
+    "a": Part("correctness", "Correctness", 15),
+    "b": Part("training_step", "A training step", 40),
+    "c": Part("decomposition", "Decomposition", 20),
+    "d": Part("mixed_batches", "Batches of many adapters", 10),
+    "e": Part("graphs", "CUDA graphs and kernels", 6),
+    "f": Part("real_run", "A real run", 30),
+}
