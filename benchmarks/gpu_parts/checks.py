@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spectune import METHODS, AdapterBank, SpectralConfig, decompose
+from spectune.adapter import spectral_modules
 from spectune.algebra import dense
-from spectune.methods import spectral_modules
 
 # The smallest form of each method that still has every part.
 OPTIONS: dict[str, dict[str, Any]] = {
