@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,22 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A shell lets its background jobs ignore Ctrl-C, and the processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What a user may have set for the spectune of every day.
+for name in [name for name in os.environ if name.startswith("SPECTUNE_")]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_terminal() -> Iterator[None]:
+    """Let every test and process write for the same terminal: narrow tables wrap, and colours stand between words."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"COLUMNS": "100", "TERM": "xterm", "NO_COLOR": "1"}.items():
+            patch.setenv(name, value)
+        for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

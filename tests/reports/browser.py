@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..effort import PATIENCE
+
 PHONE, DESK = 390, 1280
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 POLICY = re.compile(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>")
@@ -100,7 +102,7 @@ def show(page: str, browser: str, folder: Path) -> Shown:
         f"--user-data-dir={folder / 'profile'}", "--window-size=1600,1000", "--enable-logging=stderr", "--v=0",
         "--virtual-time-budget=2000", "--dump-dom", (folder / "frames.html").as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, encoding="utf-8", errors="replace")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, encoding="utf-8", errors="replace")
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert found, f"{browser} shows nothing: {done.returncode} {done.stderr[-800:]}"
     seen: list[dict[str, Any]] = json.loads(html.unescape(found[1]))
