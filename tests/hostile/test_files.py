@@ -305,14 +305,14 @@ entries = st.fixed_dictionaries(
 headers = st.dictionaries(st.text(max_size=12), st.one_of(entries, sides, st.lists(sides, max_size=2)), max_size=4)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(header=headers, body=st.binary(max_size=64))
 def test_any_header_opens_or_is_refused(header: dict[str, Any], body: bytes, tmp_path_factory: Any) -> None:
     words = outcome(written(tmp_path_factory.getbasetemp() / "any.safetensors", header, body))
     assert words.isprintable() and len(words) < LONGEST_MESSAGE + 50
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     double=st.booleans(),

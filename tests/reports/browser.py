@@ -82,8 +82,12 @@ class Shown:
 
 
 def find_browser() -> str | None:
-    """Get the path of Chromium or Chrome, None without one."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    """Get the path of a Chromium or Chrome that starts, None without one: Ubuntu's stand-in for its snap does not."""
+    return next((path for name in NAMES if (path := shutil.which(name)) and _starts(path)), None)
+
+
+def _starts(path: str) -> bool:
+    return not subprocess.run([path, "--version"], capture_output=True, timeout=PATIENCE).returncode
 
 
 def show(page: str, browser: str, folder: Path) -> Shown:
