@@ -20,6 +20,15 @@ NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": 
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# What other machines have: each entry rounds otherwise, reads sets in another order, and has another user.
+# GOMP_SPINCOUNT and OMP_WAIT_POLICY: threads that wait do not take the cores from those that work.
+MACHINES = {
+    "old": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    | {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TERM": "dumb", "COLUMNS": "40", "CI": "true"},
+    "other": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    | {"OPENBLAS_CORETYPE": "Haswell", "OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    | {"PYTHONHASHSEED": "2", "FORCE_COLOR": "1", "COLUMNS": "300", "TZ": "Asia/Kolkata"},
+}
 
 
 def run_tests(session: nox.Session, *paths: str, **environment: str) -> None:
@@ -65,6 +74,18 @@ def lean(session: nox.Session, requirement: str) -> None:
     folder = os.path.join(session.create_tmp(), "over")
     session.run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder, requirement)
     run_tests(session, *TOUCHING, PYTHONPATH=folder)
+
+
+@nox.session(python=False)
+@nox.parametrize("machine", list(MACHINES))
+def anywhere(session: nox.Session, machine: str) -> None:
+    """All tests as another machine would run them, in random order, with the packages of this Python."""
+    folder = os.path.join(session.create_tmp(), "order")
+    session.run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, "pytest-randomly")
+    home = os.path.join(session.create_tmp(), "home")
+    os.makedirs(home, exist_ok=True)
+    environment = {**MACHINES[machine], "HOME": home, "PYTHONPATH": folder}
+    run_tests(session, "-n", "2", "--dist", "worksteal", "tests", **environment)
 
 
 @nox.session(python=False)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before anything imports huggingface_hub, also in the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +18,30 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # A shell lets its background jobs ignore Ctrl-C, and the processes that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# gloo looks up the machine's own name otherwise, which not every machine knows.
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+# The same examples everywhere, however busy the machine is; fuzz/ looks for new ones.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
+
+# What a user may have set for the spectune of every day.
+for name in [name for name in os.environ if name.startswith("SPECTUNE_")]:
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_terminal() -> Iterator[None]:
+    """Let every test and process write for the same terminal: narrow tables wrap, and colours stand between words."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"COLUMNS": "100", "TERM": "xterm", "NO_COLOR": "1"}.items():
+            patch.setenv(name, value)
+        for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "LINES"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

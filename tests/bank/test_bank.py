@@ -15,6 +15,7 @@ import spectune
 from spectune import AdapterBank
 from spectune.errors import AdapterError, OptionError
 
+from ..effort import PATIENCE
 from ..models import MODELS, output
 from ..tuner.conftest import adapted, config_for, train
 
@@ -130,7 +131,7 @@ def test_threads_have_their_own_rows(folders: dict[str, Path]) -> None:
 
     def serve(name: str) -> None:
         with bank([name] * 3):
-            meeting.wait(60)
+            meeting.wait(PATIENCE)
             seen[name] = output(model, LLAMA.inputs())
 
     threads = [threading.Thread(target=serve, args=(name,)) for name in ("anna", "ben")]

@@ -22,6 +22,7 @@ import yaml
 from spectune.adapter import spectral_modules
 from spectune.cli import main
 from spectune.runs import RunResult, load_base, measure
+from tests.effort import PATIENCE
 from tests.recipes import tiny
 
 
@@ -122,7 +123,7 @@ def test_check_shows_the_example_the_layers_and_the_rates(tmp_path: Path) -> Non
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
-    path = write(tmp_path, tiny.text_run(tmp_path, training={"steps": 3000, "save_every": 3000}))
+    path = write(tmp_path, tiny.text_run(tmp_path, training={"steps": 100_000, "save_every": 100_000}))
     command = [sys.executable, "-m", "spectune.cli", "train", path, "-o", "run"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "checkpoints").exists():  # the Trainer makes it when the loop begins
@@ -130,15 +131,15 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
         assert running.poll() is None, running.communicate()
     time.sleep(2)
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, said = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130 and "Continue with --resume" in said and "Traceback" not in said, said
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("checkpoint-"))
-    assert 0 < step < 3000 and not (tmp_path / "run" / "adapter").exists()
+    assert 0 < step < 100_000 and not (tmp_path / "run" / "adapter").exists()
     unfinished = spectune("evaluate", "run", cwd=tmp_path)
     assert unfinished.returncode == 1 and "the run is not finished" in unfinished.stderr
     other = spectune("train", path, f"training.steps={step + 2}", "-o", "run", "--resume", cwd=tmp_path)
-    assert other.returncode == 1 and "training.steps was 3000" in other.stderr
+    assert other.returncode == 1 and "training.steps was 100000" in other.stderr
 
 
 def test_a_language_model_writes(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from ..abilities import LOADS_MODULES_NATIVELY
 from .models import CASES, MODELS, adapted, batch
 
 # Two roads to the same logits in float32 on models of two layers and sums of at most 48 terms:
-# sqrt(6 layers) * (1 + sqrt(48)) * 6e-8 = 1.2e-6 of the largest logit, and 4 for amplification.
-TOLERANCE = 5e-6
+# sqrt(6 layers) * (1 + sqrt(48)) * 6e-8 = 1.2e-6 of the largest logit, and 16 for amplification: 4 are met where a
+# processor adds without fused multiplications.
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def best_of_rank(dW: torch.Tensor, rank: int) -> torch.Tensor:
     return U[:, :rank] * S[:rank] @ Vh[:rank]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     O=st.integers(1, 12), I=st.integers(1, 12), P=st.integers(1, 14), share=st.floats(0.01, 1), seed=st.integers(0, 999)
 )
@@ -43,9 +43,10 @@ def test_cutting_factors_is_cutting_their_product(O: int, I: int, P: int, share:
     for cut in (Cut(rank=1 + seed % P), Cut(energy=share), Cut(frobenius=math.sqrt(1 - share) * 0.999)):
         B_OR, A_RI, lost = cut_factors(B_OP, A_PI, cut)
         rank = len(A_RI)
-        torch.testing.assert_close(B_OR @ A_RI, best_of_rank(B_OP @ A_PI, rank), rtol=0, atol=1e-10)
         tails = [float(S[r:].norm() / S.norm()) for r in range(len(S) + 1)]
         tail = tails[rank] if rank < len(tails) else 0.0
+        # Nothing of this rank is nearer. The entries themselves are only as certain as the next two values are apart.
+        assert float((B_OP @ A_PI - B_OR @ A_RI).norm() / S.norm()) == pytest.approx(tail, rel=1e-9, abs=1e-12)
         assert lost == pytest.approx(tail, abs=1e-7)
         if cut.allowed is None:
             assert rank == min(1 + seed % P, len(S))

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from spectune.checkpoint.reader import read_json
 from spectune.checkpoint.targets import find_targets, ordered
 from spectune.checkpoint.tensor_file import TensorFile
 from spectune.errors import LONGEST_MESSAGE, AdapterError, SpectuneError, nearest
+
+from ..effort import at_most
 
 
 def written(path: Path, header: object, body: bytes = b"\0" * 64) -> Path:
@@ -72,12 +73,10 @@ def test_terabytes_that_are_promised_are_not_allocated(tmp_path: Path) -> None:
 
 def test_a_shape_of_a_million_sides_is_refused_before_they_are_multiplied(tmp_path: Path) -> None:
     """80,000 sides of ten digits took eleven seconds."""
-    began = time.monotonic()
     for sides in ([2_999_999_999] * 400_000, [1] * 65, [2**64], [2**40, 2**40, 2**40]):
         path = written(tmp_path / "a.safetensors", {"a": entry(shape=sides)})
-        with pytest.raises(AdapterError, match="that are no safetensors file"):
+        with at_most(30), pytest.raises(AdapterError, match="that are no safetensors file"):
             TensorFile.open(path)
-    assert time.monotonic() - began < 10
 
 
 def outcome(path: Path) -> str:
@@ -177,20 +176,16 @@ def names_layer(pattern: Any, layer: str) -> bool:
 
 
 def test_a_pattern_that_never_ends_is_stopped() -> None:
-    began = time.monotonic()
-    with pytest.raises(AdapterError, match=r"take more than 1\.0 seconds"):
+    with at_most(30), pytest.raises(AdapterError, match=r"take more than 1\.0 seconds"):
         names_layer("(a|aa)+[bc]", "a" * 64)
-    assert time.monotonic() - began < 10
 
 
 def test_all_patterns_of_a_config_have_one_deadline() -> None:
     """Each alone stays under the limit: with a limit of its own, twenty of them took twelve seconds."""
     slow = LayerPatterns([f"(a|aa)+[bc]{n}" for n in range(900)])
-    layer, began = "a" * 26, time.monotonic()
-    with pytest.raises(AdapterError, match=r"take more than 1\.0 seconds"):
+    with at_most(30), pytest.raises(AdapterError, match=r"take more than 1\.0 seconds"):
         for _ in range(1_000):
-            slow.first(layer)
-    assert time.monotonic() - began < 10
+            slow.first("a" * 26)
 
 
 def test_a_config_has_a_thousand_expressions_at_most_and_any_number_of_names() -> None:
@@ -200,11 +195,10 @@ def test_a_config_has_a_thousand_expressions_at_most_and_any_number_of_names() -
         LayerPatterns(f"{'.'.join('abcdefghijk')}".translate({46: "._-"[n % 3]}) + f".{n}.*" for n in range(1_001))
     layers = [f"model.layers.{n}.q_proj" for n in range(20_000)]
     exact, ends = LayerPatterns(f"^{re.escape(layer)}" for layer in layers), LayerPatterns(layers)
-    began = time.monotonic()
-    for place in range(0, 20_000, 10):
-        assert exact.first(layers[place]) == f"^{re.escape(layers[place])}"
-        assert ends.first(f"base.{layers[place]}") == layers[place] and exact.first(f"base.{layers[place]}") is None
-    assert time.monotonic() - began < 10
+    with at_most(30):
+        for place in range(0, 20_000, 10):
+            assert exact.first(layers[place]) == f"^{re.escape(layers[place])}"
+            assert ends.first(f"base.{layers[place]}") == layers[place] and exact.first(f"base.{layers[place]}") is None
 
 
 @pytest.mark.parametrize("pattern", ["((a{99}){99}){99}", "(a{1000}){1000}" * 50, "a{3}{9}{99}", "a{e<=2}", r"\p{L}"])
@@ -288,9 +282,8 @@ def test_a_message_is_one_printable_line_of_bounded_length() -> None:
 
 def test_near_misses_of_hostile_names_take_seconds_at_most() -> None:
     known = [("ab" * 60)[: 100 + n % 20] + str(n) for n in range(100_000)]
-    began = time.monotonic()
-    assert len(nearest("ba" * 5_000, known)) < 3_000
-    assert time.monotonic() - began < 20
+    with at_most(60):
+        assert len(nearest("ba" * 5_000, known)) < 3_000
 
 
 def test_digits_of_other_scripts_are_no_block_numbers(tmp_path: Path) -> None:
@@ -312,14 +305,14 @@ entries = st.fixed_dictionaries(
 headers = st.dictionaries(st.text(max_size=12), st.one_of(entries, sides, st.lists(sides, max_size=2)), max_size=4)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(header=headers, body=st.binary(max_size=64))
 def test_any_header_opens_or_is_refused(header: dict[str, Any], body: bytes, tmp_path_factory: Any) -> None:
     words = outcome(written(tmp_path_factory.getbasetemp() / "any.safetensors", header, body))
     assert words.isprintable() and len(words) < LONGEST_MESSAGE + 50
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     double=st.booleans(),

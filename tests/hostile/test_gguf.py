@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from spectune.checkpoint.gguf_header import check_gguf_header
 from spectune.errors import AdapterError
 
 from ..abilities import needs_gguf
+from ..effort import at_most
 
 
 def header(tensors: int = 0, keys: int = 0, body: bytes = b"", version: int = 3, order: str = "<") -> bytes:
@@ -42,10 +42,8 @@ LIES: dict[str, bytes] = {
 def test_a_lying_header_is_refused_at_once(lie: str, tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(LIES[lie])
-    began = time.monotonic()
-    with pytest.raises(AdapterError, match="transformers cannot read this GGUF file"):
+    with at_most(30), pytest.raises(AdapterError, match="transformers cannot read this GGUF file"):
         check_gguf_header(path)
-    assert time.monotonic() - began < 2
 
 
 def test_an_array_without_end_does_not_reach_the_foreign_parser(tmp_path: Path) -> None:

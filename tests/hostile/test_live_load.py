@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from spectune.errors import AdapterError, SpectuneError
 from spectune.export.source import open_source
 from spectune.tuner.attach import load_attached
 from spectune.tuner.from_file import chosen_layers
+from tests.effort import at_most
 from tests.golden.make import Base
 from tests.hostile.test_adapters import changed, with_config
 
@@ -29,7 +29,7 @@ ENDLESS = "(([a-z0-9_.]|[a-z0-9_.][a-z0-9_.])+)+X"
 # Slow for both.
 SLOW = "(([a-z0-9_.]|[a-z0-9_.][a-z0-9_.])+)+[XY]"
 LONG = "a_layer_of_a_very_long_name_that_takes_a_very_long_time"
-SECONDS = 20
+SECONDS = 60  # a pattern that nobody stops takes years
 
 
 class Long(nn.Module):
@@ -64,13 +64,12 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("load", [PeftModel.from_pretrained, load_attached], ids=["peft", "load_attached"])
 def test_a_hostile_pattern_of_a_file_does_not_hang_a_live_load(case: str, load: Any, tmp_path: Path) -> None:
-    folder, began = changed("spectral_a", tmp_path / "adapter", with_config(**HOSTILE[case])), time.monotonic()
-    refusal = ""
-    try:
-        get_peft_model_state_dict(load(Long(), str(folder)))  # which matches target_modules once more
-    except SpectuneError as error:
-        refusal = str(error)
-    assert time.monotonic() - began < SECONDS
+    folder, refusal = changed("spectral_a", tmp_path / "adapter", with_config(**HOSTILE[case])), ""
+    with at_most(SECONDS):
+        try:
+            get_peft_model_state_dict(load(Long(), str(folder)))  # which matches target_modules once more
+        except SpectuneError as error:
+            refusal = str(error)
     assert refusal.isprintable()
 
 
@@ -89,10 +88,8 @@ def test_a_hostile_pattern_does_not_hang_where_an_export_begins(pattern: str, tm
     get_peft_model(copy.deepcopy(base), SpectralConfig(r=2, target_modules=["query"])).save_pretrained(folder)
     place = folder / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "target_modules": pattern}))
-    began = time.monotonic()
-    with pytest.raises(AdapterError, match=r"names no layer|take more than"):
+    with at_most(SECONDS), pytest.raises(AdapterError, match=r"names no layer|take more than"):
         open_source(folder, base, None)
-    assert time.monotonic() - began < SECONDS
 
 
 HONEST: list[dict[str, Any]] = [

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ..effort import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT / "docs", ROOT / "examples"]
 PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted(folder.rglob("*.md")))]
@@ -27,7 +29,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("place", "code"), blocks("python"), ids=[place for place, _ in blocks("python")])
 def test_python_blocks_run(place: str, code: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 
@@ -48,7 +50,7 @@ def test_spectune_verbs_that_are_named_exist() -> None:
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     # A verb stands first on its line of the help page, behind at most the frame.

@@ -6,6 +6,8 @@ import ast
 import subprocess
 import sys
 
+from ..effort import PATIENCE
+
 HEAVY = {"torch", "peft", "transformers", "numpy", "safetensors", "datasets", "diffusers", "accelerate"}
 
 
@@ -14,7 +16,7 @@ def modules_after(code: str) -> set[str]:
     report = (
         "import sys, atexit; atexit.register(lambda: print('\\n' + repr({m.split('.')[0] for m in sys.modules})))\n"
     )
-    done = subprocess.run([sys.executable, "-c", report + code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", report + code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     found: set[str] = ast.literal_eval(done.stdout.splitlines()[-1])
     return found

@@ -15,7 +15,7 @@ from spectune.records import Spectrum
 
 sides = st.integers(4, 12)
 seeds = st.integers(0, 2**31 - 1)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

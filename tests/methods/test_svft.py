@@ -55,7 +55,8 @@ def test_top_k_takes_the_best_aligned_pairs_whatever_the_signs() -> None:
     found = method.frozen(spectrum)
     scores_KK = (spectrum.U_OR.T @ spectrum.Vh_RI.T).abs()
     chosen = scores_KK[found["rows"], found["cols"]]
-    assert chosen.min() >= scores_KK.flatten().sort(descending=True).values[method.coefficients(10, 10) - 1]
+    least = scores_KK.flatten().sort(descending=True).values[method.coefficients(10, 10) - 1]
+    assert chosen.min() >= least - 1e-12  # found by another product, so up to roundoff
     flips_R = torch.where(torch.arange(10) % 2 == 0, 1.0, -1.0).double()
     flipped = Spectrum(spectrum.U_OR * flips_R, spectrum.S_R, spectrum.Vh_RI, spectrum.columns, spectrum.quality)
     assert torch.equal(method.frozen(flipped)["rows"], found["rows"])

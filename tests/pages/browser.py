@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..effort import PATIENCE
+
 PHONE, DESK = 390, 1280
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 POLICY = re.compile(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>")
@@ -80,8 +82,12 @@ class Shown:
 
 
 def find_browser() -> str | None:
-    """Get the path of Chromium or Chrome, None without one."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    """Get the path of a Chromium or Chrome that starts, None without one: Ubuntu's stand-in for its snap does not."""
+    return next((path for name in NAMES if (path := shutil.which(name)) and _starts(path)), None)
+
+
+def _starts(path: str) -> bool:
+    return not subprocess.run([path, "--version"], capture_output=True, timeout=PATIENCE).returncode
 
 
 def show(page: str, browser: str, folder: Path) -> Shown:
@@ -100,7 +106,7 @@ def show(page: str, browser: str, folder: Path) -> Shown:
         f"--user-data-dir={folder / 'profile'}", "--window-size=1600,1000", "--enable-logging=stderr", "--v=0",
         "--virtual-time-budget=2000", "--dump-dom", (folder / "frames.html").as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, encoding="utf-8", errors="replace")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, encoding="utf-8", errors="replace")
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert found, f"{browser} shows nothing: {done.returncode} {done.stderr[-800:]}"
     seen: list[dict[str, Any]] = json.loads(html.unescape(found[1]))

@@ -24,7 +24,7 @@ from .browser import DESK, PHONE, Shown, find_browser, show
 from .records import full_record
 
 BROWSER = find_browser()
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is on PATH")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH that starts")
 LONG = "base_model.model.model.layers.11.self_attn.q_proj_with_a_name_that_nobody_would_break_anywhere"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from spectune.recipes.table import recipe_class
 from spectune.training.loop import refuse_deepspeed_options, refuse_fsdp_options
 
 from ..abilities import RESUMES_ON_SEVERAL_CPUS, needs_fsdp2_on_a_cpu
+from ..effort import PATIENCE
 from ..tuner.test_sharding import bytes_here
 from .distributed_cases import CASES, STEPS, ZERO2, config_of, prepare, stopped
 
@@ -30,10 +31,8 @@ ROOT = Path(__file__).parents[2]
 # A sum over eight examples rounds otherwise than two sums over four: 1e-7 of a gradient. Adam divides a gradient by
 # its own size, so an entry whose gradient is a thousandth of the loss's scale moves by 1e-4 of a step of 1e-2.
 WEIGHTS = 1e-5
+# Of the figure itself where it is above one, as a perplexity of 127 is, and of the logits' scale where it is below.
 LOSS = 1e-5
-# A machine that does other things needs 15 seconds for a launch; torchrun itself waits at most 30 for a worker that
-# does not end. Hanging for ever is what is refused.
-BOUND = 180
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -44,7 +43,11 @@ def launch(*words: str | Path, by: tuple[str, ...] = TORCHRUN) -> subprocess.Com
     """Run a module on two processes."""
     command = [sys.executable, "-m", *by, *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=BOUND)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def near(figures: Any) -> Any:
+    return pytest.approx(figures, rel=LOSS, abs=LOSS)
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -74,11 +77,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_processes_train_what_one_trains_on_the_same_examples(name: str, runs: Path) -> None:
     one, two = RunResult.read(runs / "one" / name), RunResult.read(runs / "pair" / name)
-    assert len(two.losses) == STEPS and two.losses == pytest.approx(one.losses, abs=LOSS)
+    assert len(two.losses) == STEPS and two.losses == near(one.losses)
     assert difference(runs / "one" / name, runs / "pair" / name) < WEIGHTS
     assert two.trainable == one.trainable and two.file_bytes == one.file_bytes
     for split, figures in one.metrics.items():
-        assert two.metrics[split] == pytest.approx(figures, abs=LOSS)
+        assert two.metrics[split] == near(figures)
 
 
 def test_the_bases_are_not_sent_before_every_forward(runs: Path) -> None:
@@ -105,7 +108,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(runs: Path) -> None:
     fewer = run(config_of("spectral_a", runs, 1), runs / "from pair", resume=True)
     more = [RunResult.read(runs / "from one")] if RESUMES_ON_SEVERAL_CPUS else []
     for moved in (fewer, *more):
-        assert moved.losses == pytest.approx(whole.losses, abs=LOSS)
+        assert moved.losses == near(whole.losses)
         assert difference(Path(moved.folder), Path(whole.folder)) < WEIGHTS
 
 
@@ -116,24 +119,23 @@ def test_a_step_of_other_examples_is_refused(runs: Path) -> None:
 
 
 def test_a_killed_worker_ends_the_launch_and_costs_no_checkpoint(runs: Path) -> None:
-    start = time.monotonic()
-    done = launch("-m", "tests.runs.distributed_cases", "killed", runs)
+    done = launch("-m", "tests.runs.distributed_cases", "killed", runs)  # within PATIENCE, or it raises
     assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-3000:]
-    assert time.monotonic() - start < BOUND
     folder = runs / "killed"
     assert not (folder / "result.json").exists()
     (last,) = checkpoints(folder / "checkpoints")
     assert last.name == "checkpoint-2" and load_file(last / "adapter_model.safetensors")
     whole = RunResult.read(runs / "one" / "spectral_a")
     again = run(config_of("spectral_a", runs, 1), folder, resume=True)
-    assert again.losses == pytest.approx(whole.losses, abs=LOSS)
+    assert again.losses == near(whole.losses)
     assert difference(folder, Path(whole.folder)) < WEIGHTS
 
 
 def test_the_command_prints_and_writes_once(runs: Path) -> None:
     whole = RunResult.read(runs / "one" / "spectral_a")
     printed = json.loads((runs / "0.said").read_text())
-    assert printed["metrics"] == whole.metrics and (runs / "1.said").read_text() == ""
+    assert {split: near(figures) for split, figures in whole.metrics.items()} == printed["metrics"]
+    assert (runs / "1.said").read_text() == ""
     assert (runs / "command" / "report.html").is_file()
     assert difference(runs / "command", Path(whole.folder)) < WEIGHTS
 
@@ -142,7 +144,7 @@ def test_the_command_prints_and_writes_once(runs: Path) -> None:
 def test_fsdp2_shards_the_bases_and_trains_what_one_process_trains(runs: Path) -> None:
     whole = RunResult.read(runs / "one" / "svft")
     losses = [e["loss"] for e in history(runs / "sharded" / "checkpoints" / "checkpoint-4") if "loss" in e]
-    assert losses == pytest.approx(whole.losses[:4], abs=LOSS)
+    assert losses == near(whole.losses[:4])
     assert difference(runs / "sharded", Path(whole.folder)) < WEIGHTS
     model, _ = build(recipe_class("causal_lm")(config_of("svft", runs, 1)))
     all_bytes = bytes_here(model, ("U_OR", "Vh_RI"))
@@ -155,6 +157,8 @@ def test_fsdp2_shards_the_bases_and_trains_what_one_process_trains(runs: Path) -
 def zero2(runs: Path) -> Path:
     """The same folder, with every case that DeepSpeed takes; its part for CPUs needs a C++ compiler."""
     pytest.importorskip("deepspeed")
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("DeepSpeed compiles its part for CPUs, and there is no C++ compiler")
     done = launch("-m", "tests.runs.distributed_cases", "zero2", runs, by=ZERO2_LAUNCH)
     assert done.returncode == 0, done.stderr[-3000:]
     return runs
@@ -165,7 +169,7 @@ def test_zero_2_trains_what_one_process_trains(name: str, zero2: Path) -> None:
     whole = RunResult.read(zero2 / "one" / name)
     (last,) = checkpoints(zero2 / "zero2" / name / "checkpoints")[-1:]
     assert any(last.glob("global_step*")), "DeepSpeed did not run"
-    assert [e["loss"] for e in history(last) if "loss" in e] == pytest.approx(whole.losses, abs=LOSS)
+    assert [e["loss"] for e in history(last) if "loss" in e] == near(whole.losses)
     assert difference(zero2 / "zero2" / name, Path(whole.folder)) < WEIGHTS
     for rank in range(2):
         assert "runs under FSDP and DeepSpeed cannot be resumed" in (zero2 / f"{rank}.{name}.refused").read_text()

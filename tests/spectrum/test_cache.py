@@ -134,9 +134,10 @@ def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
     assert files(cache) == [], "larger than the whole limit"
     cache.limit = 3 * (12 * (90 + 70 + 1) * 4 + 2000)
     for age, weight in enumerate(weights[:3]):
+        before = set(files(cache))
         filled(cache, weight)
-        newest = max(files(cache), key=os.path.getctime)
-        os.utime(newest, (1000 + age, 1000 + age))
+        (new,) = set(files(cache)) - before
+        os.utime(new, (1000 + age, 1000 + age))
     filled(cache, weights[0])  # served, so it is the youngest now
     filled(cache, weights[3])
     assert {entry.name for entry in cache.entries()} == {"0", "2", "3"}

@@ -70,7 +70,8 @@ def test_float64_reaches_angles_that_float32_cannot():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_degenerate_weight_is_solved_to_roundoff(W_OI, dtype):
     found = decompose(W_OI, min(8, *W_OI.shape), dtype=dtype)
-    limit = FLOAT32 if dtype == torch.float32 else 1e-13
+    # A residual adds the roundoff of 8 directions in 130 dimensions: half of FLOAT32 where nothing is fused.
+    limit = 4 * FLOAT32 if dtype == torch.float32 else 1e-13
     assert found.quality.converged
     assert found.quality.residual < limit
     assert found.quality.orthogonality < limit

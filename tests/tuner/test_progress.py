@@ -11,6 +11,8 @@ import pytest
 
 from spectune.tuner.progress import decomposing
 
+from ..effort import PATIENCE
+
 CODE = """
 from spectune.tuner import progress
 progress.SILENT_SECONDS = {silent}
@@ -22,7 +24,7 @@ with progress.decomposing() as tick:
 
 def on_a_terminal(silent: float) -> str:
     leader, follower = pty.openpty()
-    done = subprocess.run([sys.executable, "-c", CODE.format(silent=silent)], stderr=follower, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CODE.format(silent=silent)], stderr=follower, timeout=PATIENCE)
     os.close(follower)
     assert done.returncode == 0
     os.set_blocking(leader, False)
