@@ -133,7 +133,7 @@ def test_a_base_with_fewer_layers_is_refused(saved, tmp_path):
 
 def test_a_base_that_is_not_there_is_one_clear_line(saved, tmp_path):
     _, folder, base = saved("llama-spectral_a")
-    assert "no folder or file" in refused(AdapterError, folder, tmp_path, base_model=tmp_path / "no")
+    assert "there is no such folder or file" in refused(AdapterError, folder, tmp_path, base_model=tmp_path / "no")
     edit(folder, base_model_name_or_path=None)
     assert "does not name its base model" in refused(AdapterError, folder, tmp_path)
 

@@ -115,6 +115,9 @@ def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(base.config_folder, **options)
         tensors = dict(base.checkpoint)
         dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+        if not issubclass(loader, transformers.PreTrainedModel):  # an Auto class, which takes no tensors
+            with torch.device("meta"):
+                loader = type(loader.from_config(config))
         model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return model
 
