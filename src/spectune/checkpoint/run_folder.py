@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..errors import AdapterError
 
+# By any of these a folder is a model or an adapter itself, whatever else somebody put into it.
+OWN_FILES = ("config.json", "adapter_config.json")
 # A run's configuration, and the folder that holds what it trained: one of the two.
 RUN_FILE = "run.yaml"
 ADAPTER, MODEL = "adapter", "model"
@@ -15,7 +17,7 @@ ADAPTER, MODEL = "adapter", "model"
 def trained_in(path: str | Path) -> Path:
     """Get the folder `adapter/` or `model/` of a finished run; any other path as it is."""
     path = Path(path)
-    if not os.path.isfile(path / RUN_FILE):
+    if not os.path.isfile(path / RUN_FILE) or any(os.path.exists(path / name) for name in OWN_FILES):
         return path
     for name in (ADAPTER, MODEL):
         if os.path.isdir(path / name):
