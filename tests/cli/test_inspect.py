@@ -61,7 +61,7 @@ def test_json_is_all_of_stdout(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 FAILURES: list[tuple[str, dict[str, Any], str]] = [
-    ("nowhere", {}, "asked for a model folder or a safetensors file, found nothing"),
+    ("nowhere", {}, "asked for a model, but there is no"),
     ("model", {"base": Path("model")}, "--base is not for a model, which this is"),
     ("lora", {"sample": 2, "include": "q"}, "--include, --sample is not for an adapter"),
     ("model", {"r": 0}, "--r 0: at least 1 direction"),

@@ -133,9 +133,9 @@ def test_a_base_with_fewer_layers_is_refused(saved, tmp_path):
 
 def test_a_base_that_is_not_there_is_one_clear_line(saved, tmp_path):
     _, folder, base = saved("llama-spectral_a")
-    assert "the base model cannot be loaded" in refused(ExportError, folder, tmp_path, base_model=tmp_path / "no")
+    assert "there is no such folder or file" in refused(AdapterError, folder, tmp_path, base_model=tmp_path / "no")
     edit(folder, base_model_name_or_path=None)
-    assert "does not name its base model" in refused(ExportError, folder, tmp_path)
+    assert "does not name its base model" in refused(AdapterError, folder, tmp_path)
 
 
 def test_only_transformers_is_imported_on_the_word_of_a_file(saved, tmp_path):

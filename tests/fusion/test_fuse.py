@@ -241,7 +241,9 @@ def rename(path: Path, goal: Path) -> Path:
 
 def test_a_sketch_without_its_base_is_refused(shelf: Path, tmp_path: Path) -> None:
     lost = nameless(shelf / "a", tmp_path / "lost")
-    refused(AdapterError, "lost: the file does not bring the directions of .* Pass --base FOLDER", [lost])
+    refused(
+        AdapterError, "lost: its config does not name its base model. Pass --base .* directions of model.layers", [lost]
+    )
     assert fuse([lost], base=base_folder(shelf)).report.kept["lost"] == pytest.approx(1)
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from spectune import SpectralConfig, merge_checkpoint
 from spectune.adapter import saved_modules
-from spectune.checkpoint import AdapterFolder, open_checkpoint, read_adapter_folder
+from spectune.checkpoint import AdapterFolder, base_at_hand, find_base, open_checkpoint, read_adapter_folder
 from spectune.errors import AdapterError, OptionError, SpectuneError
 from spectune.export import source
-from spectune.fusion.adapters import _local, open_adapters
+from spectune.fusion.adapters import open_adapters
 from tests.golden.make import HERE, Base
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
@@ -179,7 +179,7 @@ def test_a_pickled_base_that_an_adapter_names_is_refused(tmp_path: Path, monkeyp
     folder = changed(
         "spectral_a", tmp_path / "adapter", with_config(base_model_name_or_path=str(base), task_type="CAUSAL_LM")
     )
-    with pytest.raises(SpectuneError, match="cannot be loaded"):
+    with pytest.raises(SpectuneError, match=r"names the base .*pytorch_model\.bin is a pickle"):
         source.open_source(folder, None, None)
 
 
@@ -215,8 +215,29 @@ def test_a_head_without_numbers_chooses_no_count_of_labels(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["a" * 5_000, "a\0b", "../" * 2_000, "\x1b[2J"])
-def test_a_base_name_that_no_disk_can_hold_is_not_there(name: str) -> None:
-    assert _local(name) is None
+def test_a_base_name_that_no_disk_can_hold_is_not_there(name: str, tmp_path: Path) -> None:
+    folder = read_adapter_folder(changed("spectral_a", tmp_path / "a", with_config(base_model_name_or_path=name)))
+    assert base_at_hand(folder) is None
+    with pytest.raises(AdapterError, match="its config names the base") as caught:
+        find_base(None, folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 2_100
+
+
+@pytest.mark.parametrize("revision", ["../../../../secret", "/etc/hostname", "a\\b", ["main"], {"a": 1}, 7, "a\nb"])
+def test_a_revision_that_would_lead_out_of_the_cache_is_refused(revision: Any, tmp_path: Path) -> None:
+    change = with_config(base_model_name_or_path="some/model", revision=revision)
+    folder = read_adapter_folder(changed("spectral_a", tmp_path / "a", change))
+    for looked in (base_at_hand, lambda folder: find_base(None, folder)):
+        with pytest.raises(AdapterError, match="is none that a repository can have"):
+            looked(folder)
+
+
+@pytest.mark.parametrize("name", [["a"], {"a": 1}, 7, None, ""])
+def test_a_base_name_that_is_no_text_names_no_base(name: Any, tmp_path: Path) -> None:
+    folder = read_adapter_folder(changed("spectral_a", tmp_path / "a", with_config(base_model_name_or_path=name)))
+    assert base_at_hand(folder) is None
+    with pytest.raises(AdapterError, match="does not name its base model. Pass --base"):
+        find_base(None, folder)
 
 
 def test_numbers_of_another_kind_are_cast_and_not_believed(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_lora_without_a_base_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_the_base_is_the_folder_that_the_config_names(tmp_path: Path) -> None:
     adapter(tmp_path, "llama", SpectralConfig(method="spectral_r", r=4, target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match="Pass --base FOLDER"):
+    with pytest.raises(AdapterError, match="does not name its base model. Pass --base"):
         survey_adapter(tmp_path / "adapter")
     place = tmp_path / "adapter" / "adapter_config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))

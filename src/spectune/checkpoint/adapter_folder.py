@@ -11,6 +11,7 @@ import torch
 
 from ..errors import AdapterError
 from .reader import read_json
+from .run_folder import adapter_in
 from .tensor_file import TensorFile
 
 CONFIG_FILE = "adapter_config.json"
@@ -58,13 +59,24 @@ class AdapterFolder:
         return self
 
 
+def adapter_path(path: str | Path) -> Path:
+    """Get where an adapter's files are: of a run's folder its `adapter/`, of PEFT's tensor file the folder around it.
+
+    Any other path comes back as it is, and may be no adapter.
+    """
+    path = adapter_in(path)
+    beside_config = path.name == TENSOR_FILE and os.path.exists(path.parent / CONFIG_FILE)
+    return path.parent if beside_config else path
+
+
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
     """Get a saved adapter of any PEFT method, its config and the header of its tensors checked.
 
+    `path` is its folder, or what `adapter_path` takes for it.
     Links are followed (the Hugging Face cache is made of them) but must end at regular files.
     `AdapterError` for what is missing, damaged or of another kind; pickled adapters are refused.
     """
-    path = Path(path)
+    path = adapter_path(path)
     if not os.path.isdir(path):
         found = "a file" if os.path.exists(path) else "nothing"
         raise AdapterError(f"{path}: asked for an adapter folder, found {found}. Check the path.")

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import AdapterError, nearest
 from ..records import Delta
-from .adapter_folder import CONFIG_FILE, PEFT_PREFIX, TENSOR_FILE, read_adapter_folder
+from .adapter_folder import CONFIG_FILE, PEFT_PREFIX, adapter_path, read_adapter_folder
 from .patterns import Clock, LayerPatterns
 from .tensor_file import TensorFile
 
@@ -99,9 +99,7 @@ def read_lora(path: str | Path) -> LoraFile:
     no alpha and is not PEFT's. `AdapterError` for what is no LoRA, for DoRA, LoHa, LoKr, trained biases and
     target_parameters, and for PiSSA-like files that also change the base weight.
     """
-    path = Path(path)
-    if path.name == TENSOR_FILE and os.path.exists(path.parent / CONFIG_FILE):
-        path = path.parent  # the scaling of PEFT's file stands in the config beside it
+    path = adapter_path(path)  # the scaling of PEFT's file stands in the config beside it
     config: dict[str, Any] = {}
     if os.path.isdir(path) and (path / CONFIG_FILE).exists():
         folder = read_adapter_folder(path).require("LORA")

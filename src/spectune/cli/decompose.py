@@ -19,7 +19,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def decompose(
-    model: Annotated[str, typer.Argument(help="Model folder, safetensors or GGUF file, or the name of a repository.")],
+    model: Annotated[str, typer.Argument(help="Model folder, safetensors or GGUF file, or hub name.")],
     r: Annotated[int, typer.Option("--r", help="Directions to store; they serve every smaller r.")] = 64,
     columns: Annotated[str, typer.Option(help="Which directions: top or bottom.")] = "top",
     include: Annotated[
@@ -37,14 +37,14 @@ def decompose(
     """Find and store the singular directions of a whole checkpoint, shard by shard; can be interrupted and resumed."""
     import torch
 
-    from ..checkpoint import find_targets, open_checkpoint
+    from ..checkpoint import find_base, find_targets
     from ..spectrum import BasisCache, Request, default_folder, parse_bytes
 
     if dtype is not None and dtype not in FLOATS:
         raise OptionError(f"--dtype {dtype!r} does not exist. {nearest(dtype, FLOATS)}")
     if columns not in ("top", "bottom"):
         raise OptionError(f"--columns {columns!r}: only top and bottom are stored, and top serves any list inside it.")
-    checkpoint = open_checkpoint(_local(model))
+    checkpoint = find_base(model).checkpoint
     targets, left_out = find_targets(checkpoint, include, exclude)
     # A weight with fewer directions than asked for gives all that it has.
     store = BasisCache(cache or default_folder())
@@ -92,22 +92,6 @@ def _by_rank(targets: list[Target], request: Request) -> list[tuple[Request, lis
 
 def _bytes(checkpoint: Checkpoint, target: Target) -> int:
     return target.shape[0] * target.shape[1] * checkpoint.dtypes[target.tensor].itemsize
-
-
-def _local(model: str) -> Path:
-    """Get the folder of a model: the path itself, or the snapshot of a repository, downloaded if need be."""
-    if Path(model).exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        return Path(model).expanduser()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise OptionError(f"{model}: no such folder, and the hub does not give it: {why}. Check the name.") from error
 
 
 def _report(found: tuple[list[Done], float], store: BasisCache, left_out: dict[str, int], as_json: bool) -> None:

@@ -23,11 +23,11 @@ class Target(str, Enum):
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a saved spectral adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved spectral adapter, or of its run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
     to: Annotated[Target, typer.Option("--to", help="A LoRA folder, or the base checkpoint merged.")] = Target.lora,
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model folder or repository; default: what the adapter names.")
+        str | None, typer.Option("--base", help="Base: folder, file or hub name; default: what the adapter names.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (lora).")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose something.")] = False,
@@ -67,13 +67,9 @@ def export(
 def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
     from rich.console import Console
 
-    from ..checkpoint import read_adapter_folder
     from ..export import merge_checkpoint
     from .progress import Stages
 
-    folder = base or read_adapter_folder(adapter).config.get("base_model_name_or_path")
-    if not folder:
-        raise OptionError(f"{adapter}: the adapter does not name its base. Pass --base FOLDER.")
     with Stages(Console(stderr=True)) as stages:
         step: Any = None
 
@@ -82,7 +78,7 @@ def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
             step = step or stages.begin("merging", total)
             step(done, total, None)
 
-        return merge_checkpoint(folder, adapter, output, on_tensor=on_tensor)
+        return merge_checkpoint(base, adapter, output, on_tensor=on_tensor)
 
 
 def _show(done: Merged, as_json: bool) -> None:

@@ -31,8 +31,8 @@ class Dtype(str, Enum):
 
 
 def extract(
-    base: Annotated[Path, typer.Argument(help="Folder (or safetensors file) of the pretrained model.")],
-    tuned: Annotated[Path, typer.Argument(help="The same of the fully fine-tuned model.")],
+    base: Annotated[str, typer.Argument(help="The pretrained model: folder, file or hub name.")],
+    tuned: Annotated[str, typer.Argument(help="The fully tuned model: the same, or a run with adapter: none.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
     to: Annotated[Form, typer.Option("--to", help="What the change becomes.")] = Form.lora,
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank, or directions; default 8.")] = None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fuse(
-    adapters: Annotated[list[Path], typer.Argument(help="Folders of saved adapters, spectral or LoRA.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of saved adapters or runs, spectral or LoRA.")],
     rule: Annotated[str, typer.Option(help="spectral, average, gradient or orthogonal.")] = "spectral",
     weights: Annotated[
         str | None, typer.Option(help="One number for all, or one each: 1 or 0.5,0.3,0.2. Default: 1/N.")
@@ -26,7 +26,7 @@ def fuse(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the overlap report as an HTML page.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Base model folder; default: what the adapters name, if it is here.")
+        str | None, typer.Option("--base", help="Base: folder, file or hub name; default: what the adapters name.")
     ] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Go on where adapters tuned the same columns or rows.")
@@ -91,8 +91,10 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
     texts, found = [_texts(path) for path in examples], []
     with Stages(Console(stderr=True)) as stages:
         for path, lines in zip(adapters, texts, strict=True):
-            model, name = open_adapted(path, base)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            model, of = open_adapted(path, base)
+            # Of a repository the tokenizer's own files may not be here yet.
+            place = of.name if of.from_hub else of.config_folder
+            tokenizer = AutoTokenizer.from_pretrained(place, revision=of.revision or "main")
             step = stages.begin(f"examples of {path.name}", len(lines))
 
             def batches(lines: list[str] = lines, tokenizer: Any = tokenizer, step: Any = step) -> Any:

@@ -20,8 +20,12 @@ MOST_CHANGED = 8
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model folder or safetensors file, or a saved adapter (also LoRA).")],
-    base: Annotated[Path | None, typer.Option(help="Base model of an adapter; default: the folder it names.")] = None,
+    path: Annotated[
+        str, typer.Argument(help="A model, a saved adapter (also LoRA), or a run: folder, file, hub name.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base of an adapter: folder, file or hub name; default: what it names.")
+    ] = None,
     r: Annotated[int, typer.Option("--r", help="Directions: of each method in the budget, of the overlaps.")] = 8,
     include: Annotated[str | None, typer.Option(help="Only weights whose name has this regex (model).")] = None,
     exclude: Annotated[str | None, typer.Option(help="Without weights whose name has this regex (model).")] = None,
@@ -50,8 +54,8 @@ def inspect(
 
 
 def _survey(
-    path: Path,
-    base: Path | None,
+    path: str,
+    base: str | None,
     r: int,
     include: str | None,
     exclude: str | None,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def resize(
-    lora: Annotated[Path, typer.Argument(help="LoRA folder of PEFT, or a safetensors file of diffusers or kohya.")],
+    lora: Annotated[Path, typer.Argument(help="LoRA folder of PEFT, a run's folder, or a file of diffusers or kohya.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or new file, as the LoRA is.")],
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="The most that a layer keeps.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of |dW|² in each layer, such as 0.99.")] = None,

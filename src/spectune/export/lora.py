@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from ..algebra import to_factors, truncate
-from ..checkpoint import PEFT_PREFIX, TensorFile, fresh_folder, refuse_to_replace, save_tensors, write_atomically
+from ..checkpoint import (
+    PEFT_PREFIX,
+    TensorFile,
+    adapter_path,
+    fresh_folder,
+    refuse_to_replace,
+    save_tensors,
+    write_atomically,
+)
 from ..errors import ExportError, nearest
 from .layers import AdaptedLayer, adapted_layers, in_double, inner_model
 from .lora_config import lora_config, refuse_trained_biases
@@ -85,11 +93,12 @@ def export_lora(
     if dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise ExportError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
-    refuse_to_replace(output_dir, *(given for given in (adapter, base_model) if isinstance(given, (str, Path))))
+    given = [adapter_path(adapter)] if isinstance(adapter, (str, Path)) else []
+    refuse_to_replace(output_dir, *given, *([base_model] if isinstance(base_model, (str, Path)) else []))
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         source = open_source(adapter, base_model, adapter_name)
         # Where the base came from is known only now, and nothing is replaced before the block ends.
-        named = source.base or getattr(inner_model(source.model), "name_or_path", None)
+        named = source.base.path if source.base else getattr(inner_model(source.model), "name_or_path", None)
         refuse_to_replace(output_dir, *([named] if named else []))
         layers = adapted_layers(source.model, source.adapter_name)
         refuse_trained_biases(source.model, source.adapter_name)
@@ -155,7 +164,9 @@ def _write(
         tensors[f"{PEFT_PREFIX}{layer.name}.lora_B.weight"] = B_OP
         ranks[layer.name] = A_PI.shape[0]
     transposed = any(layer.fan_in_fan_out for layer in layers)
-    config = lora_config(source.model, source.adapter_name, ranks, transposed, source.base)
+    config = lora_config(
+        source.model, source.adapter_name, ranks, transposed, None if source.base is None else source.base.name
+    )
     save_tensors(folder / "adapter_model.safetensors", tensors)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return ranks

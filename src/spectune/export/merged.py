@@ -18,6 +18,7 @@ from ..checkpoint import (
     PEFT_PREFIX,
     AdapterFolder,
     Checkpoint,
+    find_base,
     fresh_folder,
     open_checkpoint,
     read_adapter_folder,
@@ -70,7 +71,7 @@ class Merged:
 
 @torch.no_grad()
 def merge_checkpoint(
-    base: str | Path,
+    base: str | Path | None,
     adapter_dir: str | Path,
     output_dir: str | Path,
     *,
@@ -79,17 +80,19 @@ def merge_checkpoint(
 ) -> Merged:
     """Write a base checkpoint with an adapter merged in: W' = W + dW in float32, rounded once to the base's dtype.
 
-    `base` is a folder of safetensors, single or sharded; files, index and everything else in the folder keep their
-    names. Where the adapter changes one of two layers that share a weight, both are written and the config ties them
-    no more. In memory at once: one output shard and one decomposed weight. The folder appears only when complete.
+    `base` is a folder of safetensors (single or sharded), a file or a hub name; None takes what the adapter names.
+    Files, index and everything else in the folder keep their names. Where the adapter changes one of two layers that
+    share a weight, both are written and the config ties them no more. In memory at once: one output shard and one
+    decomposed weight. The folder appears only when complete.
 
     `ExportError` for a quantised base (merging would round the update away) and for shared weights that the model's
     class cannot take apart, `AdapterError` for another base and for NaN, `OutputError` for an output that would
     replace the base or the adapter.
     """
-    base, checkpoint = Path(base), open_checkpoint(base)
     folder = read_adapter_folder(adapter_dir).require("SPECTUNE")
-    refuse_to_replace(output_dir, base, adapter_dir, *{file.path for file in checkpoint.files.values()})
+    found = find_base(base, folder)
+    base, checkpoint = found.path, found.checkpoint
+    refuse_to_replace(output_dir, base, folder.path, *{file.path for file in checkpoint.files.values()})
     _refuse_quantised(base, checkpoint)
     checkpoint, apart = untied(base, checkpoint, folder)
     with fresh_folder(output_dir, overwrite=overwrite) as partial:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapter import SpectralModule, spectral_modules
 from ..adapter.saved import loading
-from ..checkpoint import PEFT_PREFIX, AdapterFolder, read_adapter_folder
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, Base, find_base, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError
 from .layers import base_path, choose_adapter, fully_trained
 
@@ -29,6 +29,8 @@ AUTO_CLASSES = {
 }
 # Heads whose first side is the number of labels (transformers' classification models).
 HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+# Files by which transformers itself finds the weights of a folder.
+OF_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_NAME = "default"
 
 
@@ -40,8 +42,8 @@ class Source:
     adapter_name: str
     carried: dict[str, torch.Tensor] = field(repr=False)
     """Tensors trained in full (modules_to_save), under PEFT's names in a file."""
-    base: str | None = None
-    """Name or folder of the base model, where it was loaded here."""
+    base: Base | None = None
+    """The base model, where it was loaded here."""
 
 
 def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: str | None) -> Source:
@@ -61,46 +63,63 @@ def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: 
             f"adapter_name: {adapter_name!r} was asked of a folder, which holds one adapter. Leave it out."
         )
     folder = read_adapter_folder(adapter).require("SPECTUNE")
-    model, base = _adapted(folder, base_model)
+    model, base = (
+        (_copied_base(base_model), None) if isinstance(base_model, nn.Module) else _loaded_base(folder, base_model)
+    )
+    _load(model, folder)
     carried = {name: folder.tensor(name) for name in folder.names if ".spectune_adapter." not in name}
     return Source(model, ADAPTER_NAME, carried, base)
 
 
-def open_adapted(adapter: str | Path, base_model: Any = None) -> tuple[nn.Module, str | None]:
-    """Get a base model with a saved adapter on it, spectral or LoRA, and the base's name; errors as `open_source`."""
-    return _adapted(read_adapter_folder(adapter).require("SPECTUNE", "LORA"), base_model)
-
-
-def _adapted(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | None]:
-    model, base = _base_model(folder, base_model)
+def open_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[nn.Module, Base]:
+    """Get a base model with a saved adapter on it, spectral or LoRA, and that base; errors as `open_source`."""
+    folder = read_adapter_folder(adapter).require("SPECTUNE", "LORA")
+    model, found = _loaded_base(folder, base)
     _load(model, folder)
-    return model, base
+    return model, found
 
 
-def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | None]:
-    if isinstance(base_model, nn.Module):
-        if getattr(base_model, "peft_config", None) or not hasattr(base_model, "load_adapter"):
-            found = "adapters on it already" if getattr(base_model, "peft_config", None) else "no load_adapter"
-            raise ExportError(
-                f"base_model: asked for a plain transformers model, this {type(base_model).__name__} has "
-                f"{found}. Load the adapter onto the model and pass that model instead of the folder."
-            )
-        return copy.deepcopy(base_model), None
-    name = str(base_model or folder.config.get("base_model_name_or_path") or "")
-    if not name:
-        raise ExportError(f"{folder.path}: the config does not name its base model. Pass base_model.")
+def _copied_base(model: nn.Module) -> nn.Module:
+    if getattr(model, "peft_config", None) or not hasattr(model, "load_adapter"):
+        found = "adapters on it already" if getattr(model, "peft_config", None) else "no load_adapter"
+        raise ExportError(
+            f"base_model: asked for a plain transformers model, this {type(model).__name__} has "
+            f"{found}. Load the adapter onto the model and pass that model instead of the folder."
+        )
+    return copy.deepcopy(model)
+
+
+def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Module, Base]:
+    loader = _model_class(folder)
+    base = find_base(said, folder)
     options: dict[str, Any] = {}
-    if base_model is None and folder.config.get("revision"):
-        options["revision"] = folder.config["revision"]
     if folder.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and (labels := _label_count(folder)):
         options["num_labels"] = labels
-    loader = _model_class(folder)
     try:
-        # A base whose weights are pickled is refused: reading them runs code that they bring.
-        model: nn.Module = loader.from_pretrained(name, use_safetensors=True, **options)
-        return model, name
+        return _live(loader, base, options), base
     except (OSError, ValueError) as error:
-        raise ExportError(f"{name}: the base model cannot be loaded: {_first_line(error)} Pass base_model.") from error
+        raise ExportError(
+            f"{folder.path}: the base {base.name} cannot be loaded: {_first_line(error)} Pass another with --base."
+        ) from error
+
+
+def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
+    """Get a model out of what `find_base` found: a folder as transformers saves it, a GGUF file, or any one file."""
+    if base.gguf is not None:
+        model: nn.Module = loader.from_pretrained(base.gguf.parent, gguf_file=base.gguf.name, **options)
+    elif base.path.is_dir() and any((base.path / name).exists() for name in OF_TRANSFORMERS):
+        model = loader.from_pretrained(base.path, use_safetensors=True, **options)
+    else:
+        if not (base.config_folder / "config.json").is_file():
+            raise ValueError(f"{base.config_folder} has no config.json, which says what model this is")
+        config = transformers.AutoConfig.from_pretrained(base.config_folder, **options)
+        tensors = dict(base.checkpoint)
+        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+        if not issubclass(loader, transformers.PreTrainedModel):  # an Auto class, which takes no tensors
+            with torch.device("meta"):
+                loader = type(loader.from_config(config))
+        model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return model
 
 
 def _model_class(folder: AdapterFolder) -> Any:

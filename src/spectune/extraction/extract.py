@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, fresh_folder, open_checkpoint
+from ..checkpoint import Checkpoint, find_base, fresh_folder
 from ..errors import ExportError, OptionError, nearest
 from ..export.architecture import ADAPTABLE, Architecture, Place, read_architecture
 from ..export.lora import DTYPES
@@ -53,7 +53,7 @@ def extract_adapter(
     - `to="spectral_a"`: the best (U + A_U) diag(S) (Vh + A_Vh) on `rank` directions of the base weight (`columns`, by
       default the top ones), see `fit_spectral_a`. Exact for a model that spectral_a tuned in these directions.
 
-    `base` and `tuned` are model folders or safetensors files of equal tensors; `exclude` names modules or tensors to
+    `base` and `tuned` are models of equal tensors, named as for `find_base`; `exclude` names modules or tensors to
     leave out. `embeddings` also adapts embeddings and output heads. What changes outside of the adapted layers is
     listed in `Extracted.rest`; `save_rest` saves it whole beside the adapter (modules_to_save, and bias="all" where
     biases of adapted layers changed). One weight of each model is in memory at a time.
@@ -63,8 +63,9 @@ def extract_adapter(
     rounding does not explain; `OptionError` for options that do not belong together.
     """
     draft = _draft(to, rank, energy, frobenius, columns, dtype)
-    base_model, tuned_model = open_checkpoint(base), open_checkpoint(tuned)
-    architecture = read_architecture(*(Path(path) for path in (tuned, base) if Path(path).is_dir()))
+    before, after = find_base(base), find_base(tuned)
+    base_model, tuned_model = before.checkpoint, after.checkpoint
+    architecture = read_architecture(*(model.path for model in (after, before) if model.path.is_dir()))
     pairs = pair(base_model, tuned_model, exclude, allow_new=save_rest)
     if embeddings:
         _refuse_tied(architecture, tuned_model)
@@ -75,7 +76,7 @@ def extract_adapter(
         saved = saved_whole(work.rest, architecture, tuned_model, draft.ranks) if save_rest else Rest()
         paths = set(architecture.modules) or _parents(tuned_model.names)
         shared = {
-            "base_model_name_or_path": str(base),
+            "base_model_name_or_path": before.name,
             "task_type": architecture.task_type,
             "target_modules": target_modules(sorted(draft.ranks), paths, list(saved.modules)),
             "modules_to_save": list(saved.modules) or None,

@@ -21,7 +21,16 @@ from ..adapter.saved import (
     saved_svd,
     tensors_by_layer,
 )
-from ..checkpoint import AdapterFolder, Checkpoint, LoraFile, open_checkpoint, read_adapter_folder, read_lora
+from ..checkpoint import (
+    AdapterFolder,
+    Base,
+    Checkpoint,
+    LoraFile,
+    base_at_hand,
+    find_base,
+    read_adapter_folder,
+    read_lora,
+)
 from ..errors import AdapterError, SpectuneError
 from ..records import Spectrum
 from ..spectrum.columns import choose
@@ -42,6 +51,16 @@ class Adapter:
     def base_name(self) -> str | None:
         """What its config calls its base model."""
         return str(self.folder.config.get("base_model_name_or_path") or "").rstrip("/") or None
+
+    @property
+    def revision(self) -> str:
+        """Which revision of its base it was trained on; that of a repository that nobody chose is main."""
+        return str(self.folder.config.get("revision") or "main")
+
+    @property
+    def base_label(self) -> str:
+        """Its base as an error shows it."""
+        return f"{self.base_name}" + (f"@{self.revision}" if self.revision != "main" else "")
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
@@ -135,58 +154,54 @@ def _columns(module: SpectralModule, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def open_adapters(paths: Sequence[str | Path]) -> list[Adapter]:
-    """Get saved adapters, each under a name of its own: its folder's, or its path where two are called alike."""
+    """Get saved adapters, each named after its folder (or run), or by its path where two are alike."""
     folders = [read_adapter_folder(path).require("SPECTUNE", "LORA") for path in paths]
-    names = [folder.path.resolve().name for folder in folders]
+    names = [Path(path).resolve().name for path in paths]
     return [
         Adapter(
-            name if names.count(name) == 1 else str(folder.path),
+            name if names.count(name) == 1 else str(path),
             folder,
             read_lora(folder.path) if folder.peft_type == "LORA" else None,
         )
-        for name, folder in zip(names, folders, strict=True)
+        for path, name, folder in zip(paths, names, folders, strict=True)
     ]
 
 
-def find_base(adapters: Sequence[Adapter], base: str | Path | None) -> Checkpoint | None:
-    """Get the base checkpoint: the one given, else the one that the adapters name, if it is on this machine.
+def common_base(adapters: Sequence[Adapter], base: str | Path | None) -> Base | None:
+    """Get the base: the one given, else the one that the adapters name, which is downloaded only if it is needed.
 
     `AdapterError` where adapters name different bases and none is given to settle it, or where a file keeps only a
-    sketch of its directions and there is no base to find them on.
+    sketch of its directions and there is no base to find them on. None where nothing is at hand and nothing needed.
     """
     if base is not None:
-        return open_checkpoint(_local(str(base)) or base)
-    named: dict[str, str] = {}
+        return find_base(base, adapters[0].folder)
+    named: dict[tuple[str, str], Adapter] = {}
     for adapter in adapters:
         if adapter.base_name is not None:
-            named.setdefault(adapter.base_name, adapter.name)
+            named.setdefault((_one_place(adapter.base_name), adapter.revision), adapter)
     if len(named) > 1:
-        (one, first), (other, second) = [*named.items()][:2]
+        first, second = [*named.values()][:2]
         raise AdapterError(
-            f"{second}: trained on the base {other!r}, {first} on {one!r}: updates of different bases do not belong "
-            f"together. If they are copies of one, pass --base FOLDER to have it checked."
+            f"{second.name}: trained on the base {second.base_label!r}, {first.name} on {first.base_label!r}: updates "
+            f"of different bases do not belong together. If they are copies of one, pass --base to have it checked."
         )
-    found = _local(next(iter(named))) if named else None
-    if found is not None:
-        return open_checkpoint(found)
+    owner = next(iter(named.values()), None)
     for adapter in adapters:
         if layer := adapter.needs_base():
-            raise AdapterError(
-                f"{adapter.folder.path}: the file does not bring the directions of {layer}, they are found on the "
-                f"base, and {next(iter(named), 'no base')!r} is not on this machine. Pass --base FOLDER."
-            )
-    return None
+            return _needed_base(adapter, layer, owner)
+    return None if owner is None else base_at_hand(owner.folder)
 
 
-def _local(name: str) -> Path | None:
-    """Get the folder of a model: a path, or a repository in the Hugging Face cache."""
-    if os.path.exists(name):  # the name may come from a file: os.path takes what no disk can hold for missing
-        return Path(name)
-    from huggingface_hub import snapshot_download
-
+def _needed_base(adapter: Adapter, layer: str, owner: Adapter | None) -> Base:
+    """Get the base that the adapters name, for the directions of a layer that its file does not have."""
     try:
-        found = Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-    # A cached config alone is no base.
-    return found if any(found.glob("*.safetensors")) else None
+        return find_base(None, (owner or adapter).folder)
+    except AdapterError as error:
+        raise AdapterError(f"{error} The directions of {layer} are not in the file, they are found on the base.") from (
+            error
+        )
+
+
+def _one_place(name: str) -> str:
+    """Get one spelling for a folder; a hub name stays as it is."""
+    return os.path.realpath(name) if os.path.exists(name) else name

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..adapter.saved import base_tensor
-from ..checkpoint import Checkpoint, refuse_to_replace
+from ..checkpoint import Base, Checkpoint, refuse_to_replace
 from ..errors import AdapterError, OptionError
 from ..records import Delta
 from .activations import Grams
-from .adapters import Adapter, find_base, open_adapters
+from .adapters import Adapter, common_base, open_adapters
 from .contract import Fusion, Part
 from .folder import Saved, save_lora, save_spectral
 from .overlap import LayerOverlap, OverlapReport, PairOverlap, compact, kept_strengths, pair_overlaps
@@ -93,8 +93,8 @@ def fuse(
 
     `adapters` are folders of spectral adapters or of PEFT LoRAs, trained on one base; `rule` is one of FUSIONS.
     `weights` is one number each, or one for all; None is 1/N. With rule="spectral" and weights=1 every adapter keeps
-    its tuned columns exactly when no two share one. `base` (folder or cached repository; None: what the adapters name,
-    if it is on this machine) proves that all belong to it; a file that keeps only a sketch of its directions needs it.
+    its tuned columns exactly when no two share one. `base` (named as for `find_base`; None: what the adapters name, if
+    it is on this machine) proves that all belong to it; a file that keeps only a sketch of its directions needs it.
     `activations` and `eps` belong to rule="gradient": the result of `collect_grams` for each adapter. All updates
     stand in memory as factors in float64; a dense update or base is never built, one base weight is read at a time.
 
@@ -106,16 +106,17 @@ def fuse(
     opened = open_adapters(adapters)
     shares = _weights(opened, weights)
     _check_activations(rule, opened, activations)
-    checkpoint = find_base(opened, base)
+    found = common_base(opened, base)
+    checkpoint = None if found is None else found.checkpoint
     layers = _by_layer(opened, checkpoint, activations)
     foreign = max(check_same_base(parts) for parts in layers.values())
     fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}
     if rule == "spectral":
         fused = _on_equal_columns(fused, checkpoint)
-    report = _report(chosen, opened, shares, layers, fused, _proof(opened, checkpoint, foreign))
-    read = [adapter.folder.path for adapter in opened] + ([] if checkpoint is None else [checkpoint.path])
+    report = _report(chosen, opened, shares, layers, fused, _proof(opened, found, foreign))
+    read = [adapter.folder.path for adapter in opened] + ([] if found is None else [found.path])
     sources = tuple(path.absolute() for path in read)
-    return Fused(report, fused, _common_config(opened, layers, checkpoint), _common_carried(opened), sources)
+    return Fused(report, fused, _common_config(opened, layers, found), _common_carried(opened), sources)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:
@@ -204,23 +205,21 @@ def _report(
     return OverlapReport(rule.name, tuple(weights), tuple(weights.values()), proof, tuple(pairs), tuple(rows), total)
 
 
-def _proof(adapters: Sequence[Adapter], base: Checkpoint | None, foreign: float) -> str:
+def _proof(adapters: Sequence[Adapter], base: Base | None, foreign: float) -> str:
     loras = [adapter.name for adapter in adapters if adapter.lora is not None]
     said = "; of a LoRA only names and shapes can be compared" if loras else ""
     if base is not None:
-        return f"checked on {base.path}, layer by layer{said}"
+        return f"checked on {base.name}, layer by layer{said}"
     if len(loras) == len(adapters):
         return "names and shapes agree, which is all that a LoRA shows"
     return f"the saved directions fit one base (misfit {foreign:.2g}, unrelated weights give 1){said}"
 
 
-def _common_config(
-    adapters: Sequence[Adapter], layers: dict[str, list[Part]], base: Checkpoint | None
-) -> dict[str, Any]:
+def _common_config(adapters: Sequence[Adapter], layers: dict[str, list[Part]], base: Base | None) -> dict[str, Any]:
     """Get what the result's config takes from those of the adapters."""
     configs = [adapter.folder.config for adapter in adapters]
     named = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
-    common = {"base_model_name_or_path": named or (str(base.path) if base is not None else None)}
+    common = {"base_model_name_or_path": named or (base.name if base is not None else None)}
     for key in ("task_type", "auto_mapping", "revision", "modules_to_save", "inference_mode", "format_version"):
         values = [config.get(key) for config in configs]
         common[key] = values[0] if all(value == values[0] for value in values) else None

@@ -10,11 +10,23 @@ from pathlib import Path
 import torch
 
 from ..adapter import base_tensor, saved_modules
-from ..checkpoint import Checkpoint, LoraFile, TensorFile, open_checkpoint, read_adapter_folder, read_lora
+from ..checkpoint import (
+    CONFIG_FILE,
+    AdapterFolder,
+    Base,
+    Checkpoint,
+    LoraFile,
+    TensorFile,
+    adapter_path,
+    base_at_hand,
+    find_base,
+    read_adapter_folder,
+    read_lora,
+    trained_in,
+)
 from ..errors import AdapterError
 from ..records import Delta
 
-CONFIG_FILE = "adapter_config.json"
 # What the names of tensors hold in files of adapters, whoever wrote them.
 ADAPTER_NAMES = re.compile(r"lora_|\.lora\.|hada_|lokr_|spectune_adapter")
 # How kohya's trainer begins the names of layers, whose dots it turns into underscores.
@@ -39,60 +51,53 @@ class AdapterSource:
     layer_count: int
     trainable: int
     file_bytes: int
-    base: Checkpoint | None
+    base: Base | None
     lora: LoraFile | None
 
     def updates(self) -> Iterator[LayerUpdate]:
         """Read the updates, one layer at a time; a spectral one is turned onto its sketch, and a wrong base refused."""
         if self.lora is None:
             assert self.base is not None
-            for layer, tensor, transposed, module in saved_modules(read_adapter_folder(self.path), self.base):
-                stored = self.base.tensor(tensor)
+            for layer, tensor, transposed, module in saved_modules(
+                read_adapter_folder(self.path), self.base.checkpoint
+            ):
+                stored = self.base.checkpoint.tensor(tensor)
                 yield LayerUpdate(layer, module.delta(), (stored.T if transposed else stored.flatten(1)).float())
             return
         for layer in self.lora.layers:
             delta = self.lora.delta(layer)
-            yield LayerUpdate(
-                layer, delta, None if self.base is None else _base_matrix(self.lora, layer, delta, self.base)
-            )
+            W_OI = None if self.base is None else _base_matrix(self.lora, layer, delta, self.base.checkpoint)
+            yield LayerUpdate(layer, delta, W_OI)
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Ask whether a folder or file is an adapter and not a model: by its config, or by the names in its header."""
-    path = Path(path)
-    if path.is_dir() and (path / CONFIG_FILE).exists():
+    """Ask whether a folder, a file or a run is an adapter and not a model: by its config, or by the names inside."""
+    if (trained_in(path) / CONFIG_FILE).exists():
         return True
-    return any(ADAPTER_NAMES.search(name) for name in open_checkpoint(path).files)
+    return any(ADAPTER_NAMES.search(name) for name in find_base(path).checkpoint.files)
 
 
 def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSource:
-    """Get a saved adapter: a PEFT folder (spectral or LoRA), or a LoRA file of diffusers or kohya's trainer.
+    """Get a saved adapter: a PEFT folder (spectral or LoRA), a run's folder, or a LoRA file of diffusers or kohya.
 
-    The base is the folder given, else the one that the adapter's config names if it is a folder here. A LoRA can do
-    without; a spectral adapter lives in its base, so that `AdapterError` asks for it. Only headers are read.
+    The base is the one given, else the one that the adapter's config names (`find_base`). A LoRA can do without, and
+    nothing is downloaded for it unless `base` asks for it; a spectral adapter needs its base. Only headers are read.
     """
-    path = _folder_of(Path(path))
+    path = adapter_path(path)
     folder = read_adapter_folder(path) if path.is_dir() and (path / CONFIG_FILE).exists() else None
-    named = "" if folder is None else str(folder.config.get("base_model_name_or_path") or "")
-    place = base if base is not None else (named if named and Path(named).is_dir() else None)
-    weights = None if place is None else open_checkpoint(place)
     if folder is None or folder.peft_type == "LORA":
         lora = read_lora(path)
-        return AdapterSource(
-            path, "lora", len(lora.layers), lora.trained_count, lora.file.path.stat().st_size, weights, lora
-        )
+        size = lora.file.path.stat().st_size
+        return AdapterSource(path, "lora", len(lora.layers), lora.trained_count, size, _lora_base(folder, base), lora)
     folder.require("SPECTUNE", "LORA")
-    if weights is None:
-        raise AdapterError(
-            f"{path}: a spectral adapter lives in the singular vectors of its base; this one names "
-            f"{named or 'none'!r}, which is no folder here. Pass --base FOLDER."
-        )
-    return AdapterSource(path, str(folder.config.get("method")), *_spectral_size(folder.file), weights, None)
+    method = str(folder.config.get("method"))
+    return AdapterSource(path, method, *_spectral_size(folder.file), find_base(base, folder), None)
 
 
-def _folder_of(path: Path) -> Path:
-    """Get PEFT's folder for the tensor file inside it; any other path as it is."""
-    return path.parent if path.is_file() and (path.parent / CONFIG_FILE).exists() else path
+def _lora_base(folder: AdapterFolder | None, base: str | Path | None) -> Base | None:
+    if base is not None:
+        return find_base(base, folder)
+    return None if folder is None else base_at_hand(folder)
 
 
 def _spectral_size(file: TensorFile) -> tuple[int, int, int]:

@@ -143,7 +143,7 @@ def survey_adapter(
     groups = group_names(layer.name for layer in layers)
     named = {layer.name: LayerSurvey(**{**vars(layer), "group": groups[layer.name]}) for layer in layers}
     found = [named[name] for name in ordered(named)]
-    place_of_base = None if source.base is None else str(source.base.path)
+    place_of_base = None if source.base is None else source.base.name
     missing = _missing(place_of_base, quick)
     about = (str(path), source.method, place_of_base, r, source.trainable, source.file_bytes, source.layer_count)
     return AdapterSurvey(*about, found, missing)

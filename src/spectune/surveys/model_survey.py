@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import find_base
 from ..checkpoint.targets import find_targets, spread
 from .budget import BudgetRow, budget, budget_methods
 from .decomposition_time import DecompositionClock
@@ -102,12 +102,13 @@ def survey_model(
 ) -> ModelSurvey:
     """Get the spectra of a model's weights and the budget of every method at `r`.
 
-    `path` is a model folder or a safetensors file; one weight is in memory at a time. `include`, `exclude` choose the
-    weights (`find_targets`); `sample` looks at so many of each kind, evenly spread, while the budget counts all.
+    `path` is a model folder, a safetensors or GGUF file, a run with adapter: none, or a hub name; one weight is in
+    memory at a time. `include`, `exclude` choose the weights (`find_targets`); `sample` looks at so many of each kind,
+    evenly spread, while the budget counts all.
     `quick` leaves out timing the decompositions. `on_layer(done, total, name)` is called before each weight and at
     the end. Raises `OptionError`, `AdapterError` or `WeightError`.
     """
-    base = open_checkpoint(path)
+    base = find_base(path).checkpoint
     targets, left_out = find_targets(base, include, exclude)
     rows = budget(targets, r)
     chosen = spread(targets, sample)

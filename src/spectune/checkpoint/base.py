@@ -1,0 +1,181 @@
+"""`find_base`: the files of a base model, by what a user said or by what an adapter's config names."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..errors import AdapterError
+from .adapter_folder import CONFIG_FILE, AdapterFolder
+from .reader import Checkpoint, open_checkpoint
+from .run_folder import model_in
+
+# What is fetched of a repository: weights that are no pickles, and configs. Not folders inside it, and not the second
+# copy of the weights that Mistral's and Meta's repositories hold for their own code.
+WANTED = ["*.safetensors", "*.json"]
+UNWANTED = ["*/*", "consolidated*.safetensors"]
+# By any of these the folder of a cached repository is found.
+CACHED_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+# As huggingface_hub checks it (utils/_validators.py), once more because it does not export the check.
+HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
+REMEDY = "Pass --base with a folder, a safetensors or GGUF file, or a hub name."
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this disk, its tensors not yet read."""
+
+    name: str
+    """As it was named: what the config of an adapter says of it."""
+    path: Path
+    """A folder, a safetensors file or a GGUF file."""
+    checkpoint: Checkpoint = field(repr=False)
+    revision: str | None = None
+    """Of a hub name; None for its main one, and for a folder or a file."""
+    from_hub: bool = False
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file behind it; None for safetensors."""
+        return next((file.path for file in self.checkpoint.files.values() if file.path.suffix == ".gguf"), None)
+
+    @property
+    def config_folder(self) -> Path:
+        """Where its config.json stands, if it has one: the folder itself, or the one around the file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Which model is wanted, and on whose word."""
+
+    name: str
+    revision: str | None
+    adapter: Path | None
+    said: bool
+    """A user named it; else an adapter's config did, which may come from anybody."""
+
+    def refuse(self, why: str, remedy: str | None = None) -> AdapterError:
+        """Get the error that says whose base was not found, and why."""
+        at = f" (revision {self.revision})" if self.revision else ""
+        if self.said:
+            wanted = f"asked for the base of {self.adapter}" if self.adapter else "asked for a model"
+            return AdapterError(f"{self.name}{at}: {wanted}, but {why}. {remedy or 'Check the name.'}")
+        return AdapterError(
+            f"{self.adapter}: its config names the base {self.name!r}{at}, but {why}. {remedy or REMEDY}"
+        )
+
+
+def find_base(said: str | Path | None, adapter: AdapterFolder | None = None) -> Base:
+    """Get a model's files: what the user said, else what the adapter's config names.
+
+    A name is, in this order: a folder (also of a run with adapter: none), a safetensors or GGUF file; a hub name in
+    the local cache; a hub name that is downloaded now, unless HF_HUB_OFFLINE is set. A relative path starts at the
+    working directory, as in transformers, and never at the adapter's folder. A hub name has the adapter's revision
+    where the adapter names that model. Only headers are read. `AdapterError` says where the model was looked for, or
+    why what stands there is no base: pickled weights are never read.
+    """
+    asked = _asked(said, adapter)
+    found = _on_disk(asked) or _cached(asked)[0]
+    return found or _downloaded(asked)
+
+
+def base_at_hand(adapter: AdapterFolder) -> Base | None:
+    """Get the base that an adapter's config names if it is on this disk, and None if not: for who can do without."""
+    if not _named(adapter):
+        return None
+    asked = _asked(None, adapter)
+    return _on_disk(asked) or _cached(asked)[0]
+
+
+def _named(adapter: AdapterFolder | None) -> str:
+    name = None if adapter is None else adapter.config.get("base_model_name_or_path")
+    return name.rstrip("/") or name if isinstance(name, str) else ""
+
+
+def _asked(said: str | Path | None, adapter: AdapterFolder | None) -> _Asked:
+    named, place = _named(adapter), None if adapter is None else adapter.path
+    name = named if said is None else str(said.as_posix() if isinstance(said, Path) else os.path.expanduser(said))
+    if not name:
+        found = "the name is empty" if place is None or said is not None else "its config does not name its base model"
+        raise AdapterError(f"{place or 'base'}: {found}. {REMEDY}")
+    revision = None if adapter is None or name != named else adapter.config.get("revision")
+    asked = _Asked(name, None, place, said is not None)
+    if revision and (not isinstance(revision, str) or not revision.isprintable() or _leaves(revision)):
+        raise asked.refuse(f"the revision {str(revision)[:100]!r} is none that a repository can have")
+    return replace(asked, revision=revision or None)
+
+
+def _leaves(revision: str) -> bool:
+    """Ask whether a revision, which is part of a path in the cache, would lead out of it."""
+    return ".." in revision or os.path.isabs(revision) or "\\" in revision
+
+
+def _on_disk(asked: _Asked) -> Base | None:
+    name = asked.name
+    # On Windows merely asking for \\host\share signs in there, and a stranger's config may name any host.
+    if (not asked.said and name.startswith(("\\\\", "//"))) or not os.path.exists(name):
+        return None
+    path = model_in(name)
+    if not os.path.exists(path / "config.json") and os.path.exists(path / CONFIG_FILE):
+        raise asked.refuse("this is an adapter and not a model", REMEDY)
+    name = name if path == Path(name) else str(path)
+    try:
+        return Base(name, path, open_checkpoint(path))
+    except AdapterError as error:
+        if asked.said:
+            raise
+        raise AdapterError(f"{asked.adapter}: its config names the base {name!r}, and that is none: {error}") from error
+
+
+def _cached(asked: _Asked) -> tuple[Base | None, str]:
+    """Get the model in the local cache, or None and why there is none."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    folder: Path | None = None
+    for file in CACHED_FILES:
+        try:
+            found = try_to_load_from_cache(asked.name, file, revision=asked.revision)
+        except (OSError, ValueError):  # no name that the hub or the disk can have
+            break
+        if isinstance(found, str):
+            folder = Path(found).parent
+            break
+    if folder is None:
+        return None, f"not in the cache {constants.HF_HUB_CACHE}"
+    try:
+        return Base(asked.name, folder, open_checkpoint(folder), asked.revision, from_hub=True), ""
+    except AdapterError as error:  # a config alone, shards that are missing, pickles
+        return None, f"not usable in the cache ({str(error).rstrip('.')})"
+
+
+def _downloaded(asked: _Asked) -> Base:
+    from huggingface_hub import constants, snapshot_download
+
+    place = os.path.abspath(asked.name)
+    here = "no such folder or file" if place == asked.name else f"no folder or file {place}"
+    if not HUB_NAME.fullmatch(asked.name) or "--" in asked.name or ".." in asked.name:
+        raise asked.refuse(f"there is {here}, and it is no hub name either")
+    looked = f"there is {here}, it is {_cached(asked)[1]}"
+    if constants.HF_HUB_OFFLINE:
+        raise asked.refuse(f"{looked}, and HF_HUB_OFFLINE is set, so the hub was not asked")
+    try:
+        folder = Path(
+            snapshot_download(asked.name, revision=asked.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        )
+    except Exception as error:  # of the hub, of the client beneath it, or of the disk
+        raise asked.refuse(f"{looked}, and the hub does not give it: {_first_line(error)}") from error
+    try:
+        return Base(asked.name, folder, open_checkpoint(folder), asked.revision, from_hub=True)
+    except AdapterError as error:
+        raise asked.refuse(
+            f"the repository has no safetensors that can be read, and pickled weights (.bin) never are: {error}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    kind = type(error).__name__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200].rstrip(".:")
+    return f"{kind}: {line}" if line else kind
