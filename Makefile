@@ -35,7 +35,7 @@ demo: $(VENV)/demo.stamp  ## Fine-tune a small real model, look at the report (a
 
 test: $(VENV)/test.stamp  ## Format, lint, types, then all tests
 	@$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONUTF8=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test.stamp  ## ruff and mypy
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ OLDEST = {"torch": "torch==2.6.*", "peft": "peft==0.21.0", "transformers": "tran
 NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5.6,<6"}
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 # What other machines have: each entry rounds otherwise, reads sets in another order, and has another user.
 # GOMP_SPINCOUNT and OMP_WAIT_POLICY: threads that wait do not take the cores from those that work.
 MACHINES = {
