@@ -13,8 +13,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter import attach_dynamics as attach_dynamics
     from .bank import AdapterBank as AdapterBank
-    from .dynamics import attach_dynamics as attach_dynamics
     from .errors import SpectuneError as SpectuneError
     from .export import export_lora as export_lora
     from .export import merge_checkpoint as merge_checkpoint
@@ -37,7 +37,7 @@ _HOME = {
     "Spectrum": "records",
     "Delta": "records",
     "METHODS": "methods",
-    "attach_dynamics": "dynamics",
+    "attach_dynamics": "adapter",
     "export_lora": "export",
     "merge_checkpoint": "export",
     "fuse": "fusion",
@@ -87,8 +87,6 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     importlib.import_module(".tuner", __name__)
-    # So that singular_decay and grad_norm of a config act at any optimizer's step.
-    importlib.import_module(".dynamics", __name__).watch_every_optimizer()
 
 
 if "peft" in sys.modules:

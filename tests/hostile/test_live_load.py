@@ -20,6 +20,7 @@ from spectune.errors import AdapterError, SpectuneError
 from spectune.export.source import open_source
 from spectune.tuner.attach import load_attached
 from spectune.tuner.from_file import chosen_layers
+from spectune.tuner.origin import Origin
 from tests.effort import at_most
 from tests.golden.make import Base
 from tests.hostile.test_adapters import changed, with_config
@@ -180,4 +181,5 @@ def test_a_config_is_held_to_its_file_once(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(Base(), str(folder))
     (folder / "adapter_model.safetensors").unlink()
     model.base_model.add_weighted_adapter(["default"], [0.5], "other")
-    assert model.peft_config["other"].file_folder is None
+    assert model.peft_config["default"].origin == Origin(str(folder))
+    assert model.peft_config["other"].origin == Origin()

@@ -16,7 +16,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
-CHECK = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as M; print(M['SPECTUNE'].__name__)"
+CHECK = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as M; print(type(M['SPECTUNE']()).__name__)"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """An adapter on one weight: alive in a model, and as it stands in a file."""
 
 from .adapted_models import ADAPTERS_ATTRIBUTE as ADAPTERS_ATTRIBUTE
+from .adapted_models import attach_dynamics as attach_dynamics
 from .adapted_models import bases_as_parameters as bases_as_parameters
 from .adapted_models import spectral_modules as spectral_modules
+from .dynamics import Dynamics as Dynamics
 from .kept_basis import BASIS as BASIS
 from .kept_basis import in_own_dtype as in_own_dtype
-from .modules import Dynamics as Dynamics
 from .modules import SpectralModule as SpectralModule
-from .modules import modules_with_dynamics as modules_with_dynamics
+from .rules import GRADIENT_NORMS as GRADIENT_NORMS
 from .saved import base_tensor as base_tensor
 from .saved import saved_modules as saved_modules

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.optim import Optimizer
 
-from ..errors import AdapterError
+from ..errors import AdapterError, OptionError, nearest
+from .dynamics import Dynamics, refuse_second_decay
 from .modules import SpectralModule
+from .rules import GRADIENT_NORMS
 
-# The attribute under which a layer keeps {adapter name: SpectralModule}. Exports and dynamics look
+# The attribute under which a layer keeps {adapter name: SpectralModule}. Exports look
 # for it, so they need not know the layer classes.
 ADAPTERS_ATTRIBUTE = "spectune_adapter"
 
@@ -36,3 +39,26 @@ def bases_as_parameters(model: nn.Module) -> int:
             )
         module.bases_as_parameters()
     return len(found)
+
+
+def attach_dynamics(
+    optimizer: Optimizer, model: nn.Module, *, singular_decay: float = 0.0, grad_norm: str | None = None
+) -> int:
+    """Get how many spectral modules of the model now follow the rules at each step of the optimizer.
+
+    `singular_decay` and `grad_norm` in a `SpectralConfig` do the same without this call. The rules run
+    right before the optimizer's own step: after gradient accumulation, synchronisation, unscaling and
+    clipping, and not at all when a scaler skips the step.
+
+    Raises `OptionError` for an unknown norm, a model without spectral adapters, or an optimizer that
+    decays the same numbers a second time.
+    """
+    if grad_norm is not None and grad_norm not in GRADIENT_NORMS:
+        raise OptionError(f"grad_norm={grad_norm!r} does not exist. {nearest(grad_norm, list(GRADIENT_NORMS))}")
+    modules = [module for _, _, module in spectral_modules(model)]
+    if not modules:
+        raise OptionError("attach_dynamics: the model has no spectral adapter. Attach one first.")
+    for module in modules:
+        module.dynamics = Dynamics(singular_decay, grad_norm)
+        refuse_second_decay(optimizer, module)
+    return len(modules)

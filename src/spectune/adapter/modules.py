@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +13,8 @@ from torch import nn
 from ..algebra import apply
 from ..methods.contract import Method
 from ..records import Delta, SparseCore, Spectrum
+from .dynamics import Dynamics, follow
 from .kept_basis import KeptBasis, in_own_dtype
-
-
-@dataclass(frozen=True)
-class Dynamics:
-    """What `spectune.dynamics` does to one module's numbers at each optimizer step; nothing by default."""
-
-    singular_decay: float = 0.0
-    grad_norm: str | None = None
-
-    def __bool__(self) -> bool:
-        return self.singular_decay > 0 or self.grad_norm is not None
 
 
 class SpectralModule(KeptBasis):
@@ -69,10 +58,7 @@ class SpectralModule(KeptBasis):
     @dynamics.setter
     def dynamics(self, dynamics: Dynamics) -> None:
         self._dynamics = dynamics
-        if dynamics:
-            _WITH_DYNAMICS[self] = None
-        else:
-            _WITH_DYNAMICS.pop(self, None)
+        follow(self)
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
@@ -140,13 +126,3 @@ class SpectralModule(KeptBasis):
 
     def extra_repr(self) -> str:
         return f"{self.method}, directions={len(self.columns)}, solver={self.quality.solver}"
-
-
-# In the order of their creation, which is the same in every process: the norm of a sharded gradient is a collective,
-# and in the order of a WeakSet, that of addresses, processes would add up the gradients of different layers.
-_WITH_DYNAMICS: weakref.WeakKeyDictionary[SpectralModule, None] = weakref.WeakKeyDictionary()
-
-
-def modules_with_dynamics() -> Iterator[SpectralModule]:
-    """Get the living modules that ask for something at the optimizer step."""
-    yield from _WITH_DYNAMICS

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,20 +23,6 @@ FORMAT_VERSION = 1
 MOST_DIRECTIONS = 2**20
 # numpy's RandomState takes 32 bits, and two seeds are made of one (lidb).
 LARGEST_SEED = 2**31 - 1
-
-
-# The folder of the adapter that PEFT or transformers are loading in this thread: they pass on its config alone.
-LOADING: ContextVar[Path | None] = ContextVar("LOADING", default=None)
-
-
-@contextmanager
-def loading(folder: Path | None) -> Iterator[None]:
-    """Say, for the time of the block, whose tensors the configs read in it come with."""
-    before = LOADING.set(folder)
-    try:
-        yield
-    finally:
-        LOADING.reset(before)
 
 
 def refuse_newer(version: object) -> None:

@@ -13,7 +13,6 @@ import transformers
 from torch import nn
 
 from ..adapter import SpectralModule, spectral_modules
-from ..adapter.saved import loading
 from ..checkpoint import PEFT_PREFIX, AdapterFolder, Base, find_base, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError
 from .layers import base_path, choose_adapter, fully_trained
@@ -151,9 +150,12 @@ def _label_count(folder: AdapterFolder) -> int | None:
 
 
 def _load(model: nn.Module, folder: AdapterFolder) -> None:
+    from ..tuner import SpectralConfig  # here, because it imports PEFT
+
     try:
-        with loading(folder.path):
-            model.load_adapter(str(folder.path), adapter_name=ADAPTER_NAME)  # type: ignore[operator]
+        # Read here, so that the config knows its folder: transformers passes on the config alone.
+        config = SpectralConfig.from_pretrained(str(folder.path)) if folder.peft_type == "SPECTUNE" else None
+        model.load_adapter(str(folder.path), adapter_name=ADAPTER_NAME, peft_config=config)  # type: ignore[operator]
     except SpectuneError:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:

@@ -27,7 +27,7 @@ class SpecAdapt(Method):
     SpecAdapt (Zhang et al.); only the code is public in full. It reshapes each tensor to a near-square
     matrix first, which glues rows of a weight together; here U and Vh are the singular vectors of the
     weight as it maps inputs to outputs. Its dropout masks single entries of the dense update. Its
-    singular-guided decay and gradient normalisation are in `spectune.dynamics`, for every method.
+    singular-guided decay and gradient normalisation are options of every method: `spectune.attach_dynamics`.
     """
 
     name: ClassVar[str] = "specadapt"

@@ -33,7 +33,11 @@ class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop, saved its checkpoint and stopped; `--resume` continues it."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(f"stopped at step {step}, which is saved in {folder}. Continue with --resume.")
+        super().__init__(folder, step)  # not the sentence: pickle makes an exception anew from these
+        self.folder, self.step = folder, step
+
+    def __str__(self) -> str:
+        return f"stopped at step {self.step}, which is saved in {self.folder}. Continue with --resume."
 
 
 @dataclass

@@ -79,7 +79,7 @@ def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: Layer
         rank, columns = config.build_method(ranks.of(path)).basis(*W_OI.shape)
     except WeightError:
         return None  # raised again, with the layer's name, when the layer is adapted
-    if rank == 0 or (config.save_basis == "always" and config.loaded_from is not None):
+    if rank == 0 or config.basis_is_in_file:
         return None
     svd = config.svd_options
     columns = tuple(columns) if isinstance(columns, list) else columns

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from ..adapter.saved import FORMAT_VERSION, LOADING, loading, refuse_absurd, refuse_newer
+from ..adapter.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
 from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest
 from ..methods import METHODS, Method, build_method
+from .origin import Origin
 from .peft_type import PEFT_TYPE
 
 # Options that belong to single methods; the method says which it uses and what their defaults are.
@@ -118,14 +119,12 @@ class SpectralConfig(PeftConfig):
         default=FORMAT_VERSION, metadata={"help": "Layout of the adapter file; leave it alone."}
     )
 
-    loaded_from: ClassVar[str | None] = None
-    """The folder or repository that this config was read from; not part of the file."""
-    from_file: ClassVar[bool] = False
-    """True for a config that PEFT or transformers have read: its patterns are a stranger's. Not part of the file."""
-    file_folder: ClassVar[Path | None] = None
-    """The folder on this machine whose tensors the next injection will be given; not part of the file."""
-    chosen: ClassVar[frozenset[str] | None] = None
-    """The layers that the patterns of a config from a file choose, while they are adapted; not part of the file."""
+    origin: Origin | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "Where this config was read, set by its readers; None is your own. Not part of the file."},
+    )
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -139,6 +138,8 @@ class SpectralConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        if self.origin is not None:  # a copy with changes: the patterns are as strange, but its file backs it no more
+            self.origin = Origin()
         self._fill_method_options()
         self._check_choices()
 
@@ -148,6 +149,11 @@ class SpectralConfig(PeftConfig):
             if option in METHOD_OPTIONS:
                 value = getattr(method, option)
                 setattr(self, option, list(value) if isinstance(value, tuple) else value)
+
+    @property
+    def basis_is_in_file(self) -> bool:
+        """Whether the tensors that come with this config bring the basis, so that none need be found."""
+        return self.save_basis == "always" and self.origin is not None and self.origin.place is not None
 
     @property
     def svd_options(self) -> SVDOptions:
@@ -197,14 +203,15 @@ class SpectralConfig(PeftConfig):
         brings_tensors = any((folder / name).exists() for name in (TENSOR_FILE, "adapter_model.bin"))
         if brings_tensors:
             read_adapter_folder(folder)
-        with loading(folder if brings_tensors else None):
-            config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config.__dict__["loaded_from"] = pretrained_model_name_or_path
+        config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if isinstance(config, SpectralConfig):  # PEFT makes what the file says
+            config.origin = Origin(str(pretrained_model_name_or_path), folder if brings_tensors else None)
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Get the config as JSON can hold it; sets are sorted, so that equal configs are equal files."""
         values = asdict(self)
+        del values["origin"]
         for name, value in values.items():
             if isinstance(value, set):
                 values[name] = sorted(value)
@@ -227,6 +234,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "save_basis": (str,),
     "grad_norm": (str, type(None)),
     "bias": (str,),
+    "origin": (Origin, type(None)),
 }
 
 
@@ -265,8 +273,6 @@ def _with_checked_keywords(init: Any) -> Any:
                     f"SpectralConfig got an unexpected keyword argument {name!r}. {nearest(name, known)}"
                 )
         init(self, *args, **kwargs)
-        if "peft_type" in kwargs:  # which stands in every file, and which nobody writes beside a method
-            self.__dict__.update(from_file=True, file_folder=LOADING.get())
 
     return checked
 

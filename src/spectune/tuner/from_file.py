@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +18,7 @@ from torch import nn
 from ..adapter import ADAPTERS_ATTRIBUTE
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
-from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression
+from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression, is_tame
 from ..errors import AdapterError, WeightError
 from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
@@ -27,13 +28,13 @@ ANY_COUNTED = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 @contextmanager
-def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[None]:
-    """Choose the layers here, and keep the patterns from PEFT for the time of the block.
+def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[frozenset[str]]:
+    """Get the layers that a config chooses, and keep its patterns from PEFT for the time of the block.
 
-    `target_modules` stays a set of names afterwards: PEFT matches a pattern again when it saves. `AdapterError` for
-    patterns that choose nothing, are none, or take too long.
+    PEFT matches `target_modules` once more when it saves, so one that may take `re` for ever stays a set of names.
+    `AdapterError` for patterns that choose nothing, are none, or take too long.
     """
-    kept = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
+    kept: dict[str, Any] = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
     chosen = chosen_layers(config, model)
     if not chosen:
         raise AdapterError(
@@ -41,15 +42,15 @@ def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[No
             f"nothing excludes. Load the adapter on the base model that it was trained on."
         )
     if isinstance(config.target_modules, str):
+        if is_tame(config.target_modules, max(len(path) for path, _ in model.named_modules())):
+            kept["target_modules"] = config.target_modules
         config.target_modules = set(chosen)
     ranks = LayerRanks(config.rank_pattern)
     given = {layer: r for layer in sorted(chosen) if (r := ranks.of(layer)) is not None}
-    config.__dict__["chosen"] = chosen
     config.exclude_modules, config.rank_pattern = None, {f"^{re.escape(layer)}": r for layer, r in given.items()}
     try:
-        yield
+        yield chosen
     finally:
-        config.__dict__["chosen"] = None
         for name, value in kept.items():
             setattr(config, name, value)
 
@@ -107,31 +108,33 @@ class _Counted:
         return match is not None and match["idx"] is not None and int(match["idx"]) in self.indices
 
 
-def refuse_unbacked(config: SpectralConfig, model: nn.Module) -> None:
+def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[str]) -> None:
     """Raise `AdapterError` where the file does not hold what its config would make; once, before anything is made.
 
     A layer may stand under another path in the file (transformers renames some), so what is not there by name may be
     any tensor of that name and shape that no other layer has claimed.
     """
-    folder = config.file_folder
-    if folder is None:
+    origin = config.origin
+    if origin is None or origin.folder is None:
         return
-    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in read_adapter_folder(folder).shapes.items()}
+    brought = read_adapter_folder(origin.folder).shapes
+    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in brought.items()}
     left = Counter((key.rpartition(".")[2], shape) for key, shape in saved.items() if f".{ADAPTERS_ATTRIBUTE}." in key)
-    made = list(_made(config, model))
+    made = list(_made(config, model, chosen))
     by_name = {made_ for made_ in made if saved.get(f"{made_[0]}.{ADAPTERS_ATTRIBUTE}.{made_[1]}") == made_[2]}
     for layer, name, shape in (*by_name, *(other for other in made if other not in by_name)):
         left[name, shape] -= 1
         if left[name, shape] < 0:
             raise _unbacked(saved, layer, name, shape)
-    config.__dict__["file_folder"] = None
+    config.origin = replace(origin, folder=None)
 
 
-def _made(config: SpectralConfig, model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _made(
+    config: SpectralConfig, model: nn.Module, chosen: frozenset[str]
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Get (layer, tensor, shape) for what the tuner would allocate at the config's word alone."""
-    assert config.chosen is not None
     ranks, shared_made = LayerRanks(config.rank_pattern), False
-    for layer, (rows_O, cols_I) in _shapes(config.chosen, model):
+    for layer, (rows_O, cols_I) in _shapes(chosen, model):
         method = config.build_method(ranks.of(layer))
         try:
             rank, _ = method.basis(rows_O, cols_I)

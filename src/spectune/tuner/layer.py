@@ -98,8 +98,7 @@ class SpectralLayer(BaseTunerLayer):
                 f"Load the base model with its weights first."
             )
         rank, _ = method.basis(*W_OI.shape)
-        in_file = config.save_basis == "always" and config.loaded_from is not None
-        if rank == 0 or in_file:
+        if rank == 0 or config.basis_is_in_file:
             spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name).to(W_OI.device)
         else:
             spectrum = find_basis(name, W_OI, method, config) if basis is None else basis

@@ -25,6 +25,7 @@ from .config import SpectralConfig
 from .from_file import out_of_peft_s_sight, refuse_unbacked
 from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
+from .origin import Origin
 from .progress import decomposing
 
 
@@ -33,22 +34,27 @@ class SpectralTuner(BaseTuner):
 
     prefix = "spectune_"
     tuner_layer_cls = SpectralLayer
+    _chosen: frozenset[str] | None = None
+    """The layers that the patterns of a stranger's config choose, while they are adapted."""
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         config = self.peft_config[adapter_name]
         refuse_unmatched_targets(config, model)
-        with self._bounded(config, model) if config.from_file else nullcontext():
+        with nullcontext() if config.origin is None else self._bounded(config, model):
             self._inject(model, adapter_name, *args, **kwargs)
 
     @contextmanager
     def _bounded(self, config: SpectralConfig, model: nn.Module) -> Iterator[None]:
         """Hold a config from a file to bounded time and to the memory that the file backs."""
         complete = self._prepare_adapter_config(config, self.get_model_config(model))
-        with out_of_peft_s_sight(_maybe_include_all_linear_layers(complete, model), model):
-            refuse_unbacked(config, model)
-            yield
+        with out_of_peft_s_sight(_maybe_include_all_linear_layers(complete, model), model) as self._chosen:
+            try:
+                refuse_unbacked(config, model, self._chosen)
+                yield
+            finally:
+                self._chosen = None
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._bases: dict[str, Spectrum] = {}
@@ -62,10 +68,10 @@ class SpectralTuner(BaseTuner):
         finally:
             del self._tick, self._bases, self._ranks
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: SpectralConfig, key: str) -> Any:
-        chosen = peft_config.chosen
-        return BaseTuner._check_target_module_exists(peft_config, key) if chosen is None else key in chosen
+    def _check_target_module_exists(self, peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
+        if self._chosen is None:
+            return BaseTuner._check_target_module_exists(peft_config, key)
+        return key in self._chosen
 
     def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:
         """Find all bases before the first layer is replaced: PEFT calls this when the config is complete."""
@@ -177,7 +183,8 @@ class SpectralTuner(BaseTuner):
                 f"{', '.join(adapters)}: updates of {methods[0].name} do not add up by adding their numbers, or the "
                 f"options differ. Activate them together with set_adapter({adapters}) and weigh them with set_scale."
             )
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        config.origin = config.origin and Origin()  # no file has what the new adapter holds
         self.inject_adapter(self.model, adapter_name)
         for layer in self.model.modules():
             if isinstance(layer, SpectralLayer) and adapter_name in layer.spectune_adapter:

@@ -1,12 +1,14 @@
-"""Gradient normalisation and singular-guided decay, as functions of one module."""
+"""SpecAdapt's two rules, for every method: gradient normalisation and singular-guided decay of one module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapter import SpectralModule
+if TYPE_CHECKING:
+    from .modules import SpectralModule
 
 
 def _rms(grad: torch.Tensor, axis: int) -> torch.Tensor:

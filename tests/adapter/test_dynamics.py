@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +15,7 @@ from peft import get_peft_model
 
 import spectune
 from spectune import METHODS, SpectralConfig, SpectuneError
-from spectune.adapter import SpectralModule, spectral_modules
-from spectune.dynamics import GRADIENT_NORMS
+from spectune.adapter import GRADIENT_NORMS, SpectralModule, spectral_modules
 
 from ..models import MODELS
 from ..tuner.conftest import OPTIONS, config_for, train
@@ -151,6 +154,43 @@ def test_a_copied_model_keeps_its_dynamics() -> None:
     torch.optim.SGD(trainable(model), lr=0.0).step()
     gradient = modules(model)[0].A_U.grad
     torch.testing.assert_close(gradient.square().mean(0).sqrt(), torch.ones(gradient.shape[1]), rtol=1e-3, atol=1e-3)
+
+
+HOOKS = "from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks"
+ATTACHED = """
+import spectune, peft, torch
+{hooks}
+assert not hooks, "importing"
+peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), spectune.SpectralConfig(r=2, target_modules=["0"]))
+assert not hooks, "attaching an adapter that asks for nothing"
+for _ in range(2):
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    peft.get_peft_model(base, spectune.SpectralConfig(r=2, target_modules=["0"], {option}))
+    assert len(hooks) == 1
+"""
+UNPICKLED = """
+import pickle, sys
+{hooks}
+module = pickle.load(open({path!r}, "rb"))
+assert len(hooks) == 1 and "peft" not in sys.modules
+"""
+
+
+def in_a_fresh_process(code: str) -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("option", ["singular_decay=0.1", "grad_norm='rms'"])
+def test_optimizers_are_watched_once_and_only_when_a_config_asks(option: str) -> None:
+    in_a_fresh_process(ATTACHED.format(hooks=HOOKS, option=option))
+
+
+def test_an_adapter_that_another_process_unpickles_is_watched_there(tmp_path: Path) -> None:
+    module = modules(model_with("spectral_a", grad_norm="rms"))[0]
+    module.base_matrix = None
+    (tmp_path / "module").write_bytes(pickle.dumps(module))
+    in_a_fresh_process(UNPICKLED.format(hooks=HOOKS, path=str(tmp_path / "module")))
 
 
 def test_trainer_applies_the_config_through_accelerate_and_accumulation(tmp_path: Any) -> None:
