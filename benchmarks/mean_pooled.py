@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForTokenClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import logging
 
+from spectune.checkpoint import load_auto, load_tokenizer
 from spectune.recipes.text_classification import sentence_logits
 from spectune.training.fit import fit
 from spectune.training.loop import OnStep
@@ -55,7 +56,7 @@ class TextClassification:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.tokenizer = AutoTokenizer.from_pretrained(setting.base)
+        self.tokenizer = load_tokenizer(setting.base)
         self.collate = DataCollatorWithPadding(self.tokenizer)
 
     def fresh_model(self) -> nn.Module:
@@ -65,7 +66,8 @@ class TextClassification:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         logging.disable_progress_bar()
         names = dict(enumerate(self.setting.labels))
-        model: nn.Module = AutoModelForTokenClassification.from_pretrained(
+        model: nn.Module = load_auto(
+            AutoModelForTokenClassification,
             self.setting.base,
             num_labels=len(names),
             id2label=names,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 # A message is read by a person, and names in it may come from a file that somebody else made. Chosen.
 LONGEST_MESSAGE = 2_000
+# Of what another package says of its reasons. Chosen.
+LONGEST_REASON = 300
 # Near misses are looked for among so many names, of so many letters: comparing takes time that grows with the product.
 # 4,000 hostile names take two seconds. Measured.
 MOST_COMPARED, LONGEST_COMPARED = 4_000, 120
@@ -20,7 +22,7 @@ class SpectuneError(Exception):
         if len(words) > LONGEST_MESSAGE:
             half = LONGEST_MESSAGE // 2
             words = f"{words[:half]} […] {words[-half:]}"
-        return words if words.isprintable() else "".join(_printable(letter) for letter in words)
+        return printable(words)
 
 
 class OptionError(SpectuneError, ValueError):
@@ -67,6 +69,23 @@ def nearest(asked: str, known: list[str] | tuple[str, ...]) -> str:
     return f"There are: {shown}{', …' if len(known) > 12 else ''}."
 
 
-def _printable(letter: str) -> str:
-    """Get a letter, or its escape: a name from a file must not steer the terminal that shows it."""
-    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+def printable(words: object, keep: str = "") -> str:
+    """Get words in which every letter can be seen: control and direction-changing letters as their escapes.
+
+    What a file says is shown through this everywhere, so that it steers no terminal and turns no page around; `keep`
+    names letters that stay, such as line ends where there may be several lines.
+    """
+    text = str(words)
+    return text if text.isprintable() else "".join(_shown(letter, keep) for letter in text)
+
+
+def one_line(error: BaseException, most: int = LONGEST_REASON) -> str:
+    """Get what another package's error says, or its kind, as one printable line."""
+    words = printable(" ".join(str(error).split())) or type(error).__name__
+    return words if len(words) <= most else f"{words[:most]} […]"
+
+
+def _shown(letter: str, keep: str) -> str:
+    if letter.isprintable() or letter in keep:
+        return letter
+    return letter.encode("unicode_escape").decode()

@@ -145,7 +145,7 @@ def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_removed_when_it_is_old(cache: BasisCache) -> None:
     filled(cache)
-    left = files(cache)[0].parent / ".x.safetensors.partial-0000"
+    left = files(cache)[0].with_name(f".{files(cache)[0].name}.partial-0123abcd")
     left.write_bytes(b"half")
     os.utime(left, (time.time() - 1e6,) * 2)
     cache.limit, cache._total = 10**9, None

@@ -14,6 +14,8 @@ from .claim import hold_folder as hold_folder
 from .fingerprint import fingerprint as fingerprint
 from .lora_file import LoraFile as LoraFile
 from .lora_file import read_lora as read_lora
+from .pretrained import load_auto as load_auto
+from .pretrained import load_tokenizer as load_tokenizer
 from .reader import Checkpoint as Checkpoint
 from .reader import open_checkpoint as open_checkpoint
 from .run_folder import trained_in as trained_in

@@ -83,5 +83,5 @@ def _tables(path: Path) -> tuple[dict[str, str], Any]:
     processor = TENSOR_PROCESSORS.get(about["model_type"], TensorProcessor)(config=about)
     config = transformers.AutoConfig.for_model(**about)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return get_gguf_hf_weights_map(model, processor), processor

@@ -77,7 +77,8 @@ def disk_error(error: BaseException) -> str | None:
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
     """Write a whole file or leave what was there; text is written as UTF-8. `OutputError` if it cannot be."""
-    data = content.encode() if isinstance(content, str) else content
+    # A lone surrogate, which JSON can hold and UTF-8 cannot, is written as its escape.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with _replaced_file(Path(path), len(data)) as partial:
         partial.write_bytes(data)
 

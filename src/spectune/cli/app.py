@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from importlib import import_module
 from typing import Any
 
 import typer
 
-from ..errors import SpectuneError
+from ..errors import SpectuneError, one_line, printable
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # Libraries may swallow a KeyboardInterrupt, seen while they were being imported; then it is raised again after so
@@ -49,6 +50,7 @@ def main() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    _show_warnings_plainly()
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:  # Typer has already turned Ctrl-C into this status
@@ -63,12 +65,21 @@ def main() -> None:
     except SpectuneError as error:
         _fail(str(error), 1)
     except Exception as error:
-        line = " ".join(str(error).split()) or "no message"
-        _fail(f"unexpected {type(error).__name__}: {line[:500]}. SPECTUNE_DEBUG=1 shows where.", 1)
+        _fail(f"unexpected {type(error).__name__}: {one_line(error, 500)}. SPECTUNE_DEBUG=1 shows where.", 1)
+
+
+def _show_warnings_plainly() -> None:
+    """Have Python's warnings, which may quote a file, shown with every letter visible."""
+    shown = warnings.formatwarning
+
+    def plain(*words: Any, **more: Any) -> str:
+        return printable(shown(*words, **more), keep="\n")
+
+    warnings.formatwarning = plain
 
 
 def _fail(line: str, status: int) -> None:
     if os.environ.get("SPECTUNE_DEBUG", "") not in ("", "0"):
         raise
-    print(f"spectune: {line}", file=sys.stderr)
+    print(f"spectune: {printable(line)}", file=sys.stderr)
     raise SystemExit(status)

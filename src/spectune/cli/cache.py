@@ -38,8 +38,9 @@ def cache(
         ]
         print(json.dumps({"cache": str(store.folder), "limit": store.limit, "entries": shown}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from .terminal import Console
 
     table = Table("weight", "shape", "directions", "solver", "bytes")
     for e in entries:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.text import Text
 
     from ..runs import DryRun
+    from .terminal import Console
 
 MOST_LAYERS = 12
 
@@ -26,10 +26,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Validate a run and show it: an example with its loss mask, the layers, the counts, the memory, the rates."""
-    from rich.console import Console
-
     from ..recipes import load_config
     from ..runs import dry_run
+    from .terminal import Console
 
     asked = load_config(config, overrides or [])
     found = dry_run(asked)
@@ -69,9 +68,12 @@ def _print(found: DryRun, console: Console) -> None:
 def _example(found: DryRun) -> Text:
     from rich.text import Text
 
+    from ..errors import printable
+    from .terminal import LAYOUT
+
     text = Text()
     for piece, carries_loss in found.shown.pieces:
-        text.append(piece, "underline bold green" if carries_loss else "")
+        text.append(printable(piece, LAYOUT), "underline bold green" if carries_loss else "")
     if found.shown.answer:
-        text.append("  ->  ").append(found.shown.answer, "underline bold green")
+        text.append("  ->  ").append(printable(found.shown.answer, LAYOUT), "underline bold green")
     return text

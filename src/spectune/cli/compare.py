@@ -19,10 +19,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Compare methods: rates chosen on validation, figures on test. The same command goes on where it was stopped."""
-    from rich.console import Console
-
     from ..sweeps import load_sweep
     from .comparison_files import print_comparison, run_under_bar, write_files
+    from .terminal import Console
 
     asked = load_sweep(sweep, overrides or [])
     folder = output or Path("comparisons", sweep.stem)

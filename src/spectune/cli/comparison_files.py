@@ -10,9 +10,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..sweeps import SweepConfig, SweepRecord
+    from .terminal import Console
 
 
 def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int = 1) -> list[SweepRecord]:
@@ -51,14 +50,14 @@ def write_files(
 ) -> dict[str, Any]:
     """Write comparison.json, .md and .html and PEFT's form into a sweep's folder, and get the summary."""
     from ..checkpoint import write_atomically
-    from ..errors import MissingExtraError
+    from ..errors import MissingExtraError, printable
     from ..pages import write_comparison
     from ..sweeps import summarise, to_markdown, write_method_comparison
 
     summary = summarise(sweep, records)
     told = dict(summary) if published is None else summary | {"published": dict(published)}
     write_atomically(folder / "comparison.json", json.dumps(told, indent=1) + "\n")
-    write_atomically(folder / "comparison.md", to_markdown(summary, published))
+    write_atomically(folder / "comparison.md", printable(to_markdown(summary, published), "\n"))
     write_method_comparison(sweep, records, folder / "method_comparison")
     try:
         write_comparison(summary, folder / "comparison.html", published)

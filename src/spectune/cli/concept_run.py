@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 
 def train_from_file(config: Path, overrides: list[str], folder: Path, as_json: bool) -> None:
     """Train a concept, write run.json and report.html beside it, and say where they are."""
-    from rich.console import Console
-
     from ..concepts.file import read_concept
     from ..concepts.text_to_image import train_concept
     from ..pages import write_report
     from .progress import Stages
+    from .terminal import Console
 
     options, console = read_concept(config, overrides), Console(stderr=True, quiet=as_json)
     with Stages(console) as stages:

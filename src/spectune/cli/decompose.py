@@ -64,10 +64,9 @@ def _run(
     limit: int | None,
     quiet: bool,
 ) -> tuple[list[Done], float]:
-    from rich.console import Console
-
     from ..spectrum import fill_cache
     from .progress import Bytes
+    from .terminal import Console
 
     total = sum(_bytes(checkpoint, target) for target in targets)
     started, done = time.perf_counter(), []
@@ -95,6 +94,8 @@ def _bytes(checkpoint: Checkpoint, target: Target) -> int:
 
 
 def _report(found: tuple[list[Done], float], store: BasisCache, left_out: dict[str, int], as_json: bool) -> None:
+    from .terminal import say
+
     done, seconds = found
     missing = [one for one in done if one.left_out]
     solved = sum(not one.cached and not one.left_out for one in done)
@@ -112,8 +113,8 @@ def _report(found: tuple[list[Done], float], store: BasisCache, left_out: dict[s
         print(json.dumps(figures, indent=2))
     else:
         rate = f"{size / 2**30:.2f} GiB in {seconds:.1f} s"
-        print(f"{solved} weights decomposed, {sum(one.cached for one in done)} were there already ({rate})")
-        print("".join(f"left out: {count} ({reason})\n" for reason, count in left_out.items()), end="")
-        print(f"stored in {store.folder}")
+        say(f"{solved} weights decomposed, {sum(one.cached for one in done)} were there already ({rate})")
+        say("".join(f"left out: {count} ({reason})\n" for reason, count in left_out.items()), end="")
+        say(f"stored in {store.folder}")
     if missing:
         raise WeightError(f"{missing[0].name}: {missing[0].left_out}, and so for {len(missing)} weights. Raise it.")

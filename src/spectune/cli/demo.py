@@ -27,12 +27,11 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Teach a small real model 24 languages, save, reload, export and check it, and write a page. Works offline."""
-    from rich.console import Console
-
     from ..demo import DemoOptions, opened_folder, run_demo
     from ..training import Interrupted
     from .progress import Stages
     from .run_page import write_run_page
+    from .terminal import Console
 
     options = DemoOptions(method=method, r=r, steps=steps, rate=lr, seed=seed, sentences=sentences)
     options.check()  # refuses what is wrong before any work

@@ -19,6 +19,8 @@ PACKAGES = (
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False) -> None:
     """Print versions and devices, for bug reports."""
+    from .terminal import say
+
     found = {"python": sys.version.split()[0], "system": platform.platform(), "cpus": str(os.cpu_count())}
     found |= {name: version for name in PACKAGES if (version := _version(name))}
     found |= _devices()
@@ -26,7 +28,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print machine-read
         print(json.dumps(found, indent=2))
     else:
         width = max(map(len, found))
-        print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+        say("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
 
 
 def _version(package: str) -> str | None:

@@ -21,10 +21,9 @@ def evaluate(
 
     With --base the adapter is left out, and a new head is as the run's seed made it.
     """
-    from rich.console import Console
-
     from ..runs import load_base, load_run, measure
     from .run_page import print_metrics
+    from .terminal import Console
 
     recipe, model = (load_base if base else load_run)(run_dir, overrides or [])
     found = measure(recipe, model)

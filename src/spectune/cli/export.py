@@ -65,10 +65,9 @@ def export(
 
 
 def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
-    from rich.console import Console
-
     from ..export import merge_checkpoint
     from .progress import Stages
+    from .terminal import Console
 
     with Stages(Console(stderr=True)) as stages:
         step: Any = None
@@ -82,20 +81,23 @@ def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
 
 
 def _show(done: Merged, as_json: bool) -> None:
+    from .terminal import say
+
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
         return
-    print(f"{len(done.tensors)} weights merged into {done.path}, in float32, rounded once")
-    print(f"rounding took at most {done.worst_rounding:.2%} of an update (its Frobenius norm)")
+    say(f"{len(done.tensors)} weights merged into {done.path}, in float32, rounded once")
+    say(f"rounding took at most {done.worst_rounding:.2%} of an update (its Frobenius norm)")
     if done.copied:
-        print(f"trained in full and copied: {', '.join(done.copied)}")
+        say(f"trained in full and copied: {', '.join(done.copied)}")
     if done.untied:
-        print(f"no longer one weight: {', '.join(done.untied)} (tie_word_embeddings is false in the new config.json)")
+        say(f"no longer one weight: {', '.join(done.untied)} (tie_word_embeddings is false in the new config.json)")
 
 
 def _print_proof(done: LoraExport) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .terminal import Console
 
     table = Table("layer", "rank", "max |dW error|", "relative", title="the LoRA against the spectral adapter")
     for name, rank, error, relative in done.proof.table():

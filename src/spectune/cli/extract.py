@@ -60,10 +60,10 @@ def extract(
     """Write an adapter that turns BASE into TUNED, and measure how much of the change it holds."""
     chosen = _columns(columns)
     import torch
-    from rich.console import Console
 
     from ..extraction import extract_adapter
     from .progress import Stages
+    from .terminal import Console
 
     with Stages(Console(stderr=True)) as stages:
         bars: dict[str, Any] = {}
@@ -105,8 +105,9 @@ def _columns(words: str | None) -> str | int | list[int] | None:
 
 
 def _show(found: Extracted) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .terminal import Console, say
 
     console = Console()
     table = Table(
@@ -121,13 +122,13 @@ def _show(found: Extracted) -> None:
             change = "–" if tensor.relative is None else f"{tensor.relative:.1e}"
             rest.add_row(tensor.name, tensor.why, change, "yes" if tensor.saved else "no")
         console.print(rest)
-    print(f"measured in the written file: {found.kept:.2%} of |dW|² of the {len(found.layers)} adapted layers is kept")
+    say(f"measured in the written file: {found.kept:.2%} of |dW|² of the {len(found.layers)} adapted layers is kept")
     if found.left_out:
-        print(
+        say(
             f"{len(found.left_out)} changed tensors are left out, {found.left_out_share:.2%} of the whole change "
             f"(Frobenius norm); --save-rest saves what PEFT can load"
         )
     if len(set(found.dtypes)) > 1:
-        print(f"the models are stored in {' and '.join(found.dtypes)}: part of the change is rounding")
-    print(f"kinds of layers told by: {found.told_by}; {len(found.unchanged)} tensors did not change")
-    print(f"{found.form} written to {found.path} ({found.bytes:,} bytes)")
+        say(f"the models are stored in {' and '.join(found.dtypes)}: part of the change is rounding")
+    say(f"kinds of layers told by: {found.told_by}; {len(found.unchanged)} tensors did not change")
+    say(f"{found.form} written to {found.path} ({found.bytes:,} bytes)")

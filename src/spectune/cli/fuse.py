@@ -77,12 +77,11 @@ def _weights(words: str | None) -> list[float] | float | None:
 
 def _activations(adapters: list[Path], examples: list[Path], base: str | None) -> list[dict[str, Any]]:
     """Get the Gram matrices of every adapter's own texts, with that adapter on the base."""
-    from rich.console import Console
-    from transformers import AutoTokenizer
-
+    from ..checkpoint import load_tokenizer
     from ..export.source import open_adapted
     from ..fusion import collect_grams
     from .progress import Stages
+    from .terminal import Console
 
     if len(examples) != len(adapters):
         raise OptionError(
@@ -94,7 +93,7 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
             model, of = open_adapted(path, base)
             # Of a repository the tokenizer's own files may not be here yet.
             place = of.name if of.from_hub else of.config_folder
-            tokenizer = AutoTokenizer.from_pretrained(place, revision=of.revision or "main")
+            tokenizer = load_tokenizer(place, of.revision)
             step = stages.begin(f"examples of {path.name}", len(lines))
 
             def batches(lines: list[str] = lines, tokenizer: Any = tokenizer, step: Any = step) -> Any:
@@ -134,7 +133,7 @@ def _show(fused: Fused, saved: Saved | None, page: Path | None, as_json: bool) -
         written = {} if saved is None else _written(saved)
         print(json.dumps({**fused.report.to_json(), **written}, indent=2))
         return
-    from rich.console import Console
+    from .terminal import Console
 
     console = Console()
     _print_report(console, fused.report)

@@ -32,10 +32,14 @@ def generate(
     import torch
 
     from ..runs import load_run
+    from .terminal import say
 
     recipe, model = load_run(run_dir)
     torch.manual_seed(seed)
     more = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     written = recipe.generate(model, [recipe.as_prompt(text) for text in prompts], temperature=temperature, **more)
     for asked, answer in zip(prompts, written, strict=True):
-        print(json.dumps({"prompt": asked, "text": answer}, ensure_ascii=False) if as_json else answer)
+        if as_json:
+            print(json.dumps({"prompt": asked, "text": answer}))
+        else:
+            say(answer)

@@ -39,6 +39,7 @@ def inspect(
     """Show a model's spectra and the budget of every method, or what an adapter does to its base."""
     from ..pages import write_survey
     from ..surveys import ModelSurvey
+    from .terminal import say
 
     survey = _survey(path, base, r, include, exclude, sample, quick)
     if html is not None:
@@ -50,7 +51,7 @@ def inspect(
     else:
         _show_adapter(survey)
     if html is not None and not as_json:
-        print(f"page: {html.resolve().as_uri()}")
+        say(f"page: {html.resolve().as_uri()}")
 
 
 def _survey(
@@ -62,10 +63,9 @@ def _survey(
     sample: int | None,
     quick: bool,
 ) -> ModelSurvey | AdapterSurvey:
-    from rich.console import Console
-
     from ..surveys import is_adapter, survey_adapter, survey_model
     from .progress import Stages
+    from .terminal import Console
 
     adapter = is_adapter(path)
     foreign = {"--include": include, "--exclude": exclude, "--sample": sample} if adapter else {"--base": base}
@@ -86,10 +86,9 @@ def _survey(
 
 
 def _show_model(survey: ModelSurvey) -> None:
-    from rich.console import Console
-
     from ..pages import readable_bytes, readable_seconds, share, short
     from ..surveys import group_figures
+    from .terminal import Console
 
     kinds = _table(
         f"spectra by kind of weight (medians, r = {survey.r})",
@@ -122,10 +121,9 @@ def _show_model(survey: ModelSurvey) -> None:
 
 
 def _show_adapter(survey: AdapterSurvey) -> None:
-    from rich.console import Console
-
     from ..pages import readable_bytes, share, short
     from ..surveys import adapter_group_figures
+    from .terminal import Console
 
     rows = adapter_group_figures(survey)
     located = any("intruders" in row for row in rows)

@@ -22,12 +22,11 @@ def lr(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Train on an exponentially growing rate until the loss diverges, and propose a rate. Saves no model."""
-    from rich.console import Console
-
     from ..pages import write_rate_page
     from ..recipes import load_config
     from ..runs import range_test
     from .progress import Stages
+    from .terminal import Console
 
     asked = load_config(config, overrides or [])
     console = Console(stderr=as_json, quiet=as_json)

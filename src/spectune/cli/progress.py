@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -12,11 +11,24 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.text import Text
+
+from ..errors import printable
+from .terminal import Console
+
+
+class Words(ProgressColumn):
+    """Words about a task, with names of files and layers in them, of which no letter is obeyed."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(self.words.format(task=task)), style="none")
 
 
 class Rate(ProgressColumn):
@@ -30,8 +42,8 @@ class Stages(Progress):
     """One bar for each stage of a run, on one console."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        super().__init__(*columns, TextColumn("{task.fields[said]}"), console=console)
+        columns = (Words("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+        super().__init__(*columns, Words("{task.fields[said]}"), console=console)
 
     def begin(self, name: str, steps: int) -> Callable[[int, int, float | None], None]:
         """Start a bar, and get what must be called after each step with (step, steps, loss or None)."""
@@ -47,8 +59,8 @@ class Bytes(Progress):
     """One bar that counts bytes: GiB done, GiB a second, time left, what was done last."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-        more = (TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}"))
+        columns = (Words("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+        more = (TransferSpeedColumn(), TimeRemainingColumn(), Words("{task.fields[said]}"))
         super().__init__(*columns, *more, console=console)
 
     def begin(self, name: str, total: int) -> Callable[[int, str], None]:

@@ -14,10 +14,9 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Write report.html into a run's folder; a run that was not looked at when it ended is loaded and looked at now."""
-    from rich.console import Console
-
     from ..pages import write_report
     from ..runs import Run, load_run, look
+    from .terminal import Console
 
     run = Run.open(run_dir)
     result = run.result

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..papers import Experiment
+    from .terminal import Console
 
 
 def reproduce(
@@ -30,11 +29,10 @@ def reproduce(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Run a published experiment and name every deviation. The same command goes on where it was stopped."""
-    from rich.console import Console
-
     from ..errors import OptionError
     from ..papers import load_experiment, prepare
     from .comparison_files import run_under_bar, write_files
+    from .terminal import Console
 
     if name is None:
         _list(as_json)
@@ -71,10 +69,10 @@ def _tell(published: Mapping[str, Any], summary: Mapping[str, Any], folder: Path
 
 
 def _list(as_json: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..papers import experiment_names, load_experiment
+    from .terminal import Console
 
     found = {name: load_experiment(name) for name in experiment_names()}
     if as_json:

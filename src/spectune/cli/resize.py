@@ -27,10 +27,10 @@ def resize(
 ) -> None:
     """Write a LoRA cut to its best approximation of a lower rank, layer by layer, in the layout that it came in."""
     import torch
-    from rich.console import Console
 
     from ..extraction import resize_lora
     from .progress import Stages
+    from .terminal import Console
 
     with Stages(Console(stderr=True)) as stages:
         step: Any = None
@@ -49,8 +49,9 @@ def resize(
 
 
 def _show(done: Resized) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .terminal import Console, say
 
     table = Table("layer", "rank", "new", "|dW| cut off", "rounding", "|dW| lost", title="measured in the new file")
     for layer in done.layers:
@@ -60,8 +61,8 @@ def _show(done: Resized) -> None:
         table.add_row(layer.name, str(layer.old_rank), str(layer.rank), *figures)
     Console().print(table)
     if done.at_their_rank:
-        print(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed there")
+        say(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed there")
     if done.carried:
-        print(f"{len(done.carried)} tensors of modules trained in full are copied")
-    print(f"the most that a layer lost: {done.worst_loss:.2%} of |dW|")
-    print(f"{done.bytes_before:,} -> {done.bytes_after:,} bytes; LoRA written to {done.path}")
+        say(f"{len(done.carried)} tensors of modules trained in full are copied")
+    say(f"the most that a layer lost: {done.worst_loss:.2%} of |dW|")
+    say(f"{done.bytes_before:,} -> {done.bytes_after:,} bytes; LoRA written to {done.path}")

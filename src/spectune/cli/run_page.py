@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..runs import RunResult
+    from .terminal import Console
 
 
 def write_run_page(result: RunResult, page: Path, console: Console) -> None:

@@ -29,6 +29,7 @@ def schedule(
 ) -> None:
     """Hand out singular columns to several adapters, and print the lines that train them."""
     from ..fusion import disjoint_schedule, sampled_schedule
+    from .terminal import say
 
     if private and (top is None or start or method != "spectral_a"):
         raise OptionError("--private draws spectral_a columns: it needs --top K, and neither --start nor --method.")
@@ -40,7 +41,7 @@ def schedule(
     if as_json:
         print(json.dumps({"method": method, **plan.to_json()}, indent=2))
     else:
-        print("\n".join(_lines(plan, method)))
+        say("\n".join(_lines(plan, method)))
 
 
 def _lines(plan: Schedule, method: str) -> list[str]:

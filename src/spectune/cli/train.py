@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, printable
 
 
 def train(
@@ -24,8 +24,6 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
-    from rich.console import Console
-
     from ..concepts.file import is_concept
     from ..recipes import load_config
     from ..runs import Run, RunResult, run, train_run
@@ -33,6 +31,7 @@ def train(
     from .concept_run import train_from_file
     from .progress import Stages
     from .run_page import print_metrics, write_run_page
+    from .terminal import Console
 
     if is_concept(config):
         if resume:
@@ -67,7 +66,7 @@ def train(
         except Interrupted as stop:
             stages.stop()
             if main:
-                print(f"spectune: {stop}", file=sys.stderr)
+                print(f"spectune: {printable(stop)}", file=sys.stderr)
             raise SystemExit(130) from None
     if not main:
         return

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from ..errors import DataError, OptionError
+from ..checkpoint import load_auto
+from ..errors import DataError, OptionError, SpectuneError
 from ..recipes.images import image_processor
 from .data import Image
 
@@ -86,11 +87,13 @@ def load_encoder(folder: str | Path) -> Encoder:
     """Get the CLIP, DINO or ViT of a local folder; `OptionError` for another kind of model or one that is not there."""
     local = {"local_files_only": True}
     try:
-        kind = AutoConfig.from_pretrained(str(folder), **local).model_type
+        kind = load_auto(AutoConfig, folder, **local).model_type
         if kind in (*WITH_TEXT, *IMAGES_ONLY):
-            model = AutoModel.from_pretrained(str(folder), use_safetensors=True, **local)
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), **local) if kind in WITH_TEXT else None
+            model = load_auto(AutoModel, folder, use_safetensors=True, **local)
+            tokenizer = load_auto(AutoTokenizer, folder, **local) if kind in WITH_TEXT else None
             return Encoder(model, image_processor(folder, **local), tokenizer)
+    except SpectuneError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise OptionError(f"{folder}: it cannot be loaded as an encoder: {reason}. Give a local folder.") from error

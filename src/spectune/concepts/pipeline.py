@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoint import save_tensors
-from ..errors import AdapterError, MissingExtraError, OptionError
+from ..errors import AdapterError, MissingExtraError, OptionError, one_line
+from ..recipes.pipeline_index import refuse_foreign_code
 from ..training.loop import quiet_libraries
 from ..tuner import load_attached
 from .options import ADAPTED
@@ -34,12 +35,12 @@ def open_pipeline(folder: str | Path) -> Any:
     """Get a pipeline of a diffusers folder; safetensors only. `OptionError` for one that this recipe cannot train."""
     logging.disable_progress_bar()
     quiet_libraries()
+    refuse_foreign_code(Path(folder))
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+    except Exception as error:  # diffusers checks little of what a folder says, and raises whatever comes of it
         raise OptionError(
-            f"pipeline: {folder} cannot be loaded: {reason}. Give a diffusers pipeline folder."
+            f"pipeline: {folder} cannot be loaded: {one_line(error)}. Give a diffusers pipeline folder."
         ) from error
     missing = [name for name in NEEDED if getattr(pipeline, name, None) is None]
     second = [name for name in ("text_encoder_2", "text_encoder_3") if getattr(pipeline, name, None) is not None]

@@ -21,11 +21,13 @@ def main(job: dict[str, Any], answer: Path) -> None:
         importlib.import_module("spectune")
     peft = importlib.import_module("peft")
     torch.set_num_threads(job["threads"])
-    base = AutoModelForTokenClassification.from_pretrained(job["base"], num_labels=job["labels"])
+    base = AutoModelForTokenClassification.from_pretrained(
+        job["base"], num_labels=job["labels"], trust_remote_code=False
+    )
     model = peft.PeftModel.from_pretrained(base, job["adapter"]).eval()
     if not job["with_spectune"] and "spectune" in sys.modules:
         raise SystemExit("spectune was imported, so this proves nothing")
-    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    tokenizer = AutoTokenizer.from_pretrained(job["base"], trust_remote_code=False)
     rows = tokenizer(job["texts"], truncation=True, max_length=job["max_tokens"])["input_ids"]
     collate, found = DataCollatorWithPadding(tokenizer), [0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

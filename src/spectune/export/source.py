@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from ..adapter import SpectralModule, spectral_modules
-from ..checkpoint import PEFT_PREFIX, AdapterFolder, Base, find_base, read_adapter_folder
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, Base, find_base, load_auto, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError
 from .layers import base_path, choose_adapter, fully_trained
 
@@ -96,6 +96,8 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
         options["num_labels"] = labels
     try:
         return _live(loader, base, options), base
+    except SpectuneError:
+        raise
     except (OSError, ValueError) as error:
         raise ExportError(
             f"{folder.path}: the base {base.name} cannot be loaded: {_first_line(error)} Pass another with --base."
@@ -105,19 +107,19 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
 def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
     """Get a model out of what `find_base` found: a folder as transformers saves it, a GGUF file, or any one file."""
     if base.gguf is not None:
-        model: nn.Module = loader.from_pretrained(base.gguf.parent, gguf_file=base.gguf.name, **options)
+        model: nn.Module = load_auto(loader, base.gguf.parent, gguf_file=base.gguf.name, **options)
     elif base.path.is_dir() and any((base.path / name).exists() for name in OF_TRANSFORMERS):
-        model = loader.from_pretrained(base.path, use_safetensors=True, **options)
+        model = load_auto(loader, base.path, use_safetensors=True, **options)
     else:
         if not (base.config_folder / "config.json").is_file():
             raise ValueError(f"{base.config_folder} has no config.json, which says what model this is")
-        config = transformers.AutoConfig.from_pretrained(base.config_folder, **options)
+        config = load_auto(transformers.AutoConfig, base.config_folder, **options)
         tensors = dict(base.checkpoint)
         dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
         if not issubclass(loader, transformers.PreTrainedModel):  # an Auto class, which takes no tensors
             with torch.device("meta"):
                 loader = type(loader.from_config(config))
-        model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False)
     return model
 
 

@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError
+from ..errors import MissingExtraError, printable
 
 ROOM = Path(__file__).parent
+# Line ends, and what scripts and typography need inside of words: no-break spaces, joiners.
+LAYOUT = "\n\t\u00a0\u202f\u2009\u200c\u200d"
 
 
 def fill(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **parts: Any) -> str:
-    """Get the page as text; what its template does not call `safe` is escaped. `MissingExtraError` without jinja2."""
+    """Get the page as text; what its template does not call `safe` is escaped, and unseen letters are shown.
+
+    `MissingExtraError` without jinja2.
+    """
     try:
         import jinja2
     except ImportError:
@@ -32,4 +37,5 @@ def fill(template: str, filters: Mapping[str, Callable[..., Any]] | None = None,
         lstrip_blocks=True,
     )
     environment.filters |= dict(filters or {})
-    return environment.get_template(template).render(**parts)
+    # Escapes the letters that turn a page around or steer the terminal that shows its source; layout stays.
+    return printable(environment.get_template(template).render(**parts), keep=LAYOUT)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+from ..checkpoint import load_tokenizer
 from ..errors import DataError, MissingExtraError, OptionError
 from ..training.config import DataSection, PathOrName, RunConfig, Section
 from ..training.loop import Plan, checked_arguments, loop_arguments, looped
@@ -116,7 +117,7 @@ class CausalLM(Recipe):
 
     @cached_property
     def processing(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        tokenizer = load_tokenizer(self.config.model, self.config.revision)
         asked = self.config.data.chat_template
         if asked is not None:
             tokenizer.chat_template = PLAIN_TEMPLATE if asked == "plain" else _read_template(asked)

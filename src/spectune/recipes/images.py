@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor
 
+from ..checkpoint import load_auto
 from ..errors import DataError, MissingExtraError
 from ..training.config import SPLITS, DataSection
 from .data import hub_split
@@ -187,7 +188,7 @@ def image_processor(model: str | Path, **where: Any) -> Any:
     To go on without it would scale the pictures otherwise than the model knows them.
     """
     try:
-        return AutoImageProcessor.from_pretrained(str(model), **where)
+        return load_auto(AutoImageProcessor, model, **where)
     except ImportError as error:
         wants = " ".join(str(error).split()).partition(". ")[0]
         raise MissingExtraError(f"{model}: {wants}. pip install 'spectune[vision]'") from error

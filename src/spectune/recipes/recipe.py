@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import DataError, OptionError
+from ..checkpoint import load_auto
+from ..errors import DataError, OptionError, SpectuneError
 from ..training.config import RunConfig
 from ..training.loop import Loss, Plan, checked_arguments, loop_arguments, looped
 
@@ -169,7 +170,9 @@ def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: An
     source = weights or config.model
     options |= {} if weights or config.revision is None else {"revision": config.revision}
     try:
-        model: PreTrainedModel = kind.from_pretrained(source, dtype=getattr(torch, config.dtype), **options)
+        model: PreTrainedModel = load_auto(kind, source, dtype=getattr(torch, config.dtype), **options)
+    except SpectuneError:
+        raise
     except (OSError, ValueError) as error:
         raise OptionError(f"model: {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return model

@@ -15,10 +15,10 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
 )
 
+from ..checkpoint import load_tokenizer
 from ..errors import DataError, OptionError
 from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Loss
@@ -137,7 +137,7 @@ class TextClassification(Recipe):
 
     @cached_property
     def processing(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        tokenizer = load_tokenizer(self.config.model, self.config.revision)
         if tokenizer.pad_token is None:  # decoders have none; a classifier never learns from padding
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer

@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import AdapterError, OptionError, OutputError
+from ..errors import AdapterError, OptionError
 from ..records import Spectrum
+from .cache_folder import claim, entries_in, entries_of, halves_in, is_marked, make_shelf, refuse_foreign
 from .engine import Request, requested_places
 from .entry import Entry, Key, entry_name, is_outdone, read_entry, write_entry
 
@@ -28,12 +29,22 @@ UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2
 
 @dataclass
 class BasisCache:
-    """A folder of singular directions; `writes` says whether what is missing there is added."""
+    """A folder of singular directions; `writes` says whether what is missing there is added.
+
+    Only what spectune has made is written into and deleted from: see `cache_folder`.
+    """
 
     folder: Path
     writes: bool = True
     limit: int = field(default_factory=lambda: size_limit())
     _total: int | None = field(default=None, repr=False)
+    _claimed: bool = field(default=False, repr=False)
+
+    def claim(self) -> None:
+        """See that the folder may be written, and make it where it is missing; `OutputError` for a foreign folder."""
+        if self.writes and not self._claimed:
+            claim(self.folder)
+            self._claimed = True
 
     def find(self, key: Key, request: Request) -> Spectrum | None:
         """Get the asked directions of a weight from the disk, or None. A damaged entry is a miss with one warning."""
@@ -59,14 +70,10 @@ class BasisCache:
         size = sum(tensor.nbytes for tensor in (spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI))
         if not self.writes or not spectrum.quality.converged or size > self.limit:
             return
+        self.claim()
         outdone = [path for path in self._paths_of(key) if is_outdone(path, spectrum, request)]
         path = self.folder / key.identity[:2] / entry_name(key, spectrum, request)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{self.folder}: the cache cannot be written: {error.strerror}. Name another folder for it."
-            ) from error
+        make_shelf(path.parent)
         write_entry(path, key, spectrum, request)
         for old in outdone:
             if old != path:
@@ -82,7 +89,9 @@ class BasisCache:
                 _warn_once(path, str(error))
 
     def clear(self) -> tuple[int, int]:
-        """Delete every entry; get how many there were and their bytes."""
+        """Delete every entry; get how many there were and their bytes. `OutputError` for a folder that is no cache."""
+        if self.folder.is_dir() and not is_marked(self.folder):
+            refuse_foreign(self.folder)
         count = size = 0
         for path in self._files():
             with suppress(FileNotFoundError):
@@ -94,16 +103,16 @@ class BasisCache:
         return count, size
 
     def _files(self) -> list[Path]:
-        return [path for path in self.folder.glob("??/*.safetensors") if not path.name.startswith(".")]
+        return list(entries_in(self.folder))
 
     def _remove_left(self) -> None:
-        for left in self.folder.glob("??/.*.partial-*"):
+        for left in halves_in(self.folder):
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
                     left.unlink()
 
     def _paths_of(self, key: Key) -> list[Path]:
-        return list((self.folder / key.identity[:2]).glob(f"{key.identity}-*.safetensors"))
+        return entries_of(self.folder, key.identity)
 
     def _make_room(self, added: int) -> None:
         """Delete the least recently used entries beyond the limit, and what killed processes left."""

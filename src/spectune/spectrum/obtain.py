@@ -37,6 +37,7 @@ def _obtain_here(
 ) -> list[Spectrum]:
     if cache is None:
         return decompose_many(weights, request, on_done)
+    cache.claim()  # before the work, which would be lost
     spectra: dict[int, Spectrum] = {}
     # Batch by batch, so that what a long run has solved is on the disk before it goes on.
     for places in batches([tuple(weight.W_OI.shape) for weight in weights], request.dtype):

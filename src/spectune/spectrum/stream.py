@@ -53,6 +53,7 @@ def fill_cache(
     plans = [_plan(target, checkpoint, request, max_memory) for target in targets]
     if max_memory is not None:
         _refuse_too_large(targets, plans, max_memory)
+    cache.claim()
     for places in batches([target.shape for target in targets], request.dtype):
         need, asked = plans[places[0]]
         count = len(places) if max_memory is None else max(1, min(len(places), max_memory // need))

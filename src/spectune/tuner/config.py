@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +206,7 @@ class SpectralConfig(PeftConfig):
             read_adapter_folder(folder)
         config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if isinstance(config, SpectralConfig):  # PEFT makes what the file says
-            config.origin = Origin(str(pretrained_model_name_or_path), folder if brings_tensors else None)
+            came_with_a_file(config, Origin(str(pretrained_model_name_or_path), folder if brings_tensors else None))
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -215,7 +216,7 @@ class SpectralConfig(PeftConfig):
         for name, value in values.items():
             if isinstance(value, set):
                 values[name] = sorted(value)
-        values["svd"]["cache_dir"] = None  # a place on this machine is nothing to send with a file
+        del values["svd"]["cache_dir"]  # a place on this machine is nothing to send with a file
         return values
 
 
@@ -255,6 +256,18 @@ def _svd_options(given: dict[str, Any]) -> SVDOptions:
             raise OptionError(f"svd has no option {name!r}. {nearest(name, known)}")
     refuse_absurd(given)
     return SVDOptions(**given)
+
+
+def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:
+    """Note where a config was read, and take from it what a file may not choose: a folder to write in."""
+    config.origin = origin
+    if (named := config.svd_options.cache_dir) is not None:
+        config.svd_options.cache_dir = None
+        warnings.warn(
+            f"adapter_config.json: svd.cache_dir={str(named)[:200]!r} is not used, since a file does not choose where "
+            f"to write. To fill a cache, pass a config with svd.cache_dir set in your own code.",
+            stacklevel=2,
+        )
 
 
 def _with_checked_keywords(init: Any) -> Any:

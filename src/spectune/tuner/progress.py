@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..errors import printable
+
 # Small models are done before anybody could read a bar. Chosen.
 SILENT_SECONDS = 2.0
 
@@ -18,7 +20,7 @@ def decomposing() -> Iterator[Callable[[str], None]]:
 
     columns = (SpinnerColumn(), TextColumn("decomposed {task.completed} weights"), TimeElapsedColumn())
     console = Console(stderr=True)
-    bar = Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
+    bar = Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True)
     job = bar.add_task("", total=None)
     started, shown = time.monotonic(), False
 
@@ -27,7 +29,7 @@ def decomposing() -> Iterator[Callable[[str], None]]:
         if not shown and console.is_terminal and time.monotonic() - started > SILENT_SECONDS:
             bar.start()
             shown = True
-        bar.update(job, advance=1, description=layer)
+        bar.update(job, advance=1, description=printable(layer))
 
     try:
         yield tick

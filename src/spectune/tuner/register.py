@@ -7,7 +7,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from .config import SpectralConfig
+from .config import SpectralConfig, came_with_a_file
 from .model import SpectralTuner
 from .origin import Origin
 from .peft_type import METHOD, PEFT_TYPE
@@ -18,7 +18,7 @@ class _Reader(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> SpectralConfig:
         config = SpectralConfig(*args, **kwargs)
-        config.origin = Origin()
+        came_with_a_file(config, Origin())
         return config
 
     def __instancecheck__(cls, config: object) -> bool:
