@@ -19,10 +19,11 @@ from spectune.errors import AdapterError, one_line, printable
 from spectune.pages.run_page import render
 from spectune.recipes.recipe import Shown
 from spectune.records import Weight
-from spectune.runs import Example, RunRecord
+from spectune.runs import Example, Metric
 from spectune.spectrum import BasisCache, Key, Request, decompose
 from spectune.tuner.progress import decomposing
 
+from ..pages.records import bare_record
 from .test_foreign_code import command
 
 # Clears the screen, sets the title, an 8-bit CSI, a line drawn over, a direction override, a hidden letter, a half.
@@ -160,24 +161,26 @@ def test_an_adapter_with_names_of_markup_is_inspected(tmp_path: Path, capsys: py
 
 
 def test_a_page_shows_the_letters_that_steer(tmp_path: Path) -> None:
-    record = RunRecord(
+    record = bare_record(
         title=STEERING,
         task=STEERING,
         method=STEERING,
         config={"name": STEERING},
-        headline=STEERING,
-        examples=[Example(STEERING, STEERING, STEERING)],
+        compared=[Metric(name=STEERING, value=0.5)],
+        examples=[Example(text=STEERING, expected=STEERING, predicted=STEERING)],
+        looked_at=True,
     )
     page = render(record)
     page.encode()
     assert is_plain(page) and page.count(r"\x1b[2J") >= 7
-    (tmp_path / "run.json").write_text(json.dumps(json.loads(record.to_json())))
+    record.write(tmp_path / "result.json")
+    (tmp_path / "run.yaml").write_text("")
     assert command("report", str(tmp_path)) == 0
     assert is_plain((tmp_path / "report.html").read_text("utf-8"))
 
 
 def test_what_scripts_need_stays_on_a_page() -> None:
-    assert "می\u200cخواهم" in render(RunRecord("می\u200cخواهم", "", ""))
+    assert "می\u200cخواهم" in render(bare_record(title="می\u200cخواهم"))
 
 
 def test_an_example_of_check_is_shown_with_its_letters() -> None:

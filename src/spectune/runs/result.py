@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..errors import DataError
-from ..training.record import Record
+from ..training.record import Record, Text
 
 RESULT_FILE = "result.json"
 # Metrics that are shares from 0 to 1, drawn as bars; losses and correlations stand in a table.
@@ -18,9 +18,9 @@ SHARES = ("accuracy", "f1", "macro_f1", "exact_match", "gsm8k")
 class Metric(Record):
     """One measured figure that the run is compared with, and what it was measured on."""
 
-    name: str
+    name: Text
     value: float
-    note: str = ""
+    note: Text = ""
     share: bool = True
     """The value is a share from 0 to 1, as an accuracy is, and is drawn as a bar; others stand in a table."""
 
@@ -34,7 +34,7 @@ class Metric(Record):
 class Size(Record):
     """What one way of tuning costs: the numbers it trains, and the bytes of its file if there is one."""
 
-    name: str
+    name: Text
     trainable: int
     file_bytes: int | None = None
 
@@ -42,7 +42,7 @@ class Size(Record):
 class LayerSpectrum(Record):
     """The singular values of one layer's weight, descending, before and after tuning."""
 
-    name: str
+    name: Text
     before: list[float]
     after: list[float]
 
@@ -50,7 +50,7 @@ class LayerSpectrum(Record):
 class LayerMove(Record):
     """How far one layer has moved."""
 
-    name: str
+    name: Text
     moved: float
     """|dW|_F."""
     norm: float
@@ -65,17 +65,17 @@ class LayerMove(Record):
 class Check(Record):
     """One thing that was checked, and what came out."""
 
-    name: str
+    name: Text
     ok: bool
-    text: str = ""
+    text: Text = ""
 
 
 class Example(Record):
     """One held-out input, the right answer, and the tuned model's answer."""
 
-    text: str
-    expected: str
-    predicted: str
+    text: Text
+    expected: Text
+    predicted: Text
 
     @property
     def right(self) -> bool:
@@ -86,7 +86,7 @@ class Example(Record):
 class Drawing(Record):
     """One picture that the run drew."""
 
-    caption: str
+    caption: Text
     png: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
     """The PNG file in base64, as the page embeds it."""
 
@@ -95,10 +95,10 @@ class RunResult(Record):
     """What a finished run found out. Files of a later format are refused, not half-read."""
 
     format: Literal[2] = 2
-    title: str = ""
-    task: str = ""
+    title: Text = ""
+    task: Text = ""
     """What was learned, in a few words."""
-    method: str = ""
+    method: Text = ""
     """One of METHODS, one of PEFT's types, head, or none (every weight)."""
     config: dict[str, Any]
     """The configuration, defaults included."""

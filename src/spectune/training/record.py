@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from ..checkpoint import write_atomically
 from ..errors import DataError
 
+
+def _whole(value: Any) -> Any:
+    """Half a surrogate pair, as JSON files can hold one, is no text: it is shown by its number."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_whole)]
+"""Words that may come out of anybody's files."""
 _RecordT = TypeVar("_RecordT", bound="Record")
 
 
@@ -20,7 +29,8 @@ class Record(BaseModel):
 
     def to_json(self) -> str:
         """Get the record as JSON text."""
-        return self.model_dump_json(indent=1) + "\n"
+        # By json, which writes half a surrogate pair as an escape; pydantic's own writer stops at one.
+        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write the record, whole or not at all."""
@@ -30,9 +40,11 @@ class Record(BaseModel):
     def read_file(cls: type[_RecordT], path: str | Path, remedy: str) -> _RecordT:
         """Get the record of a file; `DataError` names the first thing that is wrong, and ends with `remedy`."""
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            return cls.model_validate(json.loads(Path(path).read_bytes()))
         except OSError as error:
             raise DataError(f"{path}: the file cannot be read: {error.strerror}. {remedy}") from None
+        except (RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: this is not a {cls.__name__}, it is not even JSON ({error}). {remedy}") from None
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "the file"
