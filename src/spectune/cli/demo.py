@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import printable
+
 if TYPE_CHECKING:
     from ..demo import Demo
 
@@ -41,7 +43,7 @@ def demo(
             done = run_demo(options, output, console.print, stages.begin)
         except Interrupted:
             stages.stop()
-            print(f"spectune: interrupted; the same command goes on in {output}", file=sys.stderr)
+            print(f"spectune: {printable(f'interrupted; the same command goes on in {output}')}", file=sys.stderr)
             raise SystemExit(130) from None
         write_run_page(done.result, done.page, console)
     page = done.page.resolve()

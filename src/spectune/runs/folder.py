@@ -140,8 +140,8 @@ def refuse_other_run(config: RunConfig, run: Run) -> None:
     found = asked.batch_size * asked.gradient_accumulation * processes
     if examples is not None and examples != found:
         raise OutputError(
-            f"{folder}: {asked.batch_size} x {asked.gradient_accumulation} examples on each of {processes} processes are "
-            f"{found} a step, and the run in it has {examples} a step. Give a "
+            f"{folder}: {asked.batch_size} x {asked.gradient_accumulation} examples on each of {processes} processes "
+            f"are {found} a step, and the run in it has {examples} a step. Give a "
             f"training.batch_size and gradient_accumulation that make {examples}, or choose another folder."
         )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ..errors import DataError
-from ..training.record import Record, Text
+from ..training.record import Plain, Record, Text
 
 RESULT_FILE = "result.json"
 # Metrics that are shares from 0 to 1, drawn as bars; losses and correlations stand in a table.
@@ -100,7 +100,7 @@ class RunResult(Record):
     """What was learned, in a few words."""
     method: Text = ""
     """One of METHODS, one of PEFT's types, head, or none (every weight)."""
-    config: dict[str, Any]
+    config: Plain
     """The configuration, defaults included."""
     metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Split (validation, test; lm_eval for its tasks) -> metric -> figure. Empty without held-out examples."""

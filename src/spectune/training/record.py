@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,12 +12,18 @@ from ..errors import DataError
 
 
 def _whole(value: Any) -> Any:
-    """Half a surrogate pair, as JSON files can hold one, is no text: it is shown by its number."""
+    """Half a surrogate pair, which JSON and YAML files can hold, is no text: it becomes its number in words."""
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
     return value.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(value, str) else value
 
 
 Text = Annotated[str, BeforeValidator(_whole)]
 """Words that may come out of anybody's files."""
+Plain = Annotated[dict[str, Any], BeforeValidator(_whole)]
+"""A configuration as YAML holds it."""
 _RecordT = TypeVar("_RecordT", bound="Record")
 
 
@@ -29,8 +34,7 @@ class Record(BaseModel):
 
     def to_json(self) -> str:
         """Get the record as JSON text."""
-        # By json, which writes half a surrogate pair as an escape; pydantic's own writer stops at one.
-        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+        return self.model_dump_json(indent=1) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write the record, whole or not at all."""
@@ -40,11 +44,9 @@ class Record(BaseModel):
     def read_file(cls: type[_RecordT], path: str | Path, remedy: str) -> _RecordT:
         """Get the record of a file; `DataError` names the first thing that is wrong, and ends with `remedy`."""
         try:
-            return cls.model_validate(json.loads(Path(path).read_bytes()))
+            return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
             raise DataError(f"{path}: the file cannot be read: {error.strerror}. {remedy}") from None
-        except (RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: this is not a {cls.__name__}, it is not even JSON ({error}). {remedy}") from None
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "the file"
