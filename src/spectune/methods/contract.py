@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -21,11 +21,19 @@ Columns = str | int | tuple[int, ...]
 Tensors = Mapping[str, torch.Tensor]
 
 
+Value = TypeVar("Value")
+
+
+def option(default: Value, text: str) -> Value:
+    """Get the field of a method's option: its default, and the text that `help(SpectralConfig)` shows."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to turn trained numbers into a `Delta` in the singular space of a weight.
 
-    A subclass adds its options as fields, checks them in `__post_init__`, and stands in `METHODS`.
+    A subclass adds its options as fields (`option`), checks them in `__post_init__`, and stands in `METHODS`.
     """
 
     name: ClassVar[str]
@@ -95,7 +103,7 @@ class Method:
     @classmethod
     def options(cls) -> dict[str, object]:
         """Get the options of this method with their defaults."""
-        return {field.name: field.default for field in fields(cls)}
+        return {option.name: option.default for option in fields(cls)}
 
     def _at_least(self, least: int, **values: int | None) -> None:
         for option, value in values.items():

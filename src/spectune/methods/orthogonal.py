@@ -11,7 +11,7 @@ import torch
 from ..algebra import scale
 from ..errors import WeightError
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors
+from .contract import Columns, Method, Tensors, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,10 @@ class LiDB(Method):
     # models best, 3e-3 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-3
 
-    r: int = 8
-    """Inner rank."""
-    output_width: int = 50
-    """a, the width of the random output subspace (at most O)."""
-    input_width: int = 100
-    """b, the width of the random input subspace (at most I)."""
-    basis_seed: int = 0
-    """Seed of the frozen orthogonal factors; kept in the file."""
+    r: int = option(8, "Inner rank.")
+    output_width: int = option(50, "a, the width of the random output subspace (at most O).")
+    input_width: int = option(100, "b, the width of the random input subspace (at most I).")
+    basis_seed: int = option(0, "Seed of the frozen orthogonal factors; kept in the file.")
 
     def __post_init__(self) -> None:
         self._at_least(1, r=self.r, output_width=self.output_width, input_width=self.input_width)
@@ -99,12 +95,9 @@ class OrthogonalAdaptation(Method):
     # (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-4
 
-    r: int = 8
-    """Rows of the orthogonal matrix that this adapter owns."""
-    concept: int = 0
-    """Which block of rows; give every adapter that will be fused another number."""
-    basis_seed: int = 0
-    """Seed of the orthogonal matrix; must be equal for all adapters that will be fused."""
+    r: int = option(8, "Rows of the orthogonal matrix that this adapter owns.")
+    concept: int = option(0, "Which block of rows; give every adapter that will be fused another number.")
+    basis_seed: int = option(0, "Seed of the orthogonal matrix; must be equal for all adapters that will be fused.")
 
     def __post_init__(self) -> None:
         self._at_least(1, r=self.r)

@@ -10,7 +10,7 @@ import torch
 from ..algebra import scale
 from ..errors import OptionError
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, kept_directions, weakness
+from .contract import Columns, Method, Tensors, kept_directions, option, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,16 @@ class SpecAdapt(Method):
     # models best, without that (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-3
 
-    r: int = 8
-    """Inner rank of the coefficients."""
-    basis_rank: int | None = 1024
-    """D, how many top directions are kept (the official max_rank); None is all min(O, I)."""
-    shared_core: bool = True
-    """True: one H for all adapted weights, as in the official code; False: one for each."""
-    weight_dropout: float = 0.0
-    """Chance that a left singular direction is left out of a training forward. The official code uses 0.1."""
+    r: int = option(8, "Inner rank of the coefficients.")
+    basis_rank: int | None = option(
+        1024, "D, how many top directions are kept (the official max_rank); None is all min(O, I)."
+    )
+    shared_core: bool = option(
+        True, "True: one H for all adapted weights, as in the official code; False: one for each."
+    )
+    weight_dropout: float = option(
+        0.0, "Chance that a left singular direction is left out of a training forward. The official code uses 0.1."
+    )
 
     def __post_init__(self) -> None:
         self._at_least(1, r=self.r, basis_rank=self.basis_rank)

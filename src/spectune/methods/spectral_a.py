@@ -9,7 +9,7 @@ import torch
 
 from ..algebra import scale
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, refuse_dead_directions, weakness
+from .contract import Columns, Method, Tensors, option, refuse_dead_directions, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,10 @@ class SpectralA(Method):
     # 3e-3 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-3
 
-    r: int = 8
-    """How many singular directions are tuned."""
-    columns: Columns = "top"
-    """Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list."""
+    r: int = option(8, "How many singular directions are tuned.")
+    columns: Columns = option(
+        "top", 'Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list.'
+    )
 
     def __post_init__(self) -> None:
         self._at_least(1, r=self.r)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, refuse_dead_directions, weakness
+from .contract import Columns, Method, Tensors, option, refuse_dead_directions, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,13 @@ class SpectralR(Method):
     # best at 1e-2 to 3e-2 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-2
 
-    r: int = 8
-    """How many singular directions are rotated among themselves; at least 2."""
-    columns: Columns = "top"
-    """Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list."""
-    train_singular_values: bool = False
-    """Also train c, one relative change for each singular value, as the official code does."""
+    r: int = option(8, "How many singular directions are rotated among themselves; at least 2.")
+    columns: Columns = option(
+        "top", 'Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list.'
+    )
+    train_singular_values: bool = option(
+        False, "Also train c, one relative change for each singular value, as the official code does."
+    )
 
     def __post_init__(self) -> None:
         self._at_least(2, r=self.r)

@@ -9,7 +9,7 @@ import torch
 
 from ..algebra import scale
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, kept_directions, weakness
+from .contract import Columns, Method, Tensors, kept_directions, option, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,7 @@ class SVDiff(Method):
     # models best, 1e-2 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-3
 
-    basis_rank: int | None = None
-    """How many top singular values may shift; None is all K = min(O, I)."""
+    basis_rank: int | None = option(None, "How many top singular values may shift; None is all K = min(O, I).")
 
     def __post_init__(self) -> None:
         self._at_least(1, basis_rank=self.basis_rank)

@@ -12,7 +12,7 @@ import torch
 from ..algebra import scale
 from ..errors import OptionError, WeightError, nearest
 from ..records import Delta, SparseCore, Spectrum
-from .contract import Columns, Method, Tensors, kept_directions, weakness
+from .contract import Columns, Method, Tensors, kept_directions, option, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +41,14 @@ class SVFT(Method):
     # small models does best at 1e-2 and little worse at this (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-2
 
-    basis_rank: int | None = None
-    """How many top directions M works in; None is all K = min(O, I)."""
-    pattern: str = "plain"
-    """`plain`, `banded`, `random` or `top_k`."""
-    off_diagonals: int | None = None
-    """d: off-diagonals on each side of a `banded` M; `random` and `top_k` use as many places. Default 2."""
-    pattern_seed: int = 0
-    """Seed of the `random` pattern; the same for every layer, and kept in the file."""
-    full_basis: bool = False
-    """Complete the thin basis of a rectangular weight to the full SVD."""
-    gate: bool = False
-    """Multiply M by sigmoid(g) with one trained g per layer, as the official code does."""
+    basis_rank: int | None = option(None, "How many top directions M works in; None is all K = min(O, I).")
+    pattern: str = option("plain", "`plain`, `banded`, `random` or `top_k`.")
+    off_diagonals: int | None = option(
+        None, "d: off-diagonals on each side of a `banded` M; `random` and `top_k` use as many places. Default 2."
+    )
+    pattern_seed: int = option(0, "Seed of the `random` pattern; the same for every layer, and kept in the file.")
+    full_basis: bool = option(False, "Complete the thin basis of a rectangular weight to the full SVD.")
+    gate: bool = option(False, "Multiply M by sigmoid(g) with one trained g per layer, as the official code does.")
 
     def __post_init__(self) -> None:
         self._at_least(1, basis_rank=self.basis_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,11 +15,10 @@ from ..adapter.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
 from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest
 from ..methods import METHODS, Method, build_method
+from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
 from .peft_type import PEFT_TYPE
 
-# Options that belong to single methods; the method says which it uses and what their defaults are.
-METHOD_OPTIONS = tuple(dict.fromkeys(option for method in METHODS.values() for option in method.options()))
 SAVE_BASIS = ("auto", "always", "never")
 
 
@@ -43,7 +43,7 @@ class SVDOptions:
 
 
 @dataclass
-class SpectralConfig(PeftConfig):
+class SpectralConfig(MethodOptions, PeftConfig):
     """Configuration of a spectral adapter: which method, on which layers, in which singular directions.
 
     No field is mandatory. An option that the chosen method does not use is refused, one that is left
@@ -52,29 +52,6 @@ class SpectralConfig(PeftConfig):
     """
 
     method: str = field(default="spectral_a", metadata={"help": "One of spectune.METHODS."})
-    r: int | None = field(default=None, metadata={"help": "Directions tuned, or the inner rank."})
-    columns: Any = field(
-        default=None, metadata={"help": "'top', 'bottom', 'random', a start index, or a list of places."}
-    )
-    train_singular_values: bool | None = field(
-        default=None, metadata={"help": "spectral_r: also train a relative change of each singular value."}
-    )
-    basis_rank: int | None = field(
-        default=None,
-        metadata={"help": "How many directions svft, svdiff and specadapt work in; None is the method's default."},
-    )
-    pattern: str | None = field(default=None, metadata={"help": "svft: plain, banded, random or top_k."})
-    off_diagonals: int | None = field(default=None, metadata={"help": "svft: off-diagonals on each side."})
-    pattern_seed: int | None = field(default=None, metadata={"help": "svft: seed of the random pattern."})
-    full_basis: bool | None = field(default=None, metadata={"help": "svft: the full instead of the thin SVD."})
-    gate: bool | None = field(default=None, metadata={"help": "svft: train a sigmoid gate per layer."})
-    shared_core: bool | None = field(default=None, metadata={"help": "specadapt: one H for all weights."})
-    weight_dropout: float | None = field(default=None, metadata={"help": "specadapt: chance to leave out a direction."})
-    output_width: int | None = field(default=None, metadata={"help": "lidb: width of the random output subspace."})
-    input_width: int | None = field(default=None, metadata={"help": "lidb: width of the random input subspace."})
-    concept: int | None = field(default=None, metadata={"help": "orthogonal_adaptation: which block of rows."})
-    basis_seed: int | None = field(default=None, metadata={"help": "Seed of the random orthogonal factors."})
-
     singular_decay: float = field(
         default=0.0,
         metadata={"help": "Decay of each number by its direction's weakness, per step and unit of learning rate."},
@@ -147,9 +124,8 @@ class SpectralConfig(PeftConfig):
     def _fill_method_options(self) -> None:
         method = self.build_method()
         for option in method.options():
-            if option in METHOD_OPTIONS:
-                value = getattr(method, option)
-                setattr(self, option, list(value) if isinstance(value, tuple) else value)
+            value = getattr(method, option)
+            setattr(self, option, list(value) if isinstance(value, tuple) else value)
 
     @property
     def basis_is_in_file(self) -> bool:
@@ -290,4 +266,15 @@ def _with_checked_keywords(init: Any) -> Any:
     return checked
 
 
+def _described(config: type) -> str:
+    """Get the docstring of a config with a line for each field that PEFT's own configs have not."""
+    foreign = {field.name for field in fields(PeftConfig)}
+    lines = [f"    {own.name}: {own.metadata['help']}" for own in fields(config) if own.name not in foreign]
+    return (
+        f"{inspect.cleandoc(config.__doc__ or '')}\n\nFields, and which methods use them (with their defaults):\n"
+        + ("\n".join(lines))
+    )
+
+
+SpectralConfig.__doc__ = _described(SpectralConfig)
 SpectralConfig.__init__ = _with_checked_keywords(SpectralConfig.__init__)  # type: ignore[method-assign]
