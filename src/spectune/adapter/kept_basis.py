@@ -20,10 +20,6 @@ from ..spectrum import align, sketch, sketch_tolerance, sketch_width
 FOREIGN_RESIDUAL = 0.03
 
 BASIS = ("U_OR", "S_R", "Vh_RI")
-# The large frozen tensors, which `bases_as_parameters` lets FSDP2 shard; what else is frozen is a few numbers for each
-# direction (singular values, sketch, places of a pattern).
-LARGE = ("U_OR", "Vh_RI", "U_rest", "Vh_rest", "P", "Q", "A")
-
 # A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
 # little memory. A wider one is rounded in each forward, which next to the products with it is nothing. Chosen.
 KEPT_SHARE = 4
@@ -104,7 +100,7 @@ class KeptBasis(nn.Module):
 
         torch's tools for sharded models want every parameter in the state dict; the adapter's file is as before.
         """
-        for name in LARGE:
+        for name in self._large:
             tensor = self._buffers.get(name)
             if tensor is not None and tensor.numel():
                 del self._buffers[name]
@@ -112,11 +108,16 @@ class KeptBasis(nn.Module):
         self._forget()
 
     @property
+    def _large(self) -> tuple[str, ...]:
+        """What FSDP2 shards; what else is frozen is a few numbers a direction (singular values, sketch, places)."""
+        return "U_OR", "Vh_RI", *self.method.large_frozen()
+
+    @property
     def found_names(self) -> list[str]:
         """The names of frozen parameters that are found again and do not travel in the adapter's file."""
         embedded = "sketch" in self._non_persistent_buffers_set  # torch keeps such a note of buffers alone
-        travels = {name for name in LARGE if (embedded if name in BASIS else self.method.saves_frozen())}
-        frozen = [name for name in LARGE if name in self._parameters and name not in self.own_names]
+        travels = {name for name in self._large if (embedded if name in BASIS else self.method.saves_frozen())}
+        frozen = [name for name in self._large if name in self._parameters]
         return [name for name in frozen if name not in travels]
 
     def _basis(self) -> Spectrum:

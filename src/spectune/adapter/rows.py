@@ -200,9 +200,9 @@ def share_basis(one: SpectralModule, other: SpectralModule) -> bool:
     """Ask whether two adapters of one weight differ in their cores alone."""
     if one.method != other.method or not has_frozen_factors(one) or not has_frozen_factors(other):
         return False
-    places = all(
-        torch.equal(one.frozen[name], other.frozen[name]) for name in ("rows", "cols") if name in one.frozen_names
-    )
+    # What else is frozen follows from the method and the basis.
+    frozen = other.frozen
+    places = all(torch.equal(kept, frozen[name]) for name, kept in one.frozen.items() if not kept.is_floating_point())
     mine, theirs = one.spectrum, other.spectrum
     pairs = ((mine.U_OR, theirs.U_OR), (mine.Vh_RI, theirs.Vh_RI))
     return places and all(torch.allclose(a, b, rtol=0, atol=SAME_BASIS) for a, b in pairs)

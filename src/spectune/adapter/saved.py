@@ -94,7 +94,7 @@ def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str
     """
     owner: SpectralModule | None = None
     ranks = LayerRanks(folder.config.get("rank_pattern"))
-    for layer, names in sorted(tensors_by_layer(folder).items(), key=lambda item: "H" not in item[1]):
+    for layer, names in owner_first(folder):
         tensor_name = base_tensor(layer, base)
         tensors = {name: folder.tensor(key) for name, key in names.items()}
         method = saved_method(folder.config, layer, ranks)
@@ -111,6 +111,13 @@ def tensors_by_layer(folder: AdapterFolder) -> dict[str, dict[str, str]]:
         if middle:
             found.setdefault(layer, {})[name] = key
     return found
+
+
+def owner_first(folder: AdapterFolder) -> list[tuple[str, dict[str, str]]]:
+    """Get `tensors_by_layer` in order of the names, the layer first that holds what all layers share."""
+    layers = sorted(tensors_by_layer(folder).items())
+    shared = saved_method(folder.config, "", LayerRanks({})).shared_shapes() if layers else {}
+    return sorted(layers, key=lambda item: not any(name in item[1] for name in shared))
 
 
 def base_tensor(layer: str, base: Checkpoint) -> str:
@@ -233,20 +240,8 @@ def fill_module(module: SpectralModule, tensors: Mapping[str, torch.Tensor]) -> 
         raise AdapterError(
             f"{module.name}: the saved numbers do not fit: {' '.join(str(error).split())[:300]}. Copy it again."
         ) from error
-    _refuse_wild_places(module)
-
-
-def _refuse_wild_places(module: SpectralModule) -> None:
-    """Raise `AdapterError` when a pattern that came with the file leaves the core, or names a place twice."""
-    if not module.method.saves_frozen() or "rows" not in module.frozen:
-        return
-    rows_C, cols_C = module.frozen["rows"].long(), module.frozen["cols"].long()
-    P, Q = module.U_OR.shape[1], module.Vh_RI.shape[0]
-    inside = bool(((rows_C >= 0) & (rows_C < P) & (cols_C >= 0) & (cols_C < Q)).all())
-    if not inside or len(torch.unique(rows_C * Q + cols_C)) < len(rows_C):
-        raise AdapterError(
-            f"{module.name}: the saved pattern has places outside of the {P}x{Q} core, or one twice. Copy it again."
-        )
+    if module.method.saves_frozen():
+        module.method.check_frozen(module.spectrum, module.frozen)
 
 
 def saved_svd(config: Mapping[str, Any]) -> dict[str, Any]:

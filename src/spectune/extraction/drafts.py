@@ -130,7 +130,8 @@ class SpectralDraft:
         spectrum = decompose(Weight(place.module, W_OI), r, columns=self.columns)
         method.check(spectrum)
         module = SpectralModule(method, spectrum, embed_basis=not spectrum.is_found_again)
-        numbers = dict(zip(("A_U", "A_Vh"), fit_spectral_a(Weight(place.module, dW_OI), spectrum), strict=True))
+        names = method.trained_shapes(*W_OI.shape)  # what is added to U, then what is added to Vh
+        numbers = dict(zip(names, fit_spectral_a(Weight(place.module, dW_OI), spectrum), strict=True))
         for name, number in numbers.items():
             getattr(module, name).data.copy_(number)
         stem = f"{PEFT_PREFIX}{place.module}.spectune_adapter."

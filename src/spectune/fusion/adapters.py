@@ -16,6 +16,7 @@ from ..adapter.saved import (
     LayerRanks,
     base_tensor,
     fill_module,
+    owner_first,
     refuse_misfits,
     saved_method,
     saved_svd,
@@ -106,7 +107,7 @@ class Adapter:
         """Get the modules of a file that brings its bases, from the file alone."""
         owner: SpectralModule | None = None
         ranks = LayerRanks(self.folder.config.get("rank_pattern"))
-        for layer, names in sorted(tensors_by_layer(self.folder).items(), key=lambda item: "H" not in item[1]):
+        for layer, names in owner_first(self.folder):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
             if any(tensors.get(name, torch.zeros(0)).ndim != 2 for name in ("U_OR", "Vh_RI")):
                 raise AdapterError(f"{layer}: the adapter file brings no whole basis: it is incomplete. Copy it again.")

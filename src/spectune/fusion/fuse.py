@@ -49,7 +49,7 @@ class Fused:
     @property
     def is_spectral(self) -> bool:
         """Whether the result is again a spectral_a adapter."""
-        return all("A_U" in part.trained for part in self.parts.values())
+        return all(part.method is not None and part.method.direction_axes() for part in self.parts.values())
 
     def save(
         self,

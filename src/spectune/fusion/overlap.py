@@ -137,17 +137,20 @@ def _smallest_angle(cosines_PQ: torch.Tensor) -> float:
 def _spectral_cross(one: Part, other: Part, size: float) -> float:
     """Get the size of the terms that the product (U + A_1 + A_2) S (Vh + B_1 + B_2) has and the updates have not."""
     shared = sorted(set(one.columns) & set(other.columns))
-    if not shared or "A_Vh" not in one.trained or "A_Vh" not in other.trained or not size:
+    if one.method is None or other.method is None or one.method.name != other.method.name or not shared or not size:
         return 0.0
     assert one.basis is not None and other.basis is not None
     mine, yours = ([basis.columns.index(c) for c in shared] for basis in (one.basis, other.basis))
     # The two may hold a direction with opposite signs; then so are the numbers along it.
     signs_R = torch.sign((one.basis.U_OR[:, mine] * other.basis.U_OR[:, yours]).sum(0))
     S_R = one.basis.S_R[mine] * signs_R
-    A_U, B_U = one.trained["A_U"][:, mine], other.trained["A_U"][:, yours]
-    A_Vh, B_Vh = one.trained["A_Vh"][mine], other.trained["A_Vh"][yours]
-    cross = Delta(torch.cat([A_U, B_U], dim=1), torch.cat([S_R, S_R]), torch.cat([B_Vh, A_Vh]))
-    return compact(cross).size / size
+    axes = one.method.direction_axes()
+    first, second = (
+        {name: part.trained[name].index_select(axis, torch.tensor(chosen)) for name, axis in axes.items()}
+        for part, chosen in ((one, mine), (other, yours))
+    )
+    cross = one.method.cross_terms(S_R, first, second)
+    return 0.0 if cross is None else compact(cross).size / size
 
 
 def kept_strengths(parts: Sequence[Part], fused: Compact) -> dict[str, tuple[float, float]]:

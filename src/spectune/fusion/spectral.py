@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import AdapterError
-from ..methods import build_method
+from ..methods import Method, build_method
 from ..records import Quality, Spectrum, Weight
 from ..spectrum import decompose
 from .contract import Fusion, Part
@@ -18,6 +18,7 @@ from .contract import Fusion, Part
 # |<u, u'>| of what two adapters call the same column. On one base it is 1 up to rounding, unless singular values
 # repeat and the two found different mixtures; then adding their numbers means nothing. Chosen.
 SAME_DIRECTION = 0.99
+METHOD = "spectral_a"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class Spectral(Fusion):
             for own, column in enumerate(basis.columns):
                 place = columns.index(column)
                 sign = _put(union, place, basis, own, part) if column in filled else _fill(union, place, basis, own)
-                trained["A_U"][:, place] += weight * sign * part.trained["A_U"][:, own]
-                trained["A_Vh"][place] += weight * sign * part.trained["A_Vh"][own]
+                for name, axis in _axes(part).items():
+                    trained[name].select(axis, place).add_(part.trained[name].select(axis, own), alpha=weight * sign)
                 filled.add(column)
         return _spectral_part(parts[0], union, trained)
 
@@ -74,13 +75,13 @@ def pad(part: Part, columns: Sequence[int], W_OI: torch.Tensor) -> Part:
         source, own = (found, missing.index(column)) if column in missing else (part.basis, part.columns.index(column))
         _fill(union, place, source, own)
         if column not in missing:
-            trained["A_U"][:, place] = part.trained["A_U"][:, own]
-            trained["A_Vh"][place] = part.trained["A_Vh"][own]
+            for name, axis in _axes(part).items():
+                trained[name].select(axis, place).copy_(part.trained[name].select(axis, own))
     return _spectral_part(part, union, trained)
 
 
 def _basis_of(part: Part) -> Spectrum:
-    if part.method is None or part.method.name != "spectral_a" or part.basis is None:
+    if part.method is None or part.method.name != METHOD or part.basis is None:
         found = "a LoRA" if part.method is None else part.method.name
         raise AdapterError(
             f"{part.layer}: rule 'spectral' fuses spectral_a adapters, {part.adapter} is {found}. Use rule='average' "
@@ -105,7 +106,18 @@ def _empty(rows_O: int, cols_I: int, columns: tuple[int, ...], part: Part) -> tu
     union = Spectrum(
         like.new_zeros(rows_O, R), like.new_zeros(R), like.new_zeros(R, cols_I), columns, quality, part.layer
     )
-    return union, {"A_U": like.new_zeros(rows_O, R), "A_Vh": like.new_zeros(R, cols_I)}
+    shapes = _method_of(columns).trained_shapes(rows_O, cols_I)
+    return union, {name: like.new_zeros(shape) for name, shape in shapes.items()}
+
+
+def _method_of(columns: tuple[int, ...]) -> Method:
+    return build_method(METHOD, {"r": len(columns), "columns": columns})
+
+
+def _axes(part: Part) -> dict[str, int]:
+    """Get along which axis of each trained tensor the directions lie."""
+    assert part.method is not None
+    return part.method.direction_axes()
 
 
 def _fill(union: Spectrum, place: int, basis: Spectrum, own: int) -> float:
@@ -126,6 +138,6 @@ def _put(union: Spectrum, place: int, basis: Spectrum, own: int, part: Part) -> 
 
 
 def _spectral_part(like: Part, union: Spectrum, trained: dict[str, torch.Tensor]) -> Part:
-    method = build_method("spectral_a", {"r": len(union.columns), "columns": union.columns})
+    method = _method_of(union.columns)
     delta = method.delta(union, trained, {})
     return replace(like, adapter="fused", delta=delta, method=method, basis=union, trained=trained, gram_II=None)

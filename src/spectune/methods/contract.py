@@ -76,9 +76,25 @@ class Method:
         """Ask whether dW is linear in the trained numbers, so that adding numbers adds updates."""
         return False
 
+    def large_frozen(self) -> tuple[str, ...]:
+        """Get the names of the frozen tensors with a side as long as the weight's: those that FSDP2 shards."""
+        return ()
+
     def saves_frozen(self) -> bool:
-        """Ask whether the frozen tensors must travel in the file, because they cannot be found again."""
+        """Ask whether the frozen tensors, places as integers, must travel in the file: they cannot be found again."""
         return False
+
+    def check_frozen(self, spectrum: Spectrum, frozen: Tensors) -> None:
+        """Raise `AdapterError` where frozen tensors that a file has brought cannot be this method's."""
+
+    def direction_axes(self) -> dict[str, int]:
+        """Get, for each trained tensor, the axis that counts the singular directions which its numbers belong to, where
+        adapters of other directions can be put side by side along it (the spectral fusion). Empty: they cannot."""
+        return {}
+
+    def cross_terms(self, S_R: torch.Tensor, mine: Tensors, theirs: Tensors) -> Delta | None:
+        """Get what the update of mine + theirs, on the same directions, has beyond both; None if unknown."""
+        return None
 
     def disturb(self, trained: Tensors) -> Tensors:
         """Get the trained tensors as one training step sees them (dropout); never used to merge or save."""

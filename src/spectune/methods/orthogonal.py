@@ -64,6 +64,9 @@ class LiDB(Method):
         P_aO = orthogonal_rows(a, rows_O, 2 * self.basis_seed)
         return {"P": P_aO.T.contiguous(), "Q": orthogonal_rows(b, cols_I, 2 * self.basis_seed + 1)}
 
+    def large_frozen(self) -> tuple[str, ...]:
+        return "P", "Q"
+
     def gradient_axes(self) -> dict[str, int]:
         return {"A": 0, "B": 1}
 
@@ -117,6 +120,9 @@ class OrthogonalAdaptation(Method):
                 f"orthogonal matrix of {cols_I}. Lower r or use at most {cols_I // self.r} concepts."
             )
         return {"A": orthogonal_rows(last, cols_I, self.basis_seed)[last - self.r :].contiguous()}
+
+    def large_frozen(self) -> tuple[str, ...]:
+        return ("A",)
 
     def is_linear(self) -> bool:
         return True

@@ -65,5 +65,13 @@ class SpectralA(Method):
         whole = Delta(left_OP, torch.cat([spectrum.S_R, spectrum.S_R]), right_PI)
         return whole if strength == 1.0 else scale(whole, strength)
 
+    def direction_axes(self) -> dict[str, int]:
+        return {"A_U": 1, "A_Vh": 0}
+
+    def cross_terms(self, S_R: torch.Tensor, mine: Tensors, theirs: Tensors) -> Delta:
+        # A_U,1 S A_Vh,2 + A_U,2 S A_Vh,1: the product of the sums has these, the updates have not.
+        left_OP = torch.cat([mine["A_U"], theirs["A_U"]], dim=1)
+        return Delta(left_OP, torch.cat([S_R, S_R]), torch.cat([theirs["A_Vh"], mine["A_Vh"]]))
+
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
         return min(2 * self.r, rows_O, cols_I)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..algebra import scale
-from ..errors import OptionError, WeightError, nearest
+from ..errors import AdapterError, OptionError, WeightError, nearest
 from ..records import Delta, SparseCore, Spectrum
 from .contract import Columns, Method, Tensors, kept_directions, option, weakness
 
@@ -104,6 +104,21 @@ class SVFT(Method):
     def saves_frozen(self) -> bool:
         # Near ties in |U^T Vh^T| may fall the other way on another machine, so the places travel.
         return self.pattern == "top_k"
+
+    def large_frozen(self) -> tuple[str, ...]:
+        return ("U_rest", "Vh_rest") if self.full_basis else ()
+
+    def check_frozen(self, spectrum: Spectrum, frozen: Tensors) -> None:
+        if "rows" not in frozen:
+            return
+        P, Q = self.core_shape(*spectrum.shape[:2])
+        rows_C, cols_C = frozen["rows"].long(), frozen["cols"].long()
+        inside = bool(((rows_C >= 0) & (rows_C < P) & (cols_C >= 0) & (cols_C < Q)).all())
+        if not inside or len(torch.unique(rows_C * Q + cols_C)) < len(rows_C):
+            raise AdapterError(
+                f"{spectrum.name}: the saved pattern has places outside of the {P}x{Q} core, or one twice. "
+                f"Copy it again."
+            )
 
     def is_linear(self) -> bool:
         return not self.gate

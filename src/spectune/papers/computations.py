@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..algebra import dense
-from ..methods import build_method
+from ..methods import Method, build_method
+from ..records import Delta, SparseCore, Spectrum
 from ..spectrum import decompose
 
 Shape = tuple[int, int]
@@ -71,11 +72,9 @@ def lemmas() -> list[Computed]:
     full, top = (decompose(W_OI, k, solver="exact", dtype=torch.float64) for k in (None, r))
     # Lemma 3.1's least rank: the tuned part becomes minus the next r components.
     scale_R = full.S_R[r : 2 * r] / full.S_R[:r]
-    tuned = {
-        "A_U": -full.U_OR[:, r : 2 * r] * scale_R - top.U_OR,
-        "A_Vh": full.Vh_RI[r : 2 * r] - top.Vh_RI,
-    }
-    least = _rank(W_OI + dense(build_method("spectral_a", {"r": r}).delta(top, tuned, {})))
+    spectral_a = build_method("spectral_a", {"r": r})
+    added = (-full.U_OR[:, r : 2 * r] * scale_R - top.U_OR, full.Vh_RI[r : 2 * r] - top.Vh_RI)
+    least = _rank(W_OI + dense(_update(spectral_a, top, *added)))
     lora = _rank(W_OI - (full.U_OR[:, :r] * full.S_R[:r]) @ full.Vh_RI[:r])
     found = [
         _equal("3.1: rank capacity of spectral_a with r = 3 is 2 r", 2 * r, _rank(W_OI) - least),
@@ -95,16 +94,15 @@ def lemmas() -> list[Computed]:
 def _svft_lemmas(W_OI: torch.Tensor) -> list[Computed]:
     full, K = decompose(W_OI, solver="exact", dtype=torch.float64), min(W_OI.shape)
     M_K = _gaussian(K, seed=9)
-    tuned_OI = W_OI + dense(build_method("svft", {}).delta(full, {"M": M_K}, {}))
+    tuned_OI = W_OI + dense(_update(build_method("svft", {}), full, M_K))
     off = full.U_OR.T @ tuned_OI @ full.Vh_RI.T - torch.diag(full.S_R + M_K)
     found = [_zero("SVFT (a): a diagonal M keeps the singular vectors; largest off-diagonal", float(off.abs().max()))]
     target_OI = _gaussian(*W_OI.shape, seed=10)
     method = build_method("svft", {"pattern": "banded", "off_diagonals": max(W_OI.shape), "full_basis": True})
-    frozen = method.frozen(full)
-    U_OO = torch.cat([full.U_OR, frozen["U_rest"]], 1) if frozen["U_rest"].numel() else full.U_OR
-    Vh_II = torch.cat([full.Vh_RI, frozen["Vh_rest"]]) if frozen["Vh_rest"].numel() else full.Vh_RI
-    M_OI = U_OO.T @ (target_OI - W_OI) @ Vh_II.T
-    reached_OI = W_OI + dense(method.delta(full, {"M": M_OI[frozen["rows"], frozen["cols"]]}, frozen))
+    nothing = _update(method, full, torch.zeros(W_OI.numel(), dtype=torch.float64))
+    M_OI = nothing.left_OP.T @ (target_OI - W_OI) @ nothing.right_QI.T
+    assert isinstance(nothing.core, SparseCore)
+    reached_OI = W_OI + dense(_update(method, full, M_OI[nothing.core.rows_C, nothing.core.cols_C]))
     gap_OI = target_OI - W_OI
     missed_OI = gap_OI - full.U_OR @ (full.U_OR.T @ gap_OI @ full.Vh_RI.T) @ full.Vh_RI
     found.append(_zero("SVFT (b): a dense M on the full basis reaches every target", _largest(reached_OI - target_OI)))
@@ -112,11 +110,16 @@ def _svft_lemmas(W_OI: torch.Tensor) -> list[Computed]:
     claim = "SVFT (b): on the thin basis of its code, the share of a target that is out of reach"
     found.append(Computed(claim, "not said", f"{missed:.2f}"))
     few = build_method("svft", {"pattern": "random", "off_diagonals": 1})
-    positions = few.frozen(full)
-    values_C = torch.zeros(len(positions["rows"]), dtype=torch.float64)
+    values_C = torch.zeros(few.trainable_count(*W_OI.shape), dtype=torch.float64)
     values_C[:4] = 1.0
-    reached = _rank(dense(few.delta(full, {"M": values_C}, positions)))
+    reached = _rank(dense(_update(few, full, values_C)))
     return [*found, Computed("SVFT (c): the rank of four coefficients", "at most 4", str(reached), reached <= 4)]
+
+
+def _update(method: Method, spectrum: Spectrum, *numbers: torch.Tensor) -> Delta:
+    """Get the update of these trained numbers, in the method's own order."""
+    trained = dict(zip(method.trained_shapes(*spectrum.shape[:2]), numbers, strict=True))
+    return method.delta(spectrum, trained, method.frozen(spectrum))
 
 
 def svd_cost() -> list[Computed]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapter import base_tensor, saved_modules
+from ..adapter import BASIS, base_tensor, saved_modules
 from ..checkpoint import (
     CONFIG_FILE,
     AdapterFolder,
@@ -101,14 +101,15 @@ def _lora_base(folder: AdapterFolder | None, base: str | Path | None) -> Base | 
 
 
 def _spectral_size(file: TensorFile) -> tuple[int, int, int]:
-    """Get (layers, trained numbers, bytes): what is neither basis nor sketch nor pattern was trained."""
-    kept = {"U_OR", "S_R", "Vh_RI", "sketch", "rows", "cols"}
+    """Get (layers, trained numbers, bytes): what is neither basis nor sketch nor places (integers) was trained."""
+    kept = {*BASIS, "sketch"}
     layers, numbers = set(), 0
     for key, shape in file.shapes.items():
         layer, middle, name = key.rpartition(".spectune_adapter.")
         if middle:
             layers.add(layer)
-            numbers += 0 if name in kept else int(torch.Size(shape).numel())
+            trained = name not in kept and file.dtypes[key].is_floating_point
+            numbers += int(torch.Size(shape).numel()) if trained else 0
     return len(layers), numbers, file.path.stat().st_size
 
 
