@@ -10,8 +10,8 @@ import spectune.spectrum.engine as engine
 import spectune.spectrum.randomized as subject
 from spectune import spectrum as room
 from spectune.records import Weight
-from spectune.spectrum.basis import Basis, gaussian
 from spectune.spectrum.columns import choose
+from spectune.spectrum.orthonormal_rows import OrthonormalRows, gaussian
 from spectune.spectrum.randomized import randomized_batch
 from spectune.spectrum.ritz import Ritz
 
@@ -167,7 +167,7 @@ def test_the_start_block_is_the_same_for_ever():
 
 
 def test_a_basis_stays_orthonormal_when_a_block_brings_nothing_new():
-    basis = Basis(torch.empty(1), 40, seed=0)
+    basis = OrthonormalRows(torch.empty(1), 40, seed=0)
     random = torch.Generator().manual_seed(0)
     first_bN = torch.randn(6, 40, generator=random)
     basis.extend(first_bN[None], torch.tensor([1e-6]))

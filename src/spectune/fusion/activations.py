@@ -16,7 +16,7 @@ from ..errors import OptionError, nearest
 Grams = dict[str, torch.Tensor]
 
 
-class _Running:
+class _GramSums:
     """Adds up x x^T while the model runs; the inputs themselves are not kept."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -100,7 +100,7 @@ def collect_grams(
     a convolution (1d, 2d) of one group with zero padding.
     """
     wanted = _layers(model, layers)
-    running, training = _Running(dtype), {module: module.training for module in model.modules()}
+    running, training = _GramSums(dtype), {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         for name, layer in wanted.items():
             handle = layer.register_forward_pre_hook(running.hook(name, layer), with_kwargs=True)

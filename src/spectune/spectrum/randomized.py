@@ -12,9 +12,9 @@ import math
 
 import torch
 
-from .basis import Basis, gaussian
 from .columns import Choice
 from .found import Found, transposed
+from .orthonormal_rows import OrthonormalRows, gaussian
 from .ritz import Ritz, solve_small
 
 # The block is wider than the wanted directions: all copies of a repeated singular value fit, and the
@@ -97,8 +97,8 @@ class _Krylov:
     def __init__(self, W_BOI: torch.Tensor, width: int, seed: int) -> None:
         count, rows_O, cols_I = W_BOI.shape
         self.W_BOI, self.width, self.seed = W_BOI, width, seed
-        self.left = Basis(W_BOI, rows_O, seed)
-        self.right = Basis(W_BOI, cols_I, seed)
+        self.left = OrthonormalRows(W_BOI, rows_O, seed)
+        self.right = OrthonormalRows(W_BOI, cols_I, seed)
         self.M_Bkk = torch.zeros(count, 0, 0, dtype=torch.float64)
         self.floor_B = W_BOI.new_zeros(count)
         start_BbI = gaussian(seed, width, cols_I, W_BOI).expand(count, -1, -1)

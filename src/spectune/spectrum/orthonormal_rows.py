@@ -1,4 +1,4 @@
-"""`Basis`: a growing set of orthonormal rows, one for each weight of a batch."""
+"""`OrthonormalRows`: a growing set of orthonormal rows, one for each weight of a batch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MOST_PASSES = 5
 FIRST_BLOCKS = 8
 
 
-class Basis:
-    """Orthonormal rows; `extend` makes new ones out of a block of rows for each weight."""
+class OrthonormalRows:
+    """Orthonormal rows for every weight of a batch; `extend` adds those of one more block."""
 
     def __init__(self, like: torch.Tensor, width: int, seed: int) -> None:
         self.rows_BkN = like.new_empty(like.shape[0], 0, width)
