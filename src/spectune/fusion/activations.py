@@ -68,9 +68,9 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     sizes = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
     if isinstance(layer, nn.Conv1d):  # an image of height one
         x, sizes = x.unsqueeze(-2), [(fill, *size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]  # type: ignore[misc]
-    x_BCHW = x if x.ndim == 4 else x[None]
+    images = x if x.ndim == 4 else x[None]
     kernel, dilation, padding, stride = sizes
-    return nn.functional.unfold(x_BCHW, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
+    return nn.functional.unfold(images, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
 
 
 def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

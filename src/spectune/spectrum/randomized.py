@@ -2,7 +2,7 @@
 
 Golub, Luk, Overton (1981), from a Gaussian block as in Musco and Musco, arXiv 1504.05477. It keeps
 every block that it multiplied, so on flat spectra it needs far fewer steps than subspace iteration.
-Letters besides the legend: B weights of a batch, b rows of a block, k rows of a basis so far. Bases are
+Letters: B weights of a batch, b rows of a block, k rows of a basis so far. Bases are
 stored as rows (`V_BkI`, `U_BkO`): a row-major weight multiplies a few rows fastest.
 """
 
@@ -141,7 +141,7 @@ class _Krylov:
         wanted = list(choice.places)
         left_Rk, right_Rk = (rows_Rk.to(self.W_BOI) for rows_Rk in ritz.triplets(self.M_Bkk[place], wanted))
         k = self.M_Bkk.shape[1]
-        U_OR = (left_Rk @ self.left.rows_BkN[place, :k]).mT
-        Vh_RI = right_Rk @ self.right.rows_BkN[place, :k]
+        U_OR = (left_Rk @ self.left.rows_BkA[place, :k]).mT
+        Vh_RI = right_Rk @ self.right.rows_BkA[place, :k]
         S_R = ritz.values_k[wanted].to(self.W_BOI)
         return Found(U_OR, S_R, Vh_RI, ritz.values_k[: choice.leading + 1], "randomized", steps, converged)
