@@ -143,13 +143,13 @@ def truncate(B_OP: torch.Tensor, A_PI: torch.Tensor, rank: int) -> tuple[torch.T
     QR of both factors, then the SVD of the small P x P middle (Eckart-Young); never an SVD of B A itself. The
     singular values are shared evenly between the two factors.
     """
-    Q_OP, R_left = torch.linalg.qr(B_OP)
-    Q_IP, R_right = torch.linalg.qr(A_PI.T)
+    left_OP, R_left = torch.linalg.qr(B_OP)
+    right_IP, R_right = torch.linalg.qr(A_PI.T)
     X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.T)
     total = float(torch.linalg.vector_norm(S_P))
     lost = float(torch.linalg.vector_norm(S_P[rank:])) / total if total else 0.0
     root_R = S_P[:rank].sqrt()
-    return Q_OP @ X_PP[:, :rank] * root_R, root_R[:, None] * (Yh_PP[:rank] @ Q_IP.T), lost
+    return left_OP @ X_PP[:, :rank] * root_R, root_R[:, None] * (Yh_PP[:rank] @ right_IP.T), lost
 
 
 def fix_signs(U_OR: torch.Tensor, Vh_RI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

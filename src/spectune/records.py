@@ -2,8 +2,8 @@
 
     Weight --spectrum--> Spectrum --methods, with the trained numbers--> Delta --fusion/export--> file
 
-Letters on tensors, one legend for the whole library: O out, I in, K = min(O, I), R kept directions,
-P and Q the widths of an update, N tokens, C coefficients of a sparse core.
+Letters on tensors: O outputs, I inputs, K = min(O, I), R kept directions, P and Q the widths of an update,
+N tokens, C coefficients of a sparse core; all of them stand in CONTRIBUTING.md.
 """
 
 from __future__ import annotations

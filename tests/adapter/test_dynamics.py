@@ -76,14 +76,14 @@ def test_decay_spares_the_strongest_direction_and_takes_the_tail(method: str) ->
 def test_specadapts_decay_is_the_official_formula() -> None:
     model = model_with("specadapt", singular_decay=0.39)
     module = modules(model)[0]
-    A_DR, S_D = module.A.detach().clone(), module.S_R
+    A_KR, S_K = module.A.detach().clone(), module.S_R
     for p in trainable(model):
         p.grad = torch.zeros_like(p)
     torch.optim.SGD(trainable(model), lr=0.01).step()
     # The official code: a_i <- a_i (1 - lr e wd (1 - s_i / s_max)), e = 1.3, wd = 0.3.
-    expected = torch.stack([a * (1 - 0.01 * 1.3 * 0.3 * (1 - s / S_D[0])) for a, s in zip(A_DR, S_D, strict=True)])
+    expected = torch.stack([a * (1 - 0.01 * 1.3 * 0.3 * (1 - s / S_K[0])) for a, s in zip(A_KR, S_K, strict=True)])
     torch.testing.assert_close(module.A.detach(), expected)
-    assert torch.equal(module.A.detach()[0], A_DR[0])
+    assert torch.equal(module.A.detach()[0], A_KR[0])
 
 
 def test_rules_act_once_per_optimizer_step_and_not_per_backward() -> None:

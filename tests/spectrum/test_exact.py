@@ -30,7 +30,7 @@ def test_a_direct_solver_rebuilds_the_weight(solver, shape):
     W_OI = power_law(*shape)
     found = find(solver, W_OI)
     torch.testing.assert_close((found.U_OR * found.S_R) @ found.Vh_RI, W_OI, atol=FLOAT32, rtol=0)
-    torch.testing.assert_close(found.values_N, torch.linalg.svdvals(W_OI.double()), atol=FLOAT32, rtol=0)
+    torch.testing.assert_close(found.values_J, torch.linalg.svdvals(W_OI.double()), atol=FLOAT32, rtol=0)
 
 
 @pytest.mark.parametrize("solver", DIRECT.values(), ids=DIRECT)
@@ -48,7 +48,7 @@ def test_a_direct_solver_rebuilds_the_weight(solver, shape):
 def test_both_sides_stay_orthonormal_whatever_the_rank(solver, W_OI):
     found = find(solver, W_OI)
     assert orthogonality(found) < FLOAT32
-    assert torch.isfinite(found.values_N).all()
+    assert torch.isfinite(found.values_J).all()
     torch.testing.assert_close((found.U_OR * found.S_R) @ found.Vh_RI, W_OI, atol=FLOAT32, rtol=0)
 
 
@@ -104,8 +104,8 @@ def test_a_few_eigenvectors_alone_are_those_of_the_whole_problem(shape):
     few, all_of_them = choose("top", 5, min(shape)), choose("top", 30, min(shape))
     found = gram(W_OI, few, tolerance=1e-4, seed=0)
     whole = gram(W_OI, all_of_them, tolerance=1e-4, seed=0)
-    assert len(found.values_N) == 6 and len(whole.values_N) == min(shape)
-    torch.testing.assert_close(found.values_N, whole.values_N[:6])
+    assert len(found.values_J) == 6 and len(whole.values_J) == min(shape)
+    torch.testing.assert_close(found.values_J, whole.values_J[:6])
     torch.testing.assert_close(
         found.U_OR * found.S_R @ found.Vh_RI, whole.U_OR[:, :5] * whole.S_R[:5] @ whole.Vh_RI[:5], atol=1e-5, rtol=0
     )

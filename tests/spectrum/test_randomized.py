@@ -10,8 +10,8 @@ import spectune.spectrum.engine as engine
 import spectune.spectrum.randomized as subject
 from spectune import spectrum as room
 from spectune.records import Weight
-from spectune.spectrum.basis import Basis, gaussian
 from spectune.spectrum.columns import choose
+from spectune.spectrum.orthonormal_rows import OrthonormalRows, gaussian
 from spectune.spectrum.randomized import randomized_batch
 from spectune.spectrum.ritz import Ritz
 
@@ -168,12 +168,12 @@ def test_the_start_block_is_the_same_for_ever():
 
 
 def test_a_basis_stays_orthonormal_when_a_block_brings_nothing_new():
-    basis = Basis(torch.empty(1), 40, seed=0)
+    basis = OrthonormalRows(torch.empty(1), 40, seed=0)
     random = torch.Generator().manual_seed(0)
     first_bN = torch.randn(6, 40, generator=random)
     basis.extend(first_bN[None], torch.tensor([1e-6]))
-    second_bN = torch.cat([first_bN[:3] * 2, torch.zeros(2, 40), torch.randn(1, 40, generator=random)])
-    Q_BbN, old_Bbk, new_Bbb = basis.extend(second_bN[None], torch.tensor([1e-6]))
-    rows_kN = basis.rows_BkN[0]
-    torch.testing.assert_close(rows_kN @ rows_kN.mT, torch.eye(12), atol=1e-5, rtol=0)
-    torch.testing.assert_close((old_Bbk @ rows_kN[:6] + new_Bbb @ Q_BbN)[0], second_bN, atol=1e-5, rtol=0)
+    second_bA = torch.cat([first_bN[:3] * 2, torch.zeros(2, 40), torch.randn(1, 40, generator=random)])
+    fresh_BbA, old_Bbk, new_Bbb = basis.extend(second_bA[None], torch.tensor([1e-6]))
+    rows_kA = basis.rows_BkA[0]
+    torch.testing.assert_close(rows_kA @ rows_kA.mT, torch.eye(12), atol=1e-5, rtol=0)
+    torch.testing.assert_close((old_Bbk @ rows_kA[:6] + new_Bbb @ fresh_BbA)[0], second_bA, atol=1e-5, rtol=0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..export import LoraExport, Merged
 
 
-class Target(str, Enum):
+class ExportForm(str, Enum):
     """What the adapter becomes."""
 
     lora = "lora"
@@ -25,7 +25,9 @@ class Target(str, Enum):
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved spectral adapter, or of its run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    to: Annotated[Target, typer.Option("--to", help="A LoRA folder, or the base checkpoint merged.")] = Target.lora,
+    to: Annotated[
+        ExportForm, typer.Option("--to", help="A LoRA folder, or the base checkpoint merged.")
+    ] = ExportForm.lora,
     base: Annotated[
         str | None, typer.Option("--base", help="Base: folder, file or hub name; default: what the adapter names.")
     ] = None,
@@ -39,7 +41,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write an adapter in a form that other software loads, and print the proof that it is the same update."""
-    if to is Target.merged:
+    if to is ExportForm.merged:
         if max_rank is not None or pad_to is not None or allow_lossy or diffusers:
             raise OptionError(
                 "--max-rank, --allow-lossy, --pad-to and --diffusers belong to --to lora. Leave them out."

@@ -22,7 +22,7 @@ TOKENS = 16
 # What the layers after an adapted one may amplify of its rounding. Chosen; the tests measure under 1.
 AMPLIFICATION = 4
 
-Factors = Mapping[SpectralModule, tuple[torch.Tensor, torch.Tensor]]
+FactorsByModule = Mapping[SpectralModule, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LogitProof:
 def compare_logits(
     model: nn.Module,
     adapter_name: str,
-    factors: Factors,
+    factors: FactorsByModule,
     inputs: Mapping[str, Any] | torch.Tensor | None,
     exact: bool = True,
 ) -> LogitProof:
@@ -96,7 +96,7 @@ def random_batch(model: nn.Module) -> dict[str, torch.Tensor] | str:
     return {name: torch.randint(vocabulary, (1, TOKENS), generator=generator).to(parameter.device) for name in names}
 
 
-def _judge(ours: torch.Tensor, theirs: torch.Tensor, factors: Factors, exact: bool) -> LogitProof:
+def _judge(ours: torch.Tensor, theirs: torch.Tensor, factors: FactorsByModule, exact: bool) -> LogitProof:
     widest = max(A_PI.shape[1] for _, A_PI in factors.values())
     stored = max(torch.finfo(A_PI.dtype).eps for _, A_PI in factors.values())
     # Each adapted layer's sum of I terms is accumulated in float32 (sqrt(I) roundings in random directions)
@@ -123,7 +123,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> torch.
 
 
 @contextmanager
-def _replaced_updates(factors: Factors) -> Iterator[set[SpectralModule]]:
+def _replaced_updates(factors: FactorsByModule) -> Iterator[set[SpectralModule]]:
     """Let B A x stand in for every update; get the set of the modules that were run."""
     run: set[SpectralModule] = set()
 

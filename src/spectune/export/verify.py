@@ -89,7 +89,7 @@ def verify_lora(
     adapter_name = choose_adapter(model, adapter_name)
     folder = read_adapter_folder(lora_folder).require("LORA")
     layers = adapted_layers(model, adapter_name)
-    factors = _Factors(folder, layers)
+    factors = _StoredFactors(folder, layers)
     proofs = tuple(_compare_layer(layer, *factors.of(layer)) for layer in layers)
     for proof in proofs:
         # A NaN compares false, so ask for what must hold.
@@ -104,7 +104,7 @@ def verify_lora(
     return Proof(proofs, compare_logits(model, adapter_name, by_module, inputs, exact))
 
 
-class _Factors:
+class _StoredFactors:
     """The factors in a LoRA folder, with the scaling that its config gives them."""
 
     def __init__(self, folder: AdapterFolder, layers: list[AdaptedLayer]) -> None:

@@ -22,13 +22,13 @@ def fit_spectral_a(dW: Weight, spectrum: Spectrum) -> tuple[torch.Tensor, torch.
     T_OI = dW + U diag(S) Vh (Eckart-Young): T ~ X_OR Yh_RI, the singular values shared evenly. What is left over is
     |T - X Yh|_F <= |dW|_F, and nothing where dW came from spectral_a on these directions.
 
-    X Yh = (X Q)(Q^T Yh) leaves the split open. Q is the orthogonal R x R matrix that brings X Q nearest to
-    U diag(S)^1/2 and Q^T Yh nearest to diag(S)^1/2 Vh (Procrustes: the polar factor of the sum of both overlaps), and
+    X Yh = (X Z)(Z^T Yh) leaves the split open. Z is the orthogonal R x R matrix that brings X Z nearest to
+    U diag(S)^1/2 and Z^T Yh nearest to diag(S)^1/2 Vh (Procrustes: the polar factor of the sum of both overlaps), and
 
-        A_U = X Q diag(S)^-1/2 - U,   A_Vh = diag(S)^-1/2 Q^T Yh - Vh.
+        A_U = X Z diag(S)^-1/2 - U,   A_Vh = diag(S)^-1/2 Z^T Yh - Vh.
 
     They are zero for dW = 0, and of all such turns have the least |A_U diag(S)^1/2|^2 + |diag(S)^1/2 A_Vh|^2. The
-    least |A_U|^2 + |A_Vh|^2 over every invertible Q has no closed form; on 12 weights of a fully fine-tuned MiniLM this
+    least |A_U|^2 + |A_Vh|^2 over every invertible Z has no closed form; on 12 weights of a fully fine-tuned MiniLM this
     |A| was at most 0.6% above it, found by L-BFGS (r = 8, and r = 32 with dW twenty times as large).
     Computed in float64: dW is a small difference of large weights.
     """
@@ -39,8 +39,8 @@ def fit_spectral_a(dW: Weight, spectrum: Spectrum) -> tuple[torch.Tensor, torch.
     X_OR, Yh_RI, _ = truncate(T_OI @ right_RI.mT, right_RI, R)
     root_R = S_R.sqrt()
     overlap_RR = X_OR.mT @ (U_OR * root_R) + Yh_RI @ (Vh_RI.mT * root_R)
-    P_RR, _, Zh_RR = torch.linalg.svd(overlap_RR)
-    Q_RR = P_RR @ Zh_RR
-    A_U_OR = X_OR @ Q_RR / root_R - U_OR
-    A_Vh_RI = (Q_RR.mT @ Yh_RI) / root_R[:, None] - Vh_RI
+    left_RR, _, right_RR = torch.linalg.svd(overlap_RR)
+    Z_RR = left_RR @ right_RR
+    A_U_OR = X_OR @ Z_RR / root_R - U_OR
+    A_Vh_RI = (Z_RR.mT @ Yh_RI) / root_R[:, None] - Vh_RI
     return A_U_OR.float(), A_Vh_RI.float()

@@ -16,7 +16,7 @@ from ..errors import OptionError, nearest
 Grams = dict[str, torch.Tensor]
 
 
-class _Running:
+class _GramSums:
     """Adds up x x^T while the model runs; the inputs themselves are not kept."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -68,9 +68,9 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     sizes = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
     if isinstance(layer, nn.Conv1d):  # an image of height one
         x, sizes = x.unsqueeze(-2), [(fill, *size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]  # type: ignore[misc]
-    x_BCHW = x if x.ndim == 4 else x[None]
+    images = x if x.ndim == 4 else x[None]
     kernel, dilation, padding, stride = sizes
-    return nn.functional.unfold(x_BCHW, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
+    return nn.functional.unfold(images, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
 
 
 def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -100,7 +100,7 @@ def collect_grams(
     a convolution (1d, 2d) of one group with zero padding.
     """
     wanted = _layers(model, layers)
-    running, training = _Running(dtype), {module: module.training for module in model.modules()}
+    running, training = _GramSums(dtype), {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         for name, layer in wanted.items():
             handle = layer.register_forward_pre_hook(running.hook(name, layer), with_kwargs=True)

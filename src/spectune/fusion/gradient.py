@@ -78,8 +78,8 @@ def _times_inverse(wanted_PI: torch.Tensor, gram_II: torch.Tensor, eps: float, l
         values_I, vectors_II = torch.linalg.eigh(gram_II)
         # Below this an eigenvalue is roundoff of the sum (the usual numerical rank).
         kept = values_I > gram_II.shape[0] * torch.finfo(gram_II.dtype).eps * values_I[-1]
-        span_IK = vectors_II[:, kept]
-        return (wanted_PI @ span_IK / values_I[kept]) @ span_IK.mT
+        span_IR = vectors_II[:, kept]
+        return (wanted_PI @ span_IR / values_I[kept]) @ span_IR.mT
     ridge_II = gram_II.clone()
     ridge_II.diagonal().add_(eps * gram_II.diagonal().mean())
     lower_II, failed = torch.linalg.cholesky_ex(ridge_II)

@@ -32,21 +32,21 @@ class Compact:
 def compact(delta: Delta) -> Compact:
     """Get the singular value decomposition of an update without building it; roundoff directions are left out."""
     B_OP, A_PI = to_factors(delta)
-    Q_OP, R_left = torch.linalg.qr(B_OP)
-    Q_IP, R_right = torch.linalg.qr(A_PI.mT)
+    left_OP, R_left = torch.linalg.qr(B_OP)
+    right_IP, R_right = torch.linalg.qr(A_PI.mT)
     X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.mT)
     rank = 0
     if S_P.numel() and bool(S_P[0] > 0):
         roundoff = max(delta.shape) * torch.finfo(S_P.dtype).eps * S_P[0]
         rank = int((roundoff < S_P).sum())
-    return Compact(Q_OP @ X_PP[:, :rank], S_P[:rank], Yh_PP[:rank] @ Q_IP.mT)
+    return Compact(left_OP @ X_PP[:, :rank], S_P[:rank], Yh_PP[:rank] @ right_IP.mT)
 
 
 def inner(one: Compact, other: Compact) -> float:
     """Get <dW_1, dW_2> = sum of the products of their entries."""
-    outputs_PQ = one.X_OP.mT @ other.X_OP
-    inputs_PQ = one.Yh_PI @ other.Yh_PI.mT
-    return float(torch.einsum("p,pq,q,pq->", one.S_P, outputs_PQ, other.S_P, inputs_PQ))
+    outputs_Pp = one.X_OP.mT @ other.X_OP
+    inputs_Pp = one.Yh_PI @ other.Yh_PI.mT
+    return float(torch.einsum("p,pq,q,pq->", one.S_P, outputs_Pp, other.S_P, inputs_Pp))
 
 
 @dataclass(frozen=True)
@@ -111,27 +111,27 @@ def pair_overlaps(parts: Sequence[Part]) -> list[PairOverlap]:
 
 
 def _overlap(one: Part, other: Part, first: Compact, second: Compact) -> PairOverlap:
-    outputs_PQ, inputs_PQ = first.X_OP.mT @ second.X_OP, first.Yh_PI @ second.Yh_PI.mT
+    outputs_Pp, inputs_Pp = first.X_OP.mT @ second.X_OP, first.Yh_PI @ second.Yh_PI.mT
     sizes = first.size * second.size or 1.0
-    weigh_PQ = first.S_P[:, None] * second.S_P
+    weigh_Pp = first.S_P[:, None] * second.S_P
     return PairOverlap(
         one.layer,
         one.adapter,
         other.adapter,
         tuple(sorted(set(one.columns) & set(other.columns))),
         inner(first, second) / sizes,
-        _smallest_angle(outputs_PQ),
-        _smallest_angle(inputs_PQ),
-        float(torch.linalg.vector_norm(weigh_PQ * outputs_PQ)) / sizes,
-        float(torch.linalg.vector_norm(weigh_PQ * inputs_PQ)) / sizes,
+        _smallest_angle(outputs_Pp),
+        _smallest_angle(inputs_Pp),
+        float(torch.linalg.vector_norm(weigh_Pp * outputs_Pp)) / sizes,
+        float(torch.linalg.vector_norm(weigh_Pp * inputs_Pp)) / sizes,
         _spectral_cross(one, other, math.sqrt(max(first.size**2 + second.size**2 + 2 * inner(first, second), 0.0))),
     )
 
 
-def _smallest_angle(cosines_PQ: torch.Tensor) -> float:
-    if 0 in cosines_PQ.shape:
+def _smallest_angle(cosines_Pp: torch.Tensor) -> float:
+    if 0 in cosines_Pp.shape:
         return 90.0  # an update of zero meets nobody
-    return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines_PQ, ord=2)))))
+    return math.degrees(math.acos(min(1.0, float(torch.linalg.matrix_norm(cosines_Pp, ord=2)))))
 
 
 def _spectral_cross(one: Part, other: Part, size: float) -> float:

@@ -18,13 +18,13 @@ from .contract import Columns, Method, Tensors, option
 class LiDB(Method):
     """Train a low-rank map between two small random subspaces, one of the outputs, one of the inputs.
 
-    dW_OI = P_Oa . (A_aR B_Rb) . Q_bI,   P and Q frozen slices of random orthogonal matrices; trains (a + b) r
+    dW_OI = E_OP . (A_PR B_RQ) . F_QI,   E and F frozen slices of random orthogonal matrices; trains (P + Q) r
 
-    A starts at zero, B as LoRA's down matrix does. P and Q follow from the seed and the shape, so
+    A starts at zero, B as LoRA's down matrix does. E and F follow from the seed and the shape, so
     they need no room in the file; weights of one shape share them.
 
-    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1; a = 50 and
-    b = 100 as there.
+    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1; P = 50 and
+    Q = 100 as there, where they are called a and b. E and F are P and Q in the model's state.
     """
 
     name: ClassVar[str] = "lidb"
@@ -34,8 +34,8 @@ class LiDB(Method):
     learning_rate: ClassVar[float] = 1e-3
 
     r: int = option(8, "Inner rank.")
-    output_width: int = option(50, "a, the width of the random output subspace (at most O).")
-    input_width: int = option(100, "b, the width of the random input subspace (at most I).")
+    output_width: int = option(50, "P, the width of the random output subspace (at most O).")
+    input_width: int = option(100, "Q, the width of the random input subspace (at most I).")
     basis_seed: int = option(0, "Seed of the frozen orthogonal factors; kept in the file.")
 
     def __post_init__(self) -> None:
@@ -49,20 +49,20 @@ class LiDB(Method):
         return min(self.output_width, rows_O), min(self.input_width, cols_I)
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
-        a, b = self._widths(rows_O, cols_I)
-        return {"A": (a, self.r), "B": (self.r, b)}
+        P, Q = self._widths(rows_O, cols_I)
+        return {"A": (P, self.r), "B": (self.r, Q)}
 
     def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        a, b = self._widths(rows_O, cols_I)
-        B_Rb = torch.empty(self.r, b)
-        torch.nn.init.kaiming_uniform_(B_Rb, a=5**0.5, generator=torch.Generator().manual_seed(seed))
-        return {"A": torch.zeros(a, self.r), "B": B_Rb}
+        P, Q = self._widths(rows_O, cols_I)
+        B_RQ = torch.empty(self.r, Q)
+        torch.nn.init.kaiming_uniform_(B_RQ, a=5**0.5, generator=torch.Generator().manual_seed(seed))
+        return {"A": torch.zeros(P, self.r), "B": B_RQ}
 
     def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
         rows_O, cols_I, _ = spectrum.shape
-        a, b = self._widths(rows_O, cols_I)
-        P_aO = orthogonal_rows(a, rows_O, 2 * self.basis_seed)
-        return {"P": P_aO.T.contiguous(), "Q": orthogonal_rows(b, cols_I, 2 * self.basis_seed + 1)}
+        P, Q = self._widths(rows_O, cols_I)
+        E_PO = orthogonal_rows(P, rows_O, 2 * self.basis_seed)
+        return {"P": E_PO.T.contiguous(), "Q": orthogonal_rows(Q, cols_I, 2 * self.basis_seed + 1)}
 
     def large_frozen(self) -> tuple[str, ...]:
         return "P", "Q"
@@ -142,8 +142,8 @@ def orthogonal_rows(count: int, width: int, seed: int) -> torch.Tensor:
     """Get the first `count` rows of the random orthogonal width x width matrix of a seed, float32.
 
     The rows do not depend on `count`. Uniform over the orthogonal matrices (QR of a Gaussian with the
-    diagonal of R made positive: Mezzadri, arXiv math-ph/0609050), from numpy's frozen RandomState stream.
+    diagonal of the triangle made positive: Mezzadri, arXiv math-ph/0609050), from numpy's frozen RandomState stream.
     """
-    gaussian_CI = np.random.RandomState(seed).standard_normal((count, width))
-    Q_IC, R_CC = torch.linalg.qr(torch.from_numpy(gaussian_CI).T)
-    return (Q_IC * torch.sign(R_CC.diagonal())).T.float()
+    gaussian_PI = np.random.RandomState(seed).standard_normal((count, width))
+    unit_IP, triangle_PP = torch.linalg.qr(torch.from_numpy(gaussian_PI).T)
+    return (unit_IP * torch.sign(triangle_PP.diagonal())).T.float()

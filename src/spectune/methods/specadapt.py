@@ -15,11 +15,11 @@ from .contract import Columns, Method, Tensors, kept_directions, option, weaknes
 
 @dataclass(frozen=True, kw_only=True)
 class SpecAdapt(Method):
-    """Train a matrix of coefficients of rank r in the basis of the top D singular directions.
+    """Train a matrix of coefficients of rank r in the basis of the top K singular directions.
 
-    dW_OI = U_OD . (A_DR H_RR B_RD) . Vh_DI,   trains 2 D r, and r^2 for H
+    dW_OI = U_OK . (A_KR H_RR B_RK) . Vh_KI,   trains 2 K r, and r^2 for H
 
-    A starts at zero, B at a normal distribution of deviation sqrt(1/D) cut at two deviations, H at the
+    A starts at zero, B at a normal distribution of deviation sqrt(1/K) cut at two deviations, H at the
     identity. H is one matrix for the whole model, or one for each weight. Weight dropout leaves out rows
     of A, that is whole left singular directions, at random in each training forward (inverted: the
     mean of the update stays).
@@ -40,7 +40,7 @@ class SpecAdapt(Method):
 
     r: int = option(8, "Inner rank of the coefficients.")
     basis_rank: int | None = option(
-        1024, "D, how many top directions are kept (the official max_rank); None is all min(O, I)."
+        1024, "K, how many top directions are kept (the official max_rank); None is all min(O, I)."
     )
     shared_core: bool = option(
         True, "True: one H for all adapted weights, as in the official code; False: one for each."
@@ -58,39 +58,39 @@ class SpecAdapt(Method):
         return kept_directions(self.basis_rank, rows_O, cols_I), "top"
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
-        D = kept_directions(self.basis_rank, rows_O, cols_I)
-        shapes: dict[str, tuple[int, ...]] = {"A": (D, self.r), "B": (self.r, D)}
+        K = kept_directions(self.basis_rank, rows_O, cols_I)
+        shapes: dict[str, tuple[int, ...]] = {"A": (K, self.r), "B": (self.r, K)}
         return shapes if self.shared_core else shapes | {"H": (self.r, self.r)}
 
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"H": (self.r, self.r)} if self.shared_core else {}
 
     def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        D = kept_directions(self.basis_rank, rows_O, cols_I)
-        B_RD = torch.empty(self.r, D)
-        deviation = D**-0.5
+        K = kept_directions(self.basis_rank, rows_O, cols_I)
+        B_RK = torch.empty(self.r, K)
+        deviation = K**-0.5
         torch.nn.init.trunc_normal_(
-            B_RD,
+            B_RK,
             std=deviation,
             a=-2 * deviation,
             b=2 * deviation,
             generator=torch.Generator().manual_seed(seed),
         )
-        return {"A": torch.zeros(D, self.r), "B": B_RD, "H": torch.eye(self.r)}
+        return {"A": torch.zeros(K, self.r), "B": B_RK, "H": torch.eye(self.r)}
 
     def disturb(self, trained: Tensors) -> Tensors:
         if self.weight_dropout == 0.0:
             return trained
-        A_DR = trained["A"]
-        keep_D = torch.nn.functional.dropout(A_DR.new_ones(A_DR.shape[0], 1), self.weight_dropout)
-        return {**trained, "A": A_DR * keep_D}
+        A_KR = trained["A"]
+        keep_K = torch.nn.functional.dropout(A_KR.new_ones(A_KR.shape[0], 1), self.weight_dropout)
+        return {**trained, "A": A_KR * keep_K}
 
     def gradient_axes(self) -> dict[str, int]:
         return {"A": 0, "B": 1}
 
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
-        weak_D = weakness(spectrum)
-        return {"A": weak_D[:, None], "B": weak_D[None, :]}
+        weak_K = weakness(spectrum)
+        return {"A": weak_K[:, None], "B": weak_K[None, :]}
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
         left_OR = spectrum.U_OR @ trained["A"]

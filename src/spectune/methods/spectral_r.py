@@ -17,15 +17,15 @@ class SpectralR(Method):
 
     W'  = (U R_U) diag((1 + c) S) (R_V^T Vh) + (what the chosen directions leave of W)
     dW_OI = U . (R_U diag((1 + c) S) R_V^T - diag(S))_RR . Vh,   rank r
-    R = (I + Q)(I - Q)^-1, Q skew-symmetric: the Cayley transform, always a rotation
+    R_U = (1 + X)(1 - X)^-1, X skew-symmetric, R_V alike: the Cayley transform, always a rotation
 
     Trains r(r - 1): one triangle of r(r - 1)/2 numbers for each side, half of what the official code
     stores, because only the skew part of its square matrices matters. Without c every singular value of
     W stays, so the tuned weight already has its SVD (Lemma 4.1; `Spectrum.rotated`). A partial strength
-    scales Q and c, so half a rotation is a rotation. Cayley cannot reach a turn by 180 degrees.
+    scales X and c, so half a rotation is a rotation. Cayley cannot reach a turn by 180 degrees.
 
     Spectral Adapter (Zhang & Pilanci, arXiv 2405.13952), section 4.3, "Spectral Adapter^R". Their code
-    takes the inverse sign of Q and a multiplicative scale that starts at one; ours is 1 + c with c at
+    calls X Q, takes its inverse sign and a multiplicative scale that starts at one; ours is 1 + c with c at
     zero, so that weight decay pulls towards the pretrained weight.
     """
 
@@ -74,15 +74,15 @@ class SpectralR(Method):
 
     def rotations(self, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Get (R_U, R_V), both R x R orthogonal with determinant one."""
-        # I - Q in two operations, from a table of where each number of the triangle goes. inv_ex and not solve: I - Q
-        # of a skew Q always has an inverse, and asking a GPU whether it found one would wait for it, in every layer.
+        # 1 - X in two operations, from a table of where each number of the triangle goes. inv_ex and not solve: 1 - X
+        # of a skew X always has an inverse, and asking a GPU whether it found one would wait for it, in every layer.
         skew_2C = torch.stack([trained["skew_U"], trained["skew_Vh"]])
         signs_RR, eye_RR = (frozen[name].to(skew_2C.dtype) for name in ("signs", "eye"))
         if strength != 1.0:
             skew_2C = skew_2C * strength
-        Q_2RR = skew_2C.index_select(1, frozen["places"]).view(2, self.r, self.r)
-        inverse_2RR, _ = torch.linalg.inv_ex(torch.addcmul(eye_RR, Q_2RR, signs_RR, value=-1))
-        R_U, R_V = torch.lerp(eye_RR, inverse_2RR, 2.0).unbind(0)  # (I + Q)(I - Q)^-1 = 2 (I - Q)^-1 - I
+        X_2RR = skew_2C.index_select(1, frozen["places"]).view(2, self.r, self.r)
+        inverse_2RR, _ = torch.linalg.inv_ex(torch.addcmul(eye_RR, X_2RR, signs_RR, value=-1))
+        R_U, R_V = torch.lerp(eye_RR, inverse_2RR, 2.0).unbind(0)  # (1 + X)(1 - X)^-1 = 2 (1 - X)^-1 - 1
         return R_U, R_V
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:

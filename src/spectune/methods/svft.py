@@ -160,8 +160,8 @@ def complement(U_OR: torch.Tensor) -> torch.Tensor:
     rows_O, R = U_OR.shape
     gaussian = torch.from_numpy(np.random.RandomState(0).standard_normal((rows_O, rows_O - R))).to(U_OR)
     projected = gaussian - U_OR @ (U_OR.T @ gaussian)
-    Q, upper = torch.linalg.qr(projected - U_OR @ (U_OR.T @ projected))
-    return Q * torch.sign(upper.diagonal())
+    unit, upper = torch.linalg.qr(projected - U_OR @ (U_OR.T @ projected))
+    return unit * torch.sign(upper.diagonal())
 
 
 Places = tuple[torch.Tensor, torch.Tensor]

@@ -72,10 +72,10 @@ def align(
 ) -> tuple[Spectrum, float]:
     """Get the spectrum turned onto a stored sketch, and the share of the sketch that stays unexplained.
 
-    U = U' Q_U, Vh = Q_V^T Vh', both orthogonal; S stays. `tolerance` is how far an entry of the base may
+    U = U' X_U, Vh = X_V^T Vh', both X orthogonal; S stays. `tolerance` is how far an entry of the base may
     have been rounded, as a fraction of it. A change e of the base turns directions i, j by about
-        (Q_U + Q_V) / 2: e / |s_i - s_j|;   (Q_U - Q_V) / 2: e / (s_i + s_j),
-    so these are the spreads of a Gaussian prior, and each row of Q is its best estimate given the
+        (X_U + X_V) / 2: e / |s_i - s_j|;   (X_U - X_V) / 2: e / (s_i + s_j),
+    so these are the spreads of a Gaussian prior, and each row of X is its best estimate given the
     sketch (ridge regression). Close values turn freely, far ones hardly: U diag(S) Vh moves by
     about e. U and Vh turn apart only where s is near zero. A basis that was found again as it was is
     returned as it is, without that work, which grows with R^3. The unexplained share is
@@ -88,15 +88,15 @@ def align(
     if (unexplained := _unexplained(stored_RT, probe_RT)) <= NOTHING_TO_TURN:
         return spectrum, unexplained
     prior = Prior(spectrum, tolerance)
-    Q_U_RR, Q_V_RR = prior.gross_turn(stored_RT, probe_RT)
-    turned_RT = _turn(probe_RT, Q_U_RR, Q_V_RR)
+    turn_U_RR, turn_V_RR = prior.gross_turn(stored_RT, probe_RT)
+    turned_RT = _turn(probe_RT, turn_U_RR, turn_V_RR)
     for _ in range(SMALL_TURNS):
         if _unexplained(stored_RT, turned_RT) <= NOTHING_TO_TURN:
             break  # other signs, or equal values, were all there was
         small_U_RR, small_V_RR = prior.small_turn(stored_RT, turned_RT)
-        Q_U_RR, Q_V_RR = Q_U_RR @ small_U_RR, Q_V_RR @ small_V_RR
-        turned_RT = _turn(probe_RT, Q_U_RR, Q_V_RR)
-    return _turned(spectrum, Q_U_RR, Q_V_RR), _unexplained(stored_RT, turned_RT)
+        turn_U_RR, turn_V_RR = turn_U_RR @ small_U_RR, turn_V_RR @ small_V_RR
+        turned_RT = _turn(probe_RT, turn_U_RR, turn_V_RR)
+    return _turned(spectrum, turn_U_RR, turn_V_RR), _unexplained(stored_RT, turned_RT)
 
 
 def _unexplained(stored_RT: torch.Tensor, found_RT: torch.Tensor) -> float:
@@ -119,15 +119,15 @@ def _checked(spectrum: Spectrum, stored_RT: torch.Tensor) -> torch.Tensor:
     return stored_RT.detach().double().cpu()
 
 
-def _turn(probe_RT: torch.Tensor, Q_U_RR: torch.Tensor, Q_V_RR: torch.Tensor) -> torch.Tensor:
+def _turn(probe_RT: torch.Tensor, turn_U_RR: torch.Tensor, turn_V_RR: torch.Tensor) -> torch.Tensor:
     """Get the sketch of the turned basis without touching the basis."""
     left_Rw, right_Rw = probe_RT.chunk(2, dim=1)
-    return torch.cat([Q_U_RR.mT.double() @ left_Rw, Q_V_RR.mT.double() @ right_Rw], dim=1)
+    return torch.cat([turn_U_RR.mT.double() @ left_Rw, turn_V_RR.mT.double() @ right_Rw], dim=1)
 
 
-def _turned(spectrum: Spectrum, Q_U_RR: torch.Tensor, Q_V_RR: torch.Tensor) -> Spectrum:
-    U_OR = spectrum.U_OR @ Q_U_RR.to(spectrum.U_OR)
-    Vh_RI = Q_V_RR.mT.to(spectrum.Vh_RI) @ spectrum.Vh_RI
+def _turned(spectrum: Spectrum, turn_U_RR: torch.Tensor, turn_V_RR: torch.Tensor) -> Spectrum:
+    U_OR = spectrum.U_OR @ turn_U_RR.to(spectrum.U_OR)
+    Vh_RI = turn_V_RR.mT.to(spectrum.Vh_RI) @ spectrum.Vh_RI
     return Spectrum(U_OR, spectrum.S_R, Vh_RI, spectrum.columns, spectrum.quality, spectrum.name)
 
 

@@ -239,12 +239,12 @@ def _spectrum(weight: Weight, W_OI: torch.Tensor, found: Found, choice: Choice, 
 def _measure(W_OI: torch.Tensor, found: Found, choice: Choice) -> Quality:
     """Get the quality of the kept directions by multiplying with W; nothing is taken on trust."""
     U_OR, Vh_RI = found.U_OR, found.Vh_RI
-    largest = float(found.values_N[0]) or 1.0
+    largest = float(found.values_J[0]) or 1.0
     residual = residual_of(W_OI, U_OR, found.S_R, Vh_RI) / largest
     bent_RR = torch.stack([U_OR.mT @ U_OR, Vh_RI @ Vh_RI.mT])
     bent_RR.diagonal(dim1=1, dim2=2).sub_(1)
     orthogonality = float(bent_RR.abs().max())
-    gap = gap_at(found.values_N, choice.places, choice.K) / largest
+    gap = gap_at(found.values_J, choice.places, choice.K) / largest
     return Quality(found.solver, residual, orthogonality, gap, found.steps, found.converged)
 
 
@@ -255,15 +255,15 @@ def residual_of(W_OI: torch.Tensor, U_OR: torch.Tensor, S_R: torch.Tensor, Vh_RI
     return float(torch.maximum(right_R, left_R).max())
 
 
-def gap_at(values_N: torch.Tensor, places: Sequence[int], K: int) -> float:
+def gap_at(values_J: torch.Tensor, places: Sequence[int], K: int) -> float:
     """Get the least distance between a kept value and one left out; infinite when all are kept."""
     if len(places) == K:
         return math.inf
-    kept_N = torch.zeros(len(values_N), dtype=torch.bool)
-    kept_N[list(places)] = True
+    kept_J = torch.zeros(len(values_J), dtype=torch.bool)
+    kept_J[list(places)] = True
     # The values descend, so a kept one is nearest to a neighbour of the other kind.
-    border_N = kept_N[1:] != kept_N[:-1]
-    return float((values_N[:-1] - values_N[1:])[border_N].min().clamp_min(0))
+    border_J = kept_J[1:] != kept_J[:-1]
+    return float((values_J[:-1] - values_J[1:])[border_J].min().clamp_min(0))
 
 
 def _warn(spectrum: Spectrum) -> None:

@@ -154,12 +154,12 @@ def _leading(columns: tuple[int, ...]) -> bool:
     return columns == tuple(range(len(columns)))
 
 
-def _gap_inside(S_N: torch.Tensor, gap: float, places: tuple[int, ...], K: int) -> float:
-    """Get the gap around a few of N leading places, a fraction of S[0]; the value after the last follows from `gap`."""
-    values_N = S_N.double().cpu()
+def _gap_inside(S_J: torch.Tensor, gap: float, places: tuple[int, ...], K: int) -> float:
+    """Get the gap around a few of J leading places, a fraction of S[0]; the value after the last follows from `gap`."""
+    values_J = S_J.double().cpu()
     if math.isfinite(gap):
-        values_N = torch.cat([values_N, (values_N[-1:] - gap * values_N[0]).clamp_min(0)])
-    return gap_at(values_N, places, K) / (float(values_N[0]) or 1.0)
+        values_J = torch.cat([values_J, (values_J[-1:] - gap * values_J[0]).clamp_min(0)])
+    return gap_at(values_J, places, K) / (float(values_J[0]) or 1.0)
 
 
 def _check(spectrum: Spectrum, weight: Weight) -> None:

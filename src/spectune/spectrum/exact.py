@@ -49,12 +49,12 @@ def gram(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> 
         return transposed(gram(W_OI.mT, choice, tolerance=tolerance, seed=seed))
     W64_OI = W_OI.double()
     few = not W_OI.is_cuda and PARTIAL_SHARE * choice.leading <= choice.K
-    squares_N, V_IN = _leading(W64_OI, choice.leading + 1) if few else torch.linalg.eigh(W64_OI.mT @ W64_OI)
-    values_N = squares_N.clamp_min(0).sqrt().flip(0)
+    squares_J, V_IJ = _leading(W64_OI, choice.leading + 1) if few else torch.linalg.eigh(W64_OI.mT @ W64_OI)
+    values_J = squares_J.clamp_min(0).sqrt().flip(0)
     places = list(choice.places)
-    V_IR = V_IN.flip(1)[:, places]
-    U_OR, S_R = _left_of(W64_OI @ V_IR, values_N, W_OI.dtype)
-    return Found(U_OR.to(W_OI.dtype), S_R.to(W_OI.dtype), V_IR.mT.to(W_OI.dtype), values_N.cpu(), "gram")
+    V_IR = V_IJ.flip(1)[:, places]
+    U_OR, S_R = _left_of(W64_OI @ V_IR, values_J, W_OI.dtype)
+    return Found(U_OR.to(W_OI.dtype), S_R.to(W_OI.dtype), V_IR.mT.to(W_OI.dtype), values_J.cpu(), "gram")
 
 
 def _leading(W64_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,10 +68,10 @@ def _leading(W64_OI: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     with _threads_of_scipy().limit(limits=1):
         # Fortran's view of a row-major W is W^T, so this is W^T W, its upper triangle alone.
         G_II = blas.dsyrk(1.0, W64_OI.contiguous().numpy().T)
-        squares_N, V_IN = eigh(
+        squares_J, V_IJ = eigh(
             G_II, lower=False, subset_by_index=[I - count, I - 1], driver="evr", overwrite_a=True, check_finite=False
         )
-    return torch.from_numpy(squares_N), torch.from_numpy(V_IN)
+    return torch.from_numpy(squares_J), torch.from_numpy(V_IJ)
 
 
 @functools.cache
@@ -82,18 +82,18 @@ def _threads_of_scipy() -> Any:
     return ThreadpoolController().select(internal_api="openblas")
 
 
-def _left_of(US_OR: torch.Tensor, values_K: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_of(US_OR: torch.Tensor, values_J: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Get (U_OR, S_R) from W V = U diag(S), U orthonormal even where S is zero.
 
     The columns are nearly orthogonal already, so QR (in descending order: it may only bend a weak
     column towards the strong ones) changes nothing but what roundoff spoiled, and completes zeros.
     """
     S_R = torch.linalg.vector_norm(US_OR, dim=0)
-    if dtype != torch.float64 and bool((DIVIDE_ABOVE * values_K[0] < S_R).all()):
+    if dtype != torch.float64 and bool((DIVIDE_ABOVE * values_J[0] < S_R).all()):
         return US_OR / S_R, S_R
     order_R = S_R.argsort(descending=True, stable=True)
-    Q_OR, triangle_RR = torch.linalg.qr(US_OR[:, order_R])
+    unit_OR, triangle_RR = torch.linalg.qr(US_OR[:, order_R])
     diagonal_R = triangle_RR.diagonal()
     signs_R = torch.where(diagonal_R < 0, -1.0, 1.0).to(diagonal_R.dtype)
     back_R = order_R.argsort()
-    return (Q_OR * signs_R)[:, back_R], diagonal_R.abs()[back_R]
+    return (unit_OR * signs_R)[:, back_R], diagonal_R.abs()[back_R]

@@ -14,8 +14,8 @@ class Found:
     U_OR: torch.Tensor
     S_R: torch.Tensor
     Vh_RI: torch.Tensor
-    values_N: torch.Tensor
-    """The N >= R leading singular values that the solver knows, descending, on the CPU in float64:
+    values_J: torch.Tensor
+    """The J >= R leading singular values that the solver knows, descending, on the CPU in float64:
     all K for a direct solver, one more than needed for `randomized`."""
     solver: str
     steps: int = 0
@@ -24,4 +24,4 @@ class Found:
 
 def transposed(found: Found) -> Found:
     """Get the answer for W from the answer for W^T."""
-    return Found(found.Vh_RI.mT, found.S_R, found.U_OR.mT, found.values_N, found.solver, found.steps, found.converged)
+    return Found(found.Vh_RI.mT, found.S_R, found.U_OR.mT, found.values_J, found.solver, found.steps, found.converged)

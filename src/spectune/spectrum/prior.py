@@ -39,11 +39,11 @@ class Prior:
         return self._polar_per_cluster(turns[0]), self._polar_per_cluster(turns[1])
 
     def _polar_per_cluster(self, X_RR: torch.Tensor) -> torch.Tensor:
-        Q_RR = torch.zeros_like(X_RR)
+        turn_RR = torch.zeros_like(X_RR)
         for cluster_r in self.clusters:
             left_rr, _, right_rr = torch.linalg.svd(X_RR[cluster_r[:, None], cluster_r])
-            Q_RR[cluster_r[:, None], cluster_r] = left_rr @ right_rr
-        return Q_RR.mT.to(self.dtype)
+            turn_RR[cluster_r[:, None], cluster_r] = left_rr @ right_rr
+        return turn_RR.mT.to(self.dtype)
 
     def small_turn(self, stored_RT: torch.Tensor, turned_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Get the turns that are left, between all pairs: Cayley's orthogonal matrix of the skew estimate."""

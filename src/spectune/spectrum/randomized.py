@@ -2,7 +2,7 @@
 
 Golub, Luk, Overton (1981), from a Gaussian block as in Musco and Musco, arXiv 1504.05477. It keeps
 every block that it multiplied, so on flat spectra it needs far fewer steps than subspace iteration.
-Letters besides the legend: B weights of a batch, b rows of a block, k rows of a basis so far. Bases are
+Letters: B weights of a batch, b rows of a block, k rows of a basis so far. Bases are
 stored as rows (`V_BkI`, `U_BkO`): a row-major weight multiplies a few rows fastest.
 """
 
@@ -12,9 +12,9 @@ import math
 
 import torch
 
-from .basis import Basis, gaussian
 from .columns import Choice
 from .found import Found, transposed
+from .orthonormal_rows import OrthonormalRows, gaussian
 from .ritz import Ritz, solve_small
 
 # The block is wider than the wanted directions: all copies of a repeated singular value fit, and the
@@ -97,8 +97,8 @@ class _Krylov:
     def __init__(self, W_BOI: torch.Tensor, width: int, seed: int) -> None:
         count, rows_O, cols_I = W_BOI.shape
         self.W_BOI, self.width, self.seed = W_BOI, width, seed
-        self.left = Basis(W_BOI, rows_O, seed)
-        self.right = Basis(W_BOI, cols_I, seed)
+        self.left = OrthonormalRows(W_BOI, rows_O, seed)
+        self.right = OrthonormalRows(W_BOI, cols_I, seed)
         self.M_Bkk = torch.zeros(count, 0, 0, dtype=torch.float64)
         self.floor_B = W_BOI.new_zeros(count)
         start_BbI = gaussian(seed, width, cols_I, W_BOI).expand(count, -1, -1)
@@ -141,7 +141,7 @@ class _Krylov:
         wanted = list(choice.places)
         left_Rk, right_Rk = (rows_Rk.to(self.W_BOI) for rows_Rk in ritz.triplets(self.M_Bkk[place], wanted))
         k = self.M_Bkk.shape[1]
-        U_OR = (left_Rk @ self.left.rows_BkN[place, :k]).mT
-        Vh_RI = right_Rk @ self.right.rows_BkN[place, :k]
+        U_OR = (left_Rk @ self.left.rows_BkA[place, :k]).mT
+        Vh_RI = right_Rk @ self.right.rows_BkA[place, :k]
         S_R = ritz.values_k[wanted].to(self.W_BOI)
         return Found(U_OR, S_R, Vh_RI, ritz.values_k[: choice.leading + 1], "randomized", steps, converged)

@@ -25,11 +25,11 @@ def weight_singular_values(W_OI: torch.Tensor, name: str = "weight") -> list[flo
         raise WeightError(
             f"{name}: asked for singular values, found {shape or 'a scalar'} of {W_OI.dtype}. Exclude it."
         )
-    W_LK = W_OI if W_OI.shape[0] >= W_OI.shape[1] else W_OI.T
-    gram_KK = torch.zeros(W_LK.shape[1], W_LK.shape[1], dtype=torch.float64)
-    for block_BK in W_LK.split(BLOCK):
-        wide_BK = block_BK.double()
-        gram_KK.addmm_(wide_BK.T, wide_BK)
+    W_AK = W_OI if W_OI.shape[0] >= W_OI.shape[1] else W_OI.T
+    gram_KK = torch.zeros(W_AK.shape[1], W_AK.shape[1], dtype=torch.float64)
+    for block_bK in W_AK.split(BLOCK):
+        wide_bK = block_bK.double()
+        gram_KK.addmm_(wide_bK.T, wide_bK)
     if not bool(torch.isfinite(gram_KK).all()):
         raise WeightError(f"{name}: asked for singular values, found NaN or infinite entries. Repair or exclude it.")
     values: list[float] = torch.linalg.eigvalsh(gram_KK).clamp_min(0).sqrt().flip(0).tolist()

@@ -49,8 +49,8 @@ class Intruders:
 def overlap(delta: Delta, spectrum: Spectrum, r: int) -> Overlap:
     """Get where an update lies among the base's top r and bottom r directions; never builds dW.
 
-    dW = B A = (B R^T) Q^T with A^T = Q R, so |U^T dW|_F = |U^T B R^T|_F. A base with K < r has all of them at both
-    ends. Zeros for an update of zero.
+    With the QR factorisation A^T = E R, dW = B A = (B R^T) E^T, so |U^T dW|_F = |U^T B R^T|_F. Where K < r, top and
+    bottom are both all K directions. Zeros for an update of zero.
     """
     B_OP, A_PI = to_factors(delta)
     R_right = torch.linalg.qr(A_PI.T, mode="r").R
@@ -79,8 +79,8 @@ def intruders(
     k = min(k, *W_OI.shape)
     tuned_OI = W_OI + dense(delta).to(W_OI)
     tuned = decompose(Weight(spectrum.name, tuned_OI), k, dtype=spectrum.S_R.dtype)
-    cosines_Kk = (spectrum.U_OR.mT @ tuned.U_OR).abs()
-    best_k = cosines_Kk.max(dim=0).values
-    inside_k = torch.linalg.vector_norm(cosines_Kk[:k], dim=0)
-    found_k = best_k < epsilon
-    return Intruders(int(found_k.sum()), k, float(best_k.min()), int((found_k & (inside_k < epsilon)).sum()))
+    cosines_KR = (spectrum.U_OR.mT @ tuned.U_OR).abs()
+    best_R = cosines_KR.max(dim=0).values
+    inside_R = torch.linalg.vector_norm(cosines_KR[:k], dim=0)
+    found_R = best_R < epsilon
+    return Intruders(int(found_R.sum()), k, float(best_R.min()), int((found_R & (inside_R < epsilon)).sum()))
