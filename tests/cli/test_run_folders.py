@@ -83,8 +83,8 @@ def test_a_run_of_a_whole_model_is_a_base(folder: Path) -> None:
 
 
 def test_adapters_of_runs_are_called_after_their_runs(folder: Path) -> None:
-    done = spectune("fuse", "first", "second", "--weights", "1", cwd=folder)
-    assert done.returncode == 0 and "first, second" in done.stdout and "adapter, adapter" not in done.stdout
+    done = spectune("fuse", str(folder / "first"), str(folder / "second"), "--weights", "1", "--json", cwd=folder)
+    assert json.loads(done.stdout)["adapters"] == ["first", "second"]
 
 
 WRONG = {

@@ -36,6 +36,12 @@ class AdapterFolder:
         return str(self.config["peft_type"]).upper()
 
     @property
+    def base_name(self) -> str:
+        """What its config calls its base model; empty where it names none."""
+        name = self.config.get("base_model_name_or_path")
+        return name.rstrip("/") or name if isinstance(name, str) else ""
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of its tensors, sorted."""
         return self.file.names

@@ -84,19 +84,14 @@ def find_base(said: str | Path | None, adapter: AdapterFolder | None = None) -> 
 
 def base_at_hand(adapter: AdapterFolder) -> Base | None:
     """Get the base that an adapter's config names if it is on this disk, and None if not: for who can do without."""
-    if not _named(adapter):
+    if not adapter.base_name:
         return None
     asked = _asked(None, adapter)
     return _on_disk(asked) or _cached(asked)[0]
 
 
-def _named(adapter: AdapterFolder | None) -> str:
-    name = None if adapter is None else adapter.config.get("base_model_name_or_path")
-    return name.rstrip("/") or name if isinstance(name, str) else ""
-
-
 def _asked(said: str | Path | None, adapter: AdapterFolder | None) -> _Asked:
-    named, place = _named(adapter), None if adapter is None else adapter.path
+    named, place = ("", None) if adapter is None else (adapter.base_name, adapter.path)
     name = named if said is None else str(said.as_posix() if isinstance(said, Path) else os.path.expanduser(said))
     if not name:
         found = "the name is empty" if place is None or said is not None else "its config does not name its base model"

@@ -51,7 +51,7 @@ class Adapter:
     @property
     def base_name(self) -> str | None:
         """What its config calls its base model."""
-        return str(self.folder.config.get("base_model_name_or_path") or "").rstrip("/") or None
+        return self.folder.base_name or None
 
     @property
     def revision(self) -> str:
