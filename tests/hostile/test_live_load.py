@@ -74,6 +74,23 @@ def test_a_hostile_pattern_of_a_file_does_not_hang_a_live_load(case: str, load: 
     assert refusal.isprintable()
 
 
+class Embedding(Base):
+    """A base with a module of the names that PEFT holds against target_modules when it saves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        setattr(self, LONG, nn.ModuleDict({"embed_tokens": nn.Embedding(2, 2)}))
+
+
+def test_a_pattern_that_chooses_layers_does_not_hang_when_peft_saves(tmp_path: Path) -> None:
+    pattern = ENDLESS.replace("+X", "*lin[01]")  # regex sees that other names have no "lin"
+    folder, began = changed("spectral_a", tmp_path / "adapter", with_config(target_modules=pattern)), time.monotonic()
+    model = PeftModel.from_pretrained(Embedding(), str(folder))
+    assert model.peft_config["default"].target_modules == {"lin0", "lin1"}
+    model.save_pretrained(tmp_path / "again")
+    assert time.monotonic() - began < SECONDS
+
+
 def bert(path: Path) -> nn.Module:
     torch.manual_seed(0)
     config = tf.BertConfig(
