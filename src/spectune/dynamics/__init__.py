@@ -1,4 +1,4 @@
-"""What happens to the trained numbers at an optimizer step besides it: SpecAdapt's two rules, for every method."""
+"""What is done to the trained numbers right before each optimizer step: SpecAdapt's two rules, for every method."""
 
 from .attach import attach_dynamics as attach_dynamics
 from .attach import watch_every_optimizer as watch_every_optimizer

@@ -1,4 +1,4 @@
-"""How the rules reach any optimizer's step: one hook, found through the modules that ask for it."""
+"""How the rules run in any optimizer's step: one hook for all modules that use them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _watching = False
 def attach_dynamics(
     optimizer: Optimizer, model: nn.Module, *, singular_decay: float = 0.0, grad_norm: str | None = None
 ) -> int:
-    """Get how many spectral modules of the model now follow the rules at each step of the optimizer.
+    """Apply the rules at each step of the optimizer, and get the number of spectral modules that follow them.
 
     `singular_decay` and `grad_norm` in a `SpectralConfig` do the same without this call. The rules run
     right before the optimizer's own step: after gradient accumulation, synchronisation, unscaling and
@@ -28,7 +28,7 @@ def attach_dynamics(
     decays the same numbers a second time.
     """
     if grad_norm is not None and grad_norm not in GRADIENT_NORMS:
-        raise OptionError(f"grad_norm={grad_norm!r} does not exist. {nearest(grad_norm, list(GRADIENT_NORMS))}")
+        raise OptionError(f"unknown grad_norm={grad_norm!r}. {nearest(grad_norm, list(GRADIENT_NORMS))}")
     modules = [module for _, _, module in spectral_modules(model)]
     if not modules:
         raise OptionError("attach_dynamics: the model has no spectral adapter. Attach one first.")
@@ -40,10 +40,10 @@ def attach_dynamics(
 
 
 def watch_every_optimizer() -> None:
-    """Have every optimizer's step look for modules that ask for dynamics; a second call does nothing.
+    """Make every optimizer step apply the rules to modules that use them; a second call does nothing.
 
-    A hook on all optimizers and not on one, because Trainer and accelerate make theirs where the user
-    does not see it, and an option of a config must never be dropped in silence.
+    A hook on all optimizers instead of one, because Trainer and accelerate create theirs out of the
+    user's sight, and an option of a config must never be silently ignored.
     """
     global _watching
     if not _watching:
@@ -72,8 +72,8 @@ def _refuse_second_decay(optimizer: Optimizer, module: SpectralModule) -> None:
         return
     if not module.method.decay_profile(module.spectrum, module.frozen):
         raise OptionError(
-            f"{module.name}: singular_decay={module.dynamics.singular_decay} was asked, but {module.method.name} has "
-            f"no singular directions to guide it. Use the optimizer's weight_decay."
+            f"{module.name}: singular_decay={module.dynamics.singular_decay} needs singular directions, and "
+            f"{module.method.name} has none. Use the optimizer's weight_decay."
         )
     own = {id(p) for p in module.parameters()}
     for group in optimizer.param_groups:

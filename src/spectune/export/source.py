@@ -1,4 +1,4 @@
-"""Where an export begins: a live model, or a saved adapter put on its base model."""
+"""What is exported: a live model, or a saved adapter loaded onto its base model."""
 
 from __future__ import annotations
 
@@ -34,32 +34,30 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A live model with the adapter to export on it."""
+    """A live model with the adapter to export."""
 
     model: nn.Module = field(repr=False)
     adapter_name: str
     carried: dict[str, torch.Tensor] = field(repr=False)
     """Tensors trained in full (modules_to_save), under PEFT's names in a file."""
     base: str | None = None
-    """Name or folder of the base model, where it was loaded here."""
+    """Name or folder of the base model, if it was loaded here."""
 
 
 def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: str | None) -> Source:
-    """Get the model behind an export.
+    """Get the model to export from.
 
-    A live model is used as it is. For a folder the base is loaded, or `base_model` copied, and the
-    adapter loaded onto it by transformers; the trained numbers are those of the file, unrounded.
+    A live model is used as it is. For a folder, the base is loaded, or `base_model` copied, and
+    transformers loads the adapter onto it; the trained numbers are those of the file, unrounded.
     `ExportError` or `AdapterError` names what is missing.
     """
     if isinstance(adapter, nn.Module):
         if base_model is not None:
-            raise ExportError("base_model: given together with a live model, which has its base already. Leave it out.")
+            raise ExportError("base_model: a live model already has its base. Leave base_model out.")
         name = choose_adapter(adapter, adapter_name)
         return Source(adapter, name, fully_trained(adapter, name))
     if adapter_name is not None:
-        raise ExportError(
-            f"adapter_name: {adapter_name!r} was asked of a folder, which holds one adapter. Leave it out."
-        )
+        raise ExportError(f"adapter_name={adapter_name!r}: a folder holds only one adapter. Leave adapter_name out.")
     folder = read_adapter_folder(adapter).require("SPECTUNE")
     model, base = _adapted(folder, base_model)
     carried = {name: folder.tensor(name) for name in folder.names if ".spectune_adapter." not in name}
@@ -80,15 +78,15 @@ def _adapted(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | N
 def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str | None]:
     if isinstance(base_model, nn.Module):
         if getattr(base_model, "peft_config", None) or not hasattr(base_model, "load_adapter"):
-            found = "adapters on it already" if getattr(base_model, "peft_config", None) else "no load_adapter"
+            found = "adapters already" if getattr(base_model, "peft_config", None) else "no load_adapter"
             raise ExportError(
-                f"base_model: asked for a plain transformers model, this {type(base_model).__name__} has "
-                f"{found}. Load the adapter onto the model and pass that model instead of the folder."
+                f"base_model: a plain transformers model is needed, but this {type(base_model).__name__} has {found}. "
+                "Load the adapter onto the model and pass that model instead of the folder."
             )
         return copy.deepcopy(base_model), None
     name = str(base_model or folder.config.get("base_model_name_or_path") or "")
     if not name:
-        raise ExportError(f"{folder.path}: the config does not name its base model. Pass base_model.")
+        raise ExportError(f"{folder.path}: the config does not name the base model. Pass base_model.")
     options: dict[str, Any] = {}
     if base_model is None and folder.config.get("revision"):
         options["revision"] = folder.config["revision"]
@@ -100,7 +98,7 @@ def _base_model(folder: AdapterFolder, base_model: Any) -> tuple[nn.Module, str 
         model: nn.Module = loader.from_pretrained(name, use_safetensors=True, **options)
         return model, name
     except (OSError, ValueError) as error:
-        raise ExportError(f"{name}: the base model cannot be loaded: {_first_line(error)} Pass base_model.") from error
+        raise ExportError(f"{name}: cannot load the base model: {_first_line(error)} Pass base_model.") from error
 
 
 def _model_class(folder: AdapterFolder) -> Any:
@@ -119,7 +117,7 @@ def _model_class(folder: AdapterFolder) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     raise ExportError(
-        f"{folder.path}: the config does not say which transformers model it belongs to (task_type {task!r}, "
+        f"{folder.path}: the config does not say which transformers model the adapter belongs to (task_type {task!r}, "
         f"class {name or None!r}). Pass the model itself as base_model."
     )
 

@@ -1,4 +1,4 @@
-"""Saved adapters as what the rules read: one `Part` for every adapter and layer."""
+"""Saved adapters in the form that the rules read: one `Part` for every adapter and layer."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Adapter:
 
     @property
     def base_name(self) -> str | None:
-        """What its config calls its base model."""
+        """The base model that its config names."""
         return str(self.folder.config.get("base_model_name_or_path") or "").rstrip("/") or None
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
-        """Tensors that belong to no update: modules and biases trained in full."""
+        """Tensors outside the updates: modules and biases trained in full."""
         if self.lora is not None:
             return {name: self.folder.tensor(name) for name in self.lora.carried}
         return {name: self.folder.tensor(name) for name in self.folder.names if MIDDLE not in name}
@@ -58,7 +58,7 @@ class Adapter:
         return next((layer for layer, names in layers.items() if "U_OR" not in names), None)
 
     def parts(self, base: Checkpoint | None) -> Iterator[Part]:
-        """Get the update of every layer, found again and checked on the base where it is at hand."""
+        """Get the update of every layer, computed on the base and checked against it if the base is given."""
         try:
             yield from self._lora_parts(base) if self.lora is not None else self._spectral_parts(base)
         except SpectuneError as error:
@@ -84,13 +84,15 @@ class Adapter:
             return Part(self.name, layer, module.delta(), module.method, basis, trained, stored=stored)
 
     def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
-        """Get the modules of a file that brings its bases, from the file alone."""
+        """Get the modules of a file that contains its bases, from the file alone."""
         owner: SpectralModule | None = None
         ranks = LayerRanks(self.folder.config.get("rank_pattern"))
         for layer, names in sorted(tensors_by_layer(self.folder).items(), key=lambda item: "H" not in item[1]):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
             if any(tensors.get(name, torch.zeros(0)).ndim != 2 for name in ("U_OR", "Vh_RI")):
-                raise AdapterError(f"{layer}: the adapter file brings no whole basis: it is incomplete. Copy it again.")
+                raise AdapterError(
+                    f"{layer}: the adapter file is incomplete: it lacks part of this layer's basis. Copy it again."
+                )
             shape = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
             method = saved_method(self.folder.config, layer, ranks)
             refuse_misfits(method, layer, shape, tensors, owner)
@@ -106,7 +108,7 @@ class Adapter:
         transposed = bool(self.folder.config.get("fan_in_fan_out"))
         for layer, place in self.lora.layers.items():
             if "lora_embedding" in place.A_name:
-                raise AdapterError(f"{layer}: a LoRA of an embedding is not fused. Train without it, or merge it.")
+                raise AdapterError(f"{layer}: a LoRA of an embedding cannot be fused. Train without it, or merge it.")
             kernel, delta = self.lora.file.shapes[place.A_name][2:], self.lora.delta(layer, torch.float64)
             if base is not None:
                 _refuse_other_shape(layer, delta.shape, base)
@@ -114,28 +116,29 @@ class Adapter:
 
 
 def _refuse_other_shape(layer: str, shape: tuple[int, int], base: Checkpoint) -> None:
-    """Raise `AdapterError` where a LoRA's layer has another shape in the base; its numbers cannot tell more."""
+    """Raise `AdapterError` if a LoRA's layer has another shape in the base; nothing else can be checked."""
     rows, *rest = base.shapes[base_tensor(layer, base)]
     if sorted(shape) != sorted((rows, math.prod(rest))):
         raise AdapterError(
-            f"{layer}: the update is {shape[0]}x{shape[1]}, the base weight {rows}x{math.prod(rest)}. Pass its base."
+            f"{layer}: the update is {shape[0]}x{shape[1]}, but the base weight is {rows}x{math.prod(rest)}. Pass the "
+            "base it was trained on."
         )
 
 
 def _columns(module: SpectralModule, config: dict[str, Any]) -> tuple[int, ...]:
-    """Get which singular directions the module has, by its config; an embedded basis does not say it itself."""
+    """Get the singular columns of a module from its config; an embedded basis does not store them."""
     chosen = getattr(module.method, "columns", None)
     if chosen is None:
         return ()
-    K, seed = min(module.U_OR.shape[0], module.Vh_RI.shape[1]), saved_svd(config).get("seed", 0)
+    rows_O, cols_I, seed = module.U_OR.shape[0], module.Vh_RI.shape[1], saved_svd(config).get("seed", 0)
     try:
-        return choose(chosen, module.U_OR.shape[1], K, seed).places
+        return choose(chosen, module.U_OR.shape[1], min(rows_O, cols_I), seed).places
     except SpectuneError as error:
-        raise AdapterError(f"{module.name}: {str(error).replace('{shape}', f'(K = {K})')}") from error
+        raise AdapterError(f"{module.name}: {str(error).replace('{shape}', f'{rows_O}x{cols_I}')}") from error
 
 
 def open_adapters(paths: Sequence[str | Path]) -> list[Adapter]:
-    """Get saved adapters, each under a name of its own: its folder's, or its path where two are called alike."""
+    """Get saved adapters under distinct names: the folder's name, or its path if two folders have the same name."""
     folders = [read_adapter_folder(path).require("SPECTUNE", "LORA") for path in paths]
     names = [folder.path.resolve().name for folder in folders]
     return [
@@ -151,8 +154,8 @@ def open_adapters(paths: Sequence[str | Path]) -> list[Adapter]:
 def find_base(adapters: Sequence[Adapter], base: str | Path | None) -> Checkpoint | None:
     """Get the base checkpoint: the one given, else the one that the adapters name, if it is on this machine.
 
-    `AdapterError` where adapters name different bases and none is given to settle it, or where a file keeps only a
-    sketch of its directions and there is no base to find them on.
+    `AdapterError` if adapters name different bases and none is given, or if a file stores only a sketch of its
+    directions and there is no base to compute them from.
     """
     if base is not None:
         return open_checkpoint(_local(str(base)) or base)
@@ -163,17 +166,18 @@ def find_base(adapters: Sequence[Adapter], base: str | Path | None) -> Checkpoin
     if len(named) > 1:
         (one, first), (other, second) = [*named.items()][:2]
         raise AdapterError(
-            f"{second}: trained on the base {other!r}, {first} on {one!r}: updates of different bases do not belong "
-            f"together. If they are copies of one, pass --base FOLDER to have it checked."
+            f"{second} was trained on the base {other!r} and {first} on {one!r}, and updates of different bases cannot "
+            "be fused. If they are copies of one model, pass --base FOLDER to have that checked."
         )
     found = _local(next(iter(named))) if named else None
     if found is not None:
         return open_checkpoint(found)
+    missing = f"but {next(iter(named))!r} is not on this machine" if named else "which its config does not name"
     for adapter in adapters:
         if layer := adapter.needs_base():
             raise AdapterError(
-                f"{adapter.folder.path}: the file does not bring the directions of {layer}, they are found on the "
-                f"base, and {next(iter(named), 'no base')!r} is not on this machine. Pass --base FOLDER."
+                f"{adapter.folder.path}: the singular directions of {layer} are not in the file and must be computed "
+                f"from its base, {missing}. Pass --base FOLDER."
             )
     return None
 

@@ -1,4 +1,4 @@
-"""What a rounding of the base does to its singular directions, and the turn that a sketch then tells."""
+"""How rounding the base moves its singular directions, and the rotation that a sketch then shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLUSTER_SPACING = 10.0
 
 
 class Prior:
-    """How much each pair of directions may have turned, and the estimate of how much it did."""
+    """How far each pair of directions may have rotated, and the estimate of how far it did."""
 
     def __init__(self, spectrum: Spectrum, tolerance: float) -> None:
         S_R = spectrum.S_R.detach().double().cpu()

@@ -23,7 +23,7 @@ KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?|transformer|prior_unet)_")
 
 @dataclass(frozen=True, eq=False)
 class LayerUpdate:
-    """One layer's update, and its base weight where a base is at hand."""
+    """One layer's update, and its base weight if a base is given."""
 
     name: str
     delta: Delta
@@ -43,7 +43,7 @@ class AdapterSource:
     lora: LoraFile | None
 
     def updates(self) -> Iterator[LayerUpdate]:
-        """Read the updates, one layer at a time; a spectral one is turned onto its sketch, and a wrong base refused."""
+        """Read the updates, one layer at a time; spectral ones are checked against the base."""
         if self.lora is None:
             assert self.base is not None
             for layer, tensor, transposed, module in saved_modules(read_adapter_folder(self.path), self.base):
@@ -58,7 +58,7 @@ class AdapterSource:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Ask whether a folder or file is an adapter and not a model: by its config, or by the names in its header."""
+    """Ask whether a folder or file is an adapter, not a model: by its config, or by the names in its header."""
     path = Path(path)
     if path.is_dir() and (path / CONFIG_FILE).exists():
         return True
@@ -68,8 +68,8 @@ def is_adapter(path: str | Path) -> bool:
 def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSource:
     """Get a saved adapter: a PEFT folder (spectral or LoRA), or a LoRA file of diffusers or kohya's trainer.
 
-    The base is the folder given, else the one that the adapter's config names if it is a folder here. A LoRA can do
-    without; a spectral adapter lives in its base, so that `AdapterError` asks for it. Only headers are read.
+    The base is the folder given, or else the one that the adapter's config names, if it is a local folder. A LoRA can
+    do without; for a spectral adapter a missing base is an `AdapterError`. Only headers are read.
     """
     path = _folder_of(Path(path))
     folder = read_adapter_folder(path) if path.is_dir() and (path / CONFIG_FILE).exists() else None
@@ -83,20 +83,20 @@ def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSou
         )
     folder.require("SPECTUNE", "LORA")
     if weights is None:
+        missing = f"and {named!r} is not a folder here" if named else "which its config does not name"
         raise AdapterError(
-            f"{path}: a spectral adapter lives in the singular vectors of its base; this one names "
-            f"{named or 'none'!r}, which is no folder here. Pass --base FOLDER."
+            f"{path}: a spectral adapter can only be read with its base model, {missing}. Pass --base FOLDER."
         )
     return AdapterSource(path, str(folder.config.get("method")), *_spectral_size(folder.file), weights, None)
 
 
 def _folder_of(path: Path) -> Path:
-    """Get PEFT's folder for the tensor file inside it; any other path as it is."""
+    """Get PEFT's folder for the tensor file inside it; any other path unchanged."""
     return path.parent if path.is_file() and (path.parent / CONFIG_FILE).exists() else path
 
 
 def _spectral_size(file: TensorFile) -> tuple[int, int, int]:
-    """Get (layers, trained numbers, bytes): what is neither basis nor sketch nor pattern was trained."""
+    """Get (layers, trained numbers, bytes): everything except basis, sketch and pattern was trained."""
     kept = {"U_OR", "S_R", "Vh_RI", "sketch", "rows", "cols"}
     layers, numbers = set(), 0
     for key, shape in file.shapes.items():
@@ -116,7 +116,9 @@ def _base_matrix(lora: LoraFile, layer: str, delta: Delta, base: Checkpoint) -> 
     if tuple(W_OI.T.shape) == delta.shape:
         return W_OI.T
     found, asked = ("x".join(map(str, shape)) for shape in (W_OI.shape, delta.shape))
-    raise AdapterError(f"{layer}: the update is {asked}, the base weight {found}. Pass the base it was trained on.")
+    raise AdapterError(
+        f"{layer}: the update is {asked}, but the base weight is {found}. Pass the base it was trained on."
+    )
 
 
 def _base_name(layer: str, base: Checkpoint) -> str:
@@ -127,5 +129,8 @@ def _base_name(layer: str, base: Checkpoint) -> str:
     found = [name for name in base.names if name.removesuffix(".weight").replace(".", "_") == wanted]
     found = [name for name in found if name.endswith(".weight")]
     if len(found) != 1:
-        raise AdapterError(f"{base.path}: the base has no tensor for the layer {layer!r}. Pass the part it is of.")
+        raise AdapterError(
+            f"{base.path}: the base has no tensor for the layer {layer!r}. Pass the part of the pipeline that it "
+            "belongs to."
+        )
     return found[0]
