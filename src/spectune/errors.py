@@ -1,4 +1,4 @@
-"""One root error for the library; each child also is the standard error that it replaces.
+"""The root error of the library; each child is also the standard error that it replaces.
 
 A message has four parts: where, what was asked, what is there, what to do.
 """

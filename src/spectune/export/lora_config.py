@@ -71,7 +71,7 @@ def refuse_trained_biases(model: nn.Module, adapter_name: str) -> None:
 def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     """Get (most common rank, the other ranks by pattern); of equally common ranks the larger is taken.
 
-    A pattern is the last part of the name where all layers of that name agree, else the whole name.
+    A pattern is the last part of the name if all layers with it agree, or else the whole name.
     """
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank))
@@ -88,7 +88,7 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 def target_modules(adapted: list[str], all_paths: Iterable[str], modules_to_save: list[str]) -> list[str] | str:
     """Get the shortest target_modules by which PEFT finds the adapted layers and no other module.
 
-    The last parts of the names if they suffice, else whole names, else a regex.
+    The last parts of the names if they suffice, then whole names, then a regex.
     """
     saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in modules_to_save]
     paths = {path for path in all_paths if not any(pattern.match(path) for pattern in saved)}

@@ -149,7 +149,7 @@ def _refuse_quantised(base: Path, checkpoint: Checkpoint) -> None:
 
 
 def _trained_in_full(folder: AdapterFolder, checkpoint: Checkpoint, front: str) -> dict[str, str]:
-    """Get name in the base -> key in the adapter's file, for what was trained as a whole.
+    """Get name in the base -> key in the adapter's file, for what was trained in full.
 
     The base may lack the first parts of a name (`bert`), then the longest match counts, or have more of them
     (`front`, as in the adapted layers). A name that the base does not have is new.
@@ -193,7 +193,7 @@ def _write_shards(
 
 
 def _index(base: Path) -> Path | None:
-    """Get the index by which the base was read, or None where it is one file."""
+    """Get the index file of the base, or None if it is a single file."""
     for stem in STEMS if base.is_dir() else ():
         if (base / f"{stem}.safetensors").exists():
             return None

@@ -25,7 +25,7 @@ class Pairs:
 def pair(base: Checkpoint, tuned: Checkpoint, exclude: Iterable[str] = (), *, allow_new: bool = False) -> Pairs:
     """Get the pairs of floating-point tensors of two checkpoints of one model.
 
-    One of them may name the model's body (`bert.encoder…`) where the other is the body alone (`encoder…`).
+    One of them may contain the whole model (`bert.encoder…`) and the other only its body (`encoder…`).
     `exclude` names modules or tensors, in whole parts of their paths. `ExportError` lists what is missing, new
     (unless `allow_new`) or of a different shape.
     """

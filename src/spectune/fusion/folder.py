@@ -153,7 +153,7 @@ def _ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _targets(config: Mapping[str, Any], layers: list[str]) -> dict[str, Any]:
-    """Get the shared fields; the parts' own targets where they are the same, else a regex of exactly these layers."""
+    """Get the shared fields, with the parts' own targets if they agree, or else a regex of exactly these layers."""
     exact = "|".join(re.escape(layer) for layer in sorted(layers))
     return {"target_modules": exact, **config} if "target_modules" not in config else dict(config)
 

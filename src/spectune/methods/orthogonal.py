@@ -23,8 +23,8 @@ class LiDB(Method):
     A starts at zero, B as LoRA's down matrix does. E and F follow from the seed and the shape, so
     the file need not store them; weights of one shape share them.
 
-    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1; P = 50 and
-    Q = 100 as there, where they are called a and b. E and F are P and Q in the model's state.
+    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1, which
+    calls P = 50 and Q = 100 a and b, and E and F P and Q, as our state dict does.
     """
 
     name: ClassVar[str] = "lidb"

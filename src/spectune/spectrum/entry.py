@@ -55,7 +55,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of the cache, by its header alone."""
+    """One file of the cache, read from its header."""
 
     path: Path
     name: str

@@ -112,6 +112,6 @@ def change_of_base(spectrum: Spectrum, tolerance: float) -> float:
 
 
 def strongest(spectrum: Spectrum) -> float:
-    """Get S[0] of the whole weight, read off a straight line through (K, 0) where it was not kept."""
+    """Get S[0] of the weight, extrapolated along a straight line through (K, 0) if it was not kept."""
     K = min(spectrum.shape[:2])
     return float(spectrum.S_R.max()) / (1 - min(spectrum.columns) / K)

@@ -131,7 +131,7 @@ class _Krylov:
         self.M_Bkk = torch.cat([torch.cat([self.M_Bkk, zeros_Bbk], dim=1), columns_Bkb], dim=2)
 
     def solve(self, count: int, places: list[int]) -> list[Ritz]:
-        """Get the Ritz triplets of the bases as they stand, for some weights of the batch."""
+        """Get the Ritz triplets of the current bases, for some weights of the batch."""
         rest_Bbb = None if self.rest_Bbb is None else self.rest_Bbb[places].double().cpu()
         M_Bkk = self.M_Bkk if len(places) == len(self.M_Bkk) else self.M_Bkk[places]
         return solve_small(M_Bkk, rest_Bbb, count, self.complete, exactly=self.W_BOI.dtype == torch.float64)

@@ -32,8 +32,8 @@ class BudgetRow:
     trainable: int
     file_bytes: int
     """The adapter's safetensors file: trained tensors, sketches, and the header. The header is
-    right to the byte when the layers are called in the model as in the checkpoint (tensors that all weights share are
-    counted under the first of these names); a renamed one changes it by the letters that it differs by."""
+    exact if the layers have the same names in the model as in the checkpoint (tensors that all weights share are
+    counted under the first of these names); otherwise it differs by the length of the names."""
     frozen_bytes: int
     """The basis and everything else that stays in memory while the adapter is attached (float32)."""
     training_bytes: int
