@@ -19,7 +19,7 @@ GATHERED_COSTS = 400
 
 
 def through_core(z_NQ: torch.Tensor, core: torch.Tensor | SparseCore) -> torch.Tensor:
-    """Get z_NQ core^T, shape (..., P), by the cheapest road for the kind of core."""
+    """Get z_NQ core^T, shape (..., P), by the cheapest way for this kind of core."""
     if not isinstance(core, SparseCore):
         return z_NQ * core if core.ndim == 1 else F.linear(z_NQ, core)
     rows_P = core.shape[0]
@@ -38,21 +38,21 @@ def apply(delta: Delta, x_NI: torch.Tensor) -> torch.Tensor:
 def add(y_NO: torch.Tensor, delta: Delta, x_NI: torch.Tensor) -> torch.Tensor:
     """Get y_NO + x_NI dW^T, written into y_NO; two axes each, one dtype for all.
 
-    The last product adds where the base's output stands, so N x O numbers are neither made nor read a second
-    time. Autograd keeps x_NI only where `right_QI` trains; with frozen factors it keeps N x Q.
+    The last product adds into the base's output, so no second N x O tensor is made or read.
+    Autograd keeps x_NI only where `right_QI` trains; with frozen factors it keeps N x Q.
     """
     return y_NO.addmm_(through_core(F.linear(x_NI, delta.right_QI), delta.core), delta.left_OP.T)
 
 
 def is_dense_cheaper(delta: Delta, tokens: int, fused: bool, training: bool) -> bool:
-    """Ask whether x (W + dW)^T with dW built costs fewer multiplications than x W^T plus the three factors of dW.
+    """Ask whether building dW for x (W + dW)^T costs fewer multiplications than x W^T plus the three factors of dW.
 
     Built, dW costs 2 O P I and, where the core is a matrix, 2 O P Q; its gradient as much again, and 2 N O I for
     g^T x. In factors a token costs 2 (I Q + P O + core), and that again for its gradient, where the core is a matrix
     with 2 P Q more for the core's own. `fused` is false where W + dW would round dW away (half precision): then the
     product with dW is one of its own. A diagonal core on all K = d directions of a d x d weight: dW is built from
     N > 2 d / 3 tokens on, without gradients from d / 2, with a product of its own from 2 d. Measured at d = 384 and
-    1024 in float32 and bfloat16 on one CPU core, 24 cases: the faster road, or one within noise of it.
+    1024 in float32 and bfloat16 on one CPU core, 24 cases: the faster way, or one within noise of it.
 
     False for an update less than half as wide as the weight: dW would be larger than all that such an adapter holds.
     """

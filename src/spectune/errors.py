@@ -1,6 +1,6 @@
-"""One root error for the library; each child also is the standard error that it replaces.
+"""The root error of the library; each child is also the standard error that it replaces.
 
-A message has four parts: where, what was asked, what was found, what to do.
+A message has four parts: where, what was asked, what is there, what to do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UnknownOptionError(OptionError, TypeError):
 
 
 class WeightError(SpectuneError, ValueError):
-    """A weight that cannot be decomposed as asked: shape, rank, dtype, NaN or infinity."""
+    """A weight that cannot be decomposed as requested: shape, rank, dtype, NaN or infinity."""
 
 
 class AdapterError(SpectuneError, ValueError):

@@ -3,7 +3,7 @@
     Weight --spectrum--> Spectrum --methods, with the trained numbers--> Delta --fusion/export--> file
 
 Letters on tensors: O outputs, I inputs, K = min(O, I), R kept directions, P and Q the widths of an update,
-N tokens, C coefficients of a sparse core; all of them stand in CONTRIBUTING.md.
+N tokens, C coefficients of a sparse core; CONTRIBUTING.md lists all letters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SURE_GAP = 1e-6
 class Weight:
     """One matrix of a model, always out x in, whatever the layer stores.
 
-    `name` is where it stands (`layers.3.q_proj`); every error about it begins with that name.
+    `name` is its place in the model (`layers.3.q_proj`); every error about it begins with that name.
     """
 
     name: str
@@ -30,13 +30,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a `Spectrum` was found, measured, not promised.
+    """How accurate a `Spectrum` is, as measured.
 
     All figures are fractions of the largest singular value found, or dimensionless.
     """
 
     solver: str
-    """Which solver ran (`exact`, `gram`, `randomized`): what `auto` chose stands here."""
+    """Which solver ran (`exact`, `gram`, `randomized`): with `auto`, the one that it chose."""
     residual: float
     """max_i |W v_i - s_i u_i| and |W^T u_i - s_i v_i|, as a fraction of S_R[0]."""
     orthogonality: float
@@ -47,16 +47,16 @@ class Quality:
     steps: int = 0
     """Block Krylov steps taken; 0 for a direct solver."""
     converged: bool = True
-    """False when the solver stopped before the wanted subspace stood still."""
+    """False when the solver stopped before the wanted subspace had settled."""
     cached: bool = False
-    """True when it was read from the cache on disk, and checked, instead of solved here."""
+    """True when it was read from the cache on disk and checked, not computed here."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """R singular directions of one weight: W_OI ~ U_OR diag(S_R) Vh_RI + what is left out.
 
-    `columns[i]` is the place of direction i in the full descending spectrum (0 is the strongest).
+    `columns[i]` is the position of direction i in the full descending spectrum (0 is the strongest).
     """
 
     U_OR: torch.Tensor
@@ -73,17 +73,17 @@ class Spectrum:
 
     @property
     def is_found_again(self) -> bool:
-        """Whether these directions can be found again from a rounded base, on another machine, up to a turn.
+        """Whether these directions can be computed again from a rounded base, on another machine, up to a rotation.
 
         Only leading directions above a gap: away from the top, rounding the base mixes in directions that were not
-        kept, 2% (bottom) to 10% (random) of the update on MiniLM's weights in bfloat16, which no turning undoes. Files
-        bring other bases along.
+        kept, 2% (bottom) to 10% (random) of the update on MiniLM's weights in bfloat16, which no rotation undoes. Files
+        store such bases.
         """
         return self.columns == tuple(range(self.shape[2])) and self.quality.gap >= SURE_GAP
 
     @classmethod
     def unknown(cls, rows_O: int, cols_I: int, rank: int, name: str = "") -> Spectrum:
-        """Get zeros where a file will bring the directions; rank 0 for methods that have none of their own."""
+        """Get zeros that a file will fill with the directions; rank 0 for methods without any."""
         found = float("nan") if rank else 0.0
         quality = Quality(solver="file" if rank else "none", residual=found, orthogonality=found, gap=float("inf"))
         columns = tuple(range(rank))
@@ -100,7 +100,10 @@ class Spectrum:
         Spectral Adapter (arXiv 2405.13952), Lemma 4.1: this is how adapters are stacked.
         """
         if delta.left_OP is not self.U_OR or delta.right_QI is not self.Vh_RI:
-            raise ValueError(f"{self.name or 'weight'}: the update does not stay inside these singular directions.")
+            raise ValueError(
+                f"{self.name or 'weight'}: the update reaches outside these singular directions, so it cannot rotate "
+                "them."
+            )
         middle_RR = torch.diag(self.S_R) + delta.core_matrix()
         X_RR, S_R, Yh_RR = torch.linalg.svd(middle_RR)
         return Spectrum(self.U_OR @ X_RR, S_R, Yh_RR @ self.Vh_RI, self.columns, self.quality, self.name)
@@ -113,7 +116,7 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class SparseCore:
-    """A P x Q matrix with C entries: core[rows_C[i], cols_C[i]] = values_C[i], no place twice."""
+    """A P x Q matrix with C entries: core[rows_C[i], cols_C[i]] = values_C[i], each place once."""
 
     rows_C: torch.Tensor
     cols_C: torch.Tensor

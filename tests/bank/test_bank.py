@@ -167,7 +167,7 @@ def test_a_core_that_the_bank_cannot_keep_is_refused(tmp_path: Path) -> None:
     module.U_OR, module.Vh_RI, module.S_R = module.U_OR @ turn_RR, turn_RR.T @ module.Vh_RI, S_R
     module.sketch = turn_RR.T @ module.sketch
     module._settled_on = module.sketch
-    with pytest.raises(AdapterError, match="turned basis"):
+    with pytest.raises(AdapterError, match="rotated basis"):
         bank.load("ben", folder)
 
 
@@ -190,7 +190,7 @@ def spectune_on_another_base(model: PeftModel) -> PeftModel:
 
 @pytest.mark.parametrize(
     ("options", "line"),
-    [({"r": 3}, "the bank holds"), ({"target_modules": ["q_proj"]}, "the bank adapts 6 layers, the file 2")],
+    [({"r": 3}, "the bank has"), ({"target_modules": ["q_proj"]}, "the bank adapts 6 layers and the file 2")],
 )
 def test_other_options_or_layers_are_refused(
     options: dict[str, Any], line: str, folders: dict[str, Path], tmp_path: Path

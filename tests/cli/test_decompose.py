@@ -57,8 +57,8 @@ def test_the_cache_is_listed_and_cleared(model: Path, capsys: pytest.CaptureFixt
     [
         (["--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
         (["--columns", "middle"], "only top and bottom"),
-        (["--max-memory", "few"], "'few' is no size"),
-        (["--max-memory", "1KB"], "--max-memory is 0.00 GiB"),
+        (["--max-memory", "few"], "'few' is not a size"),
+        (["--max-memory", "1KB"], "more than --max-memory (0.00 GiB)"),
         (["--include", "("], "is no regular expression"),
         (["--r", "0"], "at least 1"),
     ],

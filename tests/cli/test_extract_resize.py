@@ -97,7 +97,7 @@ FAILURES = [
     (["extract", "base", "tuned", "-o", "lora"], 1, "found 2 entries in it"),
     (["extract", "base", "tuned", "-o", "out", "--columns", "1,x"], 1, "--columns 1,x: give top"),
     (["extract", "base", "tuned", "-o", "out", "--to", "spectral_a", "--columns", "tpo"], 1, "Did you mean 'top'"),
-    (["resize", "lora", "-o", "out"], 1, "nothing says what to keep"),
+    (["resize", "lora", "-o", "out"], 1, "nothing says how much to keep"),
     (["resize", "base", "-o", "out", "--rank", "2"], 1, "found no pair of factors"),
     (["resize", "lora", "-o", "out", "--rank", "two"], 2, "valid integer"),
 ]

@@ -64,7 +64,7 @@ FAILURES: list[tuple[str, dict[str, Any], str]] = [
     ("nowhere", {}, "asked for a model, but there is no"),
     ("model", {"base": Path("model")}, "--base is not for a model, which this is"),
     ("lora", {"sample": 2, "include": "q"}, "--include, --sample is not for an adapter"),
-    ("model", {"r": 0}, "--r 0: at least 1 direction"),
+    ("model", {"r": 0}, "--r 0 must be at least 1"),
     ("model", {"include": "q_prog"}, "found no weights for 'q_prog'"),
 ]
 

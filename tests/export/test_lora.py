@@ -141,7 +141,7 @@ def test_padding_gives_every_layer_one_rank_and_changes_nothing(tmp_path):
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (16, 16, {})
     assert exported.proof.max_relative_error < 1e-6
-    with pytest.raises(ExportError, match="asked to pad to rank 13, the update has 14"):
+    with pytest.raises(ExportError, match="pad_to=13 is less than the rank of this update .14."):
         export_lora(model, tmp_path / "other", pad_to=13)
 
 
@@ -157,7 +157,7 @@ def test_one_of_several_adapters_is_exported_whichever_is_active(tmp_path):
     model = adapted("llama-spectral_a")
     model.add_adapter("other", model.peft_config["default"])
     model.set_adapter("other")
-    with pytest.raises(ExportError, match="several spectral adapters: default, other. Name one"):
+    with pytest.raises(ExportError, match="several spectral adapters: default, other. Choose one"):
         export_lora(model, tmp_path / "out")
     with pytest.raises(ExportError, match="no spectral adapter 'defualt'. Did you mean 'default'"):
         export_lora(model, tmp_path / "out", adapter_name="defualt")
@@ -217,21 +217,21 @@ def test_what_is_not_exact_is_refused(tmp_path):
     model = adapted("llama-spectral_a")
     assert "no spectral adapter" in refused(torch.nn.Linear(2, 2), tmp_path)
     assert "bias='all'" in refused(adapted("bert-classifier", bias="all"), tmp_path)
-    assert "asked for torch.int8" in refused(model, tmp_path, dtype=torch.int8)
+    assert "dtype=torch.int8" in refused(model, tmp_path, dtype=torch.int8)
     assert "Leave it out" in refused(model, tmp_path, base_model="somewhere")
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
     layer.merge()
-    assert "layers.1.self_attn.q_proj: asked for an update, found default merged" in refused(model, tmp_path)
+    assert "layers.1.self_attn.q_proj: default is merged into the base" in refused(model, tmp_path)
     layer.unmerge()
     layer.base_layer = torch.nn.Conv2d(3, 3, 1)
-    assert "found a Conv2d" in refused(model, tmp_path)
+    assert "a Conv2d has no exact LoRA" in refused(model, tmp_path)
 
 
 def test_a_broken_adapter_is_named_by_its_layer(tmp_path):
     model = adapted("llama-spectral_a")
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
     layer.spectune_adapter["default"].A_U.data[0, 0] = float("nan")
-    assert "layers.1.self_attn.v_proj: asked for the update in float32, found NaN" in refused(model, tmp_path)
+    assert "layers.1.self_attn.v_proj: the update in float32 contains NaN" in refused(model, tmp_path)
     layer.spectune_adapter["default"].A_U.data[0, 0] = 1e6
     assert "in float16" in refused(model, tmp_path, dtype=torch.float16)
 
@@ -240,6 +240,6 @@ def test_nan_in_a_module_trained_in_full_is_not_exported(tmp_path):
     model = adapted("bert-classifier")
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].bias[0] = float("nan")
-    with pytest.raises(ExportError, match="classifier.bias: trained in full, and has NaN"):
+    with pytest.raises(ExportError, match="classifier.bias: trained in full, and contains NaN"):
         export_lora(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -243,7 +243,7 @@ def test_a_body_alone_is_the_base_of_a_model_with_a_head(tmp_path: Path) -> None
     tuned = changed(tiny.fresh())
     tuned.save_pretrained(tmp_path / "tuned")
     with pytest.raises(
-        SpectuneError, match=r"has 2 tensors: classifier\.bias, classifier\.weight, which .*--save-rest"
+        SpectuneError, match=r"has 2 tensors that .* lacks: classifier\.bias, classifier\.weight\. .*--save-rest"
     ):
         extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
     done = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=48, save_rest=True)
@@ -302,7 +302,7 @@ def test_a_file_that_is_not_what_was_found_is_refused(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(drafts, "save_tensors", spoilt)
     for form in ("lora", "spectral_a"):
-        with pytest.raises(SpectuneError, match=r"the written adapter misses .* were expected"):
+        with pytest.raises(SpectuneError, match=r"the written adapter misses .* more than expected"):
             extract_adapter(base, tuned, tmp_path / "out", to=form, rank=16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
@@ -319,13 +319,15 @@ def test_models_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) 
     base, tuned, _ = pair_of(MODELS["llama"], tmp_path)
     lacking = edited(tuned, tmp_path / "lacking", lambda tensors: tensors.pop("model.norm.weight"))
     wider = edited(tuned, tmp_path / "wider", lambda t: t.update({"lm_head.weight": torch.zeros(70, 32)}))
-    with pytest.raises(SpectuneError, match=r"lacks 1 tensor: model\.norm\.weight of .*--exclude"):
+    with pytest.raises(SpectuneError, match=r"lacks 1 tensor that .* has: model\.norm\.weight\. .*--exclude"):
         extract_adapter(base, lacking, tmp_path / "out")
-    with pytest.raises(SpectuneError, match=r"has 1 tensor: model\.norm\.weight, which .* lacks"):
+    with pytest.raises(SpectuneError, match=r"has 1 tensor that .* lacks: model\.norm\.weight\."):
         extract_adapter(lacking, tuned, tmp_path / "out")
-    with pytest.raises(SpectuneError, match=r"another shape for 1 tensor: lm_head\.weight \(64x32 -> 70x32\)"):
+    with pytest.raises(
+        SpectuneError, match=r"has 1 tensor in another shape than .*: lm_head\.weight \(64x32 -> 70x32\)"
+    ):
         extract_adapter(base, wider, tmp_path / "out")
-    with pytest.raises(SpectuneError, match=r"all 21 tensors .* are equal"):
+    with pytest.raises(SpectuneError, match=r"all 21 tensors are equal"):
         extract_adapter(base, base, tmp_path / "out")
     with pytest.raises(SpectuneError, match=r"no tensor has 'nrom' in its name\. Did you mean 'norm'"):
         extract_adapter(base, tuned, tmp_path / "out", exclude=["nrom"])
@@ -336,7 +338,7 @@ def test_models_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) 
 
 def test_a_change_that_no_adapter_can_hold_is_refused(tmp_path: Path) -> None:
     base, tuned, _ = pair_of(MODELS["llama"], tmp_path, "norm")
-    with pytest.raises(SpectuneError, match=r"5 tensors changed, and none .*LlamaRMSNorm"):
+    with pytest.raises(SpectuneError, match=r"5 tensors changed, but none .*LlamaRMSNorm"):
         extract_adapter(base, tuned, tmp_path / "out", save_rest=True)
 
 
@@ -355,12 +357,12 @@ def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"to": "svft"}, "lora or spectral_a"),
-    ({"columns": "top"}, "belong to spectral_a"),
-    ({"to": "spectral_a", "energy": 0.9}, "belong to lora"),
-    ({"to": "spectral_a", "dtype": torch.bfloat16}, "belong to lora"),
-    ({"dtype": torch.int8}, "a LoRA is stored as one of"),
-    ({"rank": 0}, "at least 1 is needed"),
+    ({"to": "svft"}, "only lora and spectral_a"),
+    ({"columns": "top"}, "which only spectral_a uses"),
+    ({"to": "spectral_a", "energy": 0.9}, "only go with lora"),
+    ({"to": "spectral_a", "dtype": torch.bfloat16}, "only go with lora"),
+    ({"dtype": torch.int8}, "a LoRA can only be stored as"),
+    ({"rank": 0}, "rank=0 must be at least 1"),
     ({"energy": 1.5}, "above 0 and at most 1"),
     ({"frobenius": 1.0}, "below 1"),
     ({"to": "spectral_a", "rank": 2, "columns": [0, 99]}, "column 99"),

@@ -74,13 +74,15 @@ def test_inputs_of_a_convolution_are_its_patches(convolution: nn.Module, shape: 
 
 def test_what_cannot_be_collected_is_refused() -> None:
     model = MODELS["mlp"].fresh()
-    with pytest.raises(OptionError, match="MLP: the model carries no adapter"):
+    with pytest.raises(OptionError, match="MLP: the model has no adapter"):
         collect_grams(model, [torch.ones(2, 10)])
     with pytest.raises(OptionError, match=r"'lin2' is no layer of MLP. Did you mean"):
         collect_grams(model, [torch.ones(2, 10)], layers=["lin2"])
     with pytest.raises(OptionError, match="lin0: no batch went through this layer"):
         collect_grams(model, [], layers=["lin0"])
     conv = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(OptionError, match="0: gradient fusion reads the inputs of linear layers .* this is a Conv2d"):
+    with pytest.raises(
+        OptionError, match="0: gradient fusion can only read the inputs of linear layers .* this is a Conv2d"
+    ):
         collect_grams(conv, [torch.ones(1, 4, 8, 8)], layers=["0"])
     assert not model.lin0._forward_pre_hooks and not conv[0]._forward_pre_hooks

@@ -88,7 +88,7 @@ def test_it_does_not_lose_to_lbfgs() -> None:
 @pytest.mark.parametrize(
     ("gram", "line"),
     [
-        (None, "layer: rule 'gradient' needs the inputs of 0 in this layer, found none"),
+        (None, "layer: rule 'gradient' needs the inputs that 0 sees in this layer"),
         (torch.eye(COLS - 1), f"layer: the activations of 0 are {COLS - 1}x{COLS - 1} or not finite"),
         (torch.full((COLS, COLS), torch.nan), "or not finite"),
     ],

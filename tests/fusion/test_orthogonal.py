@@ -37,5 +37,7 @@ def test_rows_that_are_not_disjoint_are_refused(second: object, line: str) -> No
 
 
 def test_other_methods_are_refused() -> None:
-    with pytest.raises(AdapterError, match="rule 'orthogonal' adds up orthogonal_adaptation adapters, b is a LoRA"):
+    with pytest.raises(
+        AdapterError, match="rule 'orthogonal' only takes orthogonal_adaptation adapters, but b is a LoRA"
+    ):
         Orthogonal().fuse([orthogonal_part("a", 0, 1), lora_part("b", 2, 2)], [1.0, 1.0])

@@ -78,14 +78,14 @@ def test_concepts_of_orthogonal_adaptation_never_share_a_direction() -> None:
 
 
 def test_more_concepts_than_rows_are_refused() -> None:
-    with pytest.raises(WeightError, match=r"layers\.2\.k: concept 2 at r=8 needs rows up to 24 .* at most 2 concepts"):
+    with pytest.raises(WeightError, match=r"layers\.2\.k: concept 2 at r=8 needs 24 rows, .* at most 2 concepts"):
         OrthogonalAdaptation(r=8, concept=2).frozen(no_directions(6, 16))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
-        ("specadapt", {"weight_dropout": -0.1}, "weight_dropout must lie in"),
+        ("specadapt", {"weight_dropout": -0.1}, "weight_dropout must be at least 0 and below 1"),
         ("svdiff", {"basis_rank": 0}, "basis_rank must be an integer of at least 1"),
         ("lidb", {"output_width": 0}, "output_width must be"),
         ("orthogonal_adaptation", {"concept": -1}, "concept must be an integer of at least 0"),

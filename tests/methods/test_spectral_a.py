@@ -44,12 +44,12 @@ def test_directions_without_a_singular_value_are_refused() -> None:
     W_OI = torch.randn(8, 2) @ torch.randn(2, 6)
     method = SpectralA(r=4)
     spectrum = decompose(Weight("layers.0.v", W_OI), 4)
-    with pytest.raises(WeightError, match=r"layers\.0\.v: asked .* 4 directions, only 2 .* Lower r to 2"):
+    with pytest.raises(WeightError, match=r"layers\.0\.v: .* 4 directions, but only 2 .* Lower r to 2"):
         method.check(spectrum)
 
 
 def test_a_zero_weight_is_refused() -> None:
-    with pytest.raises(WeightError, match="all zero"):
+    with pytest.raises(WeightError, match="singular values .* are zero"):
         SpectralA(r=2).check(decompose(Weight("layers.0.v", torch.zeros(5, 6)), 2))
 
 
@@ -60,7 +60,7 @@ def test_r_must_be_a_positive_integer(r: object) -> None:
 
 
 def test_options_of_other_methods_are_refused_and_unknown_methods_list_near_misses() -> None:
-    with pytest.raises(OptionError, match=r"'spectral_a' has no option 'pattern' .*uses: r, columns"):
+    with pytest.raises(OptionError, match=r"'spectral_a' has no option 'pattern' .*has: r, columns"):
         build_method("spectral_a", {"pattern": "banded"})
     with pytest.raises(OptionError, match=r"unknown method 'spectral_b'. Did you mean .*'spectral_a'"):
         build_method("spectral_b", {})

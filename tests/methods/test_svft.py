@@ -68,7 +68,7 @@ def test_top_k_is_refused_for_rectangular_weights_with_the_reason() -> None:
 
 
 def test_plain_refuses_off_diagonals() -> None:
-    with pytest.raises(OptionError, match="pattern 'plain' has none"):
+    with pytest.raises(OptionError, match="has no effect on pattern='plain'"):
         SVFT(off_diagonals=3)
 
 

@@ -101,7 +101,7 @@ def test_training_and_reloading_work_on_every_spectrum(method: str, spectrum: st
 def test_a_rank_one_weight_is_trained_or_refused_in_words(method: str) -> None:
     """Methods whose step is proportional to a singular value cannot tune directions of value zero, and say so."""
     if method in ("spectral_a", "spectral_r"):
-        with pytest.raises(WeightError, match=r"only 1 of them have a singular value above zero.* Lower r to 1"):
+        with pytest.raises(WeightError, match=r"only 1 have a singular value above zero.* Lower r to 1"):
             get_peft_model(One(rank_one()), SpectralConfig(**options(method)))
         return
     model = get_peft_model(One(rank_one()), SpectralConfig(**options(method)))

@@ -208,8 +208,8 @@ def test_few_directions_are_resolved_fully_and_many_by_ten_probes_a_side(R, widt
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (torch.ones(3, 12), "asked to align 4 directions, the stored sketch is 3x12"),
-        (torch.ones(4, 7), "the stored sketch is 4x7 and not 4 x 2 width"),
+        (torch.ones(3, 12), "the stored sketch is 3x12, but 4 directions"),
+        (torch.ones(4, 7), "the stored sketch is 4x7, but 4 directions"),
         (torch.full((4, 8), torch.nan), "The file is damaged"),
         (torch.zeros(4, 8), "The file is damaged"),
     ],

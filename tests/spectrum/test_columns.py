@@ -40,16 +40,16 @@ def test_random_places_are_the_same_for_ever():
 @pytest.mark.parametrize(
     ("columns", "rank", "message"),
     [
-        ("top", 0, "asked for 0 directions, at least 1 is needed. Raise r"),
-        ("top", 11, "asked for 11 directions, the weight {shape} has 10. Lower r to 10 or exclude the layer."),
-        (10, 1, "asked to start at column 10, the weight {shape} has columns 0 to 9"),
-        (-1, 1, "asked to start at column -1"),
-        (8, 3, "asked for 3 directions from column 8 on, the weight {shape} has 2 there. Lower r to 2"),
-        ([0, 10], None, "asked for column 10, the weight {shape} has columns 0 to 9"),
-        ([-1], None, "asked for column -1"),
-        ([3, 3], None, "asked for column 3 more than once in [3, 3]. Name each column once."),
-        ([1, 2], 3, "asked for 3 directions and for a list of 2 columns. Set r to 2."),
-        ([], None, "asked for an empty list of columns"),
+        ("top", 0, "r=0 must be at least 1. Raise r"),
+        ("top", 11, "r=11 is more than this {shape} weight has (10). Lower r to 10 or exclude the layer."),
+        (10, 1, "columns=10: this {shape} weight has columns 0 to 9"),
+        (-1, 1, "columns=-1: this {shape} weight"),
+        (8, 3, "r=3 from column 8 on is more than this {shape} weight has there (2). Lower r to 2"),
+        ([0, 10], None, "this {shape} weight has columns 0 to 9, but the list names column 10"),
+        ([-1], None, "the list names column -1"),
+        ([3, 3], None, "columns=[3, 3] names column 3 more than once. Name each column once."),
+        ([1, 2], 3, "r=3, but the list names 2 columns. Set r to 2."),
+        ([], None, "columns: the list is empty"),
     ],
 )
 def test_a_choice_that_the_weight_cannot_meet_is_refused(columns, rank, message):
@@ -60,7 +60,7 @@ def test_a_choice_that_the_weight_cannot_meet_is_refused(columns, rank, message)
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [("botom", "Did you mean 'bottom'"), (True, "columns=True"), ([1.5], "holds integers only")],
+    [("botom", "Did you mean 'bottom'"), (True, "columns=True"), ([1.5], "may contain only integers")],
 )
 def test_a_choice_that_does_not_exist_is_refused(columns, message):
     with pytest.raises(OptionError) as error:

@@ -82,7 +82,7 @@ def _bad_on_one(rank: int) -> Any:
 
 def test_an_error_on_one_process_is_raised_on_all(tmp_path: Path) -> None:
     answers = together(_bad_on_one, tmp_path)
-    assert all("layer.4: asked for singular directions, 600 of 600 entries are NaN" in answer for answer in answers)
+    assert all("layer.4: 600 of the weight's 600 entries are NaN" in answer for answer in answers)
 
 
 def _fewer_on_one(rank: int) -> Any:
@@ -91,7 +91,7 @@ def _fewer_on_one(rank: int) -> Any:
 
 def test_other_weights_on_another_process_are_refused(tmp_path: Path) -> None:
     answers = together(_fewer_on_one, tmp_path)
-    assert all("rank 1 adapts 4 weights, rank 0 5" in answer for answer in answers)
+    assert all("process 1 adapts 4 weights and process 0 adapts 5" in answer for answer in answers)
 
 
 def _with_cache(rank: int) -> Any:

@@ -130,21 +130,33 @@ def spoiled(value):
 @pytest.mark.parametrize(
     ("W_OI", "options", "message"),
     [
-        (torch.ones(3, 4, 5), {}, "asked for singular directions of a matrix, the weight is 3-D (3x4x5). Flatten"),
-        (torch.ones(0, 4), {}, "the weight 0x4 is empty. Exclude the layer."),
-        (torch.ones(8, 8, dtype=torch.uint8), {}, "the weight is torch.uint8 (quantised?). Dequantise it"),
-        (torch.ones(8, 8, device="meta"), {}, "meta device, it has no numbers. Load it first."),
-        (spoiled(math.nan), {}, "2 of 16384 entries are NaN or infinite. Repair the checkpoint"),
-        (spoiled(-math.inf), {}, "2 of 16384 entries are NaN or infinite."),
-        (torch.ones(8, 8), {"rank": 0}, "asked for 0 directions, at least 1 is needed."),
+        (torch.ones(3, 4, 5), {}, "the weight is 3-D (3x4x5), but only a matrix has singular directions. Flatten"),
+        (torch.ones(0, 4), {}, "the 0x4 weight is empty. Exclude the layer."),
+        (
+            torch.ones(8, 8, dtype=torch.uint8),
+            {},
+            "a weight in torch.uint8 (quantised?) cannot be decomposed. Dequantise it",
+        ),
+        (torch.ones(8, 8, device="meta"), {}, "meta device and has no values. Load it first."),
+        (spoiled(math.nan), {}, "2 of the weight's 16384 entries are NaN or infinite. Repair the checkpoint"),
+        (spoiled(-math.inf), {}, "2 of the weight's 16384 entries are NaN or infinite."),
+        (torch.ones(8, 8), {"rank": 0}, "r=0 must be at least 1."),
         (
             torch.ones(32, 512),
             {"rank": 64},
-            "asked for 64 directions, the weight 32x512 has 32. Lower r to 32 or exclude the layer.",
+            "r=64 is more than this 32x512 weight has (32). Lower r to 32 or exclude the layer.",
         ),
-        (torch.ones(8, 8), {"rank": None, "columns": [8]}, "asked for column 8, the weight 8x8 has columns 0 to 7."),
-        (torch.ones(8, 8), {"rank": None, "columns": [1, 1]}, "asked for column 1 more than once"),
-        (torch.full((8, 8), 1e60, dtype=torch.float64), {}, "the largest entry is 1e+60, outside its range. Pass"),
+        (
+            torch.ones(8, 8),
+            {"rank": None, "columns": [8]},
+            "this 8x8 weight has columns 0 to 7, but the list names column 8.",
+        ),
+        (torch.ones(8, 8), {"rank": None, "columns": [1, 1]}, "names column 1 more than once"),
+        (
+            torch.full((8, 8), 1e60, dtype=torch.float64),
+            {},
+            "the largest entry, 1e+60, is out of range for computing in torch.float32. Pass",
+        ),
     ],
 )
 def test_a_weight_that_cannot_be_decomposed_is_refused_by_name(W_OI, options, message):
@@ -157,10 +169,10 @@ def test_a_weight_that_cannot_be_decomposed_is_refused_by_name(W_OI, options, me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "randomised"}, "solver='randomised' does not exist. Did you mean 'randomized'?"),
-        ({"columns": "tops"}, "columns='tops' does not exist. Did you mean 'top'?"),
-        ({"dtype": torch.float16}, "asked to compute in torch.float16. Choose torch.float32 or torch.float64."),
-        ({"tolerance": 0.0}, "tolerance=0.0 is no angle."),
+        ({"solver": "randomised"}, "unknown solver='randomised'. Did you mean 'randomized'?"),
+        ({"columns": "tops"}, "unknown columns='tops'. Did you mean 'top'?"),
+        ({"dtype": torch.float16}, "cannot compute in torch.float16. Choose torch.float32 or torch.float64."),
+        ({"tolerance": 0.0}, "tolerance=0.0 is not a positive angle."),
     ],
 )
 def test_an_option_that_does_not_exist_is_refused(options, message):

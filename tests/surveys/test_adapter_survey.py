@@ -154,7 +154,7 @@ def test_kinds_have_medians_and_no_figures_of_what_is_missing() -> None:
 def test_nan_and_a_useless_r_are_refused(tmp_path: Path) -> None:
     tensors = {"x.lora_A.weight": torch.full((2, 3), float("nan")), "x.lora_B.weight": torch.ones(3, 2)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(AdapterError, match="x: the update has NaN"):
+    with pytest.raises(AdapterError, match="x: the update contains NaN"):
         survey_adapter(tmp_path / "a.safetensors")
     with pytest.raises(OptionError, match="--r 0"):
         survey_adapter(tmp_path / "a.safetensors", r=0)

@@ -30,10 +30,10 @@ def test_singular_values_are_those_of_the_svd(shape: tuple[int, int], dtype: tor
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        (torch.tensor([[1.0, math.nan], [0, 1]]), "layers.0: .*NaN or infinite"),
-        (torch.ones(2, 2, dtype=torch.int8), "found 2x2 of torch.int8"),
-        (torch.ones(2, 2, 2), "found 2x2x2"),
-        (torch.ones(0, 3), "found 0x3"),
+        (torch.tensor([[1.0, math.nan], [0, 1]]), "layers.0: .*NaN or infinity"),
+        (torch.ones(2, 2, dtype=torch.int8), "this is 2x2 of torch.int8"),
+        (torch.ones(2, 2, 2), "this is 2x2x2"),
+        (torch.ones(0, 3), "this is 0x3"),
     ],
 )
 def test_what_has_no_singular_values_is_named(weight: torch.Tensor, said: str) -> None:

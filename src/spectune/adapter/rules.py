@@ -27,7 +27,7 @@ def _tiny(grad: torch.Tensor) -> float:
 
 
 GRADIENT_NORMS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {"rms": _rms, "layer": _layer}
-"""`rms`: g / sqrt(mean g^2). `layer`: (g - mean g) / deviation. Along the axis that the method names."""
+"""`rms`: g / sqrt(mean g^2). `layer`: (g - mean g) / deviation. Along the axis that the method gives."""
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def decay_by_spectrum(module: SpectralModule, learning_rates: dict[int, float], 
 
 
 def _beside(factor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Get a factor that every process has whole in the form that a sharded parameter (FSDP2) can be multiplied by."""
+    """Get a factor in the form that a sharded parameter (FSDP2) can be multiplied by; every process has all of it."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return factor

@@ -1,3 +1,3 @@
-"""Thousands of small adapters on one basis, resident in one model; every row of a batch has its own."""
+"""Thousands of small adapters in one basis, resident in one model; each row of a batch can use a different one."""
 
 from .bank import AdapterBank as AdapterBank

@@ -1,4 +1,4 @@
-"""`AdapterBank`: thousands of adapters on one basis, resident in one model; every row of a batch has its own."""
+"""`AdapterBank`: thousands of adapters in one basis, resident in one model; each row of a batch can use another."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ BASE = "__base__"
 
 
 class AdapterBank:
-    """Get a bank on the layers and the basis of one spectral adapter of a model.
+    """Make a bank from the layers and the basis of one spectral adapter of a model.
 
         bank = AdapterBank(model)                      # model: a PeftModel with a spectral_r, svft or svdiff adapter
         bank.load("anna", "adapters/anna")
         with bank(["anna", "ben", "__base__"]):        # one name for each row of the batch
             model(**inputs)
 
-    Methods with frozen factors differ in a small core alone, so a batch is one product with the factors for all rows
-    and one batched product with the gathered cores. 10,000 residents of `spectral_r`, r = 8, take 2.6 MB a layer.
-    `model(**inputs, adapter_names=[...])` and `generate(..., adapter_names=[...])` know the residents as well.
+    Adapters of methods with frozen factors differ only in a small core, so a batch takes one product with the factors
+    for all rows and one batched product with the gathered cores. 10,000 residents of `spectral_r`, r = 8, take
+    2.6 MB a layer.
+    `model(**inputs, adapter_names=[...])` and `generate(..., adapter_names=[...])` also accept the residents.
 
     Residents may be loaded, replaced and unloaded while other threads run `with bank(...)`: a forward that has begun
-    keeps what it began with, and the seat of a resident that left is given away again when the last block with it ends.
+    keeps its adapters, and the place of an unloaded resident is reused once the last block that uses it has ended.
     A batch has one name for each row; where `generate` repeats rows (num_beams, num_return_sequences, passed to it by
-    name) the copies of a row share its name. The basis adapter itself is no resident; its numbers act outside of
-    `with bank(...)` only.
-    Raises `OptionError` for a method whose factors train, and for layers that are not linear.
+    name) the copies of a row share its name. The basis adapter itself is not a resident; its numbers act only
+    outside `with bank(...)`.
+    Raises `OptionError` for a method that trains its factors, and for layers that are not linear.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
@@ -47,34 +48,36 @@ class AdapterBank:
         self._seats = Seats()
         self._layers: dict[str, BankedLayer] = {}
         self._free: deque[int] = deque()
-        self._retired: set[int] = set()  # no name has them any more, but a block that runs
-        self._held: Counter[int] = Counter()  # seat -> blocks that run with it
-        self._count = 1  # seats given out so far; seat 0 is no adapter
+        self._retired: set[int] = set()  # unloaded, but a running block still uses them
+        self._held: Counter[int] = Counter()  # seat -> running blocks that use it
+        self._count = 1  # seats used so far; seat 0 is no adapter
         self._lock = self._seats.lock
         for path, layer in _layers_of(model, adapter_name).items():
             self._layers[path] = layer.bank = BankedLayer(self, layer.module(adapter_name), self._seats)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The residents."""
+        """The names of the residents."""
         return tuple(self._seats.of)
 
     def load(self, name: str, folder: str | Path) -> None:
-        """Make a saved adapter resident; a resident of that name is replaced. `AdapterError` if it does not fit."""
+        """Make a saved adapter resident; one with the same name is replaced. `AdapterError` if it does not fit."""
         self.put(name, cores_of(folder, self.modules))
 
     @property
     def modules(self) -> dict[str, SpectralModule]:
-        """Layer -> the module whose basis the bank stands on."""
+        """Layer -> the module with the basis that the bank uses."""
         return {path: layer.module for path, layer in self._layers.items()}
 
     def put(self, name: str, cores: Mapping[str, torch.Tensor]) -> None:
-        """Make cores resident: for each layer the numbers of a core in the bank's own basis.
+        """Make cores resident: for each layer, the numbers of a core in the bank's own basis.
 
-        `AdapterError` for a layer without a core, a core of another shape, NaN or infinity; nothing is changed then.
+        `AdapterError` for a layer without a core, a core of the wrong shape, NaN or infinity; then nothing changes.
         """
         if name == BASE or name in getattr(self._model, "peft_config", {}):
-            raise OptionError(f"{name!r} is the name of the base or of a live adapter. Give the resident another.")
+            raise OptionError(
+                f"{name!r} is the name of the base or of a live adapter. Choose another name for the resident."
+            )
         for path, layer in self._layers.items():
             _refuse_unfit(path, cores.get(path), layer.cores[0])
         with self._lock:
@@ -91,7 +94,7 @@ class AdapterBank:
             self._retire(former)
 
     def unload(self, name: str) -> None:
-        """Let a resident go; `AdapterError` for a name that is none."""
+        """Remove a resident; `AdapterError` for an unknown name."""
         with self._lock:
             self._refuse_unknown([name])
             table = dict(self._seats.of)
@@ -101,7 +104,7 @@ class AdapterBank:
 
     @contextmanager
     def __call__(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Run forwards whose rows use these residents (or `__base__`), in place of the active adapter."""
+        """Run forwards with one resident (or `__base__`) per row, in place of the active adapter."""
         with self._lock:
             self._refuse_unknown([name for name in adapter_names if name != BASE])
             seats = [self._seats.of.get(name, 0) for name in adapter_names]
@@ -133,7 +136,7 @@ class AdapterBank:
         return self._count - 1
 
     def _retire(self, seat: int | None) -> None:
-        """Give a seat back that no name has any more; not before the blocks that may be reading it have ended."""
+        """Free the seat of an unloaded resident, once the blocks that may be reading it have ended."""
         if seat is None:
             return
         if seat in self._held:
@@ -154,7 +157,7 @@ class AdapterBank:
                 raise AdapterError(f"{name!r} is not resident in this bank. {nearest(name, self.names)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # The blocks that run are not blocks of a copy.
+        # A copy has no running blocks.
         free = deque([*self._free, *sorted(self._retired)])
         return {**self.__dict__, "_lock": None, "_held": Counter(), "_free": free, "_retired": set()}
 
@@ -165,19 +168,19 @@ class AdapterBank:
 
 def _refuse_unfit(path: str, core: torch.Tensor | None, place: torch.Tensor) -> None:
     if core is None:
-        raise AdapterError(f"{path}: the bank adapts this layer and no core was given for it. Give one for each layer.")
+        raise AdapterError(f"{path}: no core was given for this layer, which the bank adapts. Give one for each layer.")
     if core.shape != place.shape or not core.is_floating_point():
         asked, found = ("x".join(map(str, tensor.shape)) for tensor in (place, core))
         raise AdapterError(
-            f"{path}: the bank keeps {asked} numbers for a resident, the core given has {found} of "
-            f"{str(core.dtype).removeprefix('torch.')}. Bring it into the bank's basis first."
+            f"{path}: the bank keeps {asked} numbers per resident, but the given core has {found} of "
+            f"{str(core.dtype).removeprefix('torch.')}. Convert it to the bank's basis first."
         )
     if not bool(torch.isfinite(core.to(place.dtype)).all()):
-        raise AdapterError(f"{path}: the core has NaN or infinity in it. Train or copy the adapter again.")
+        raise AdapterError(f"{path}: the core contains NaN or infinity. Train or copy the adapter again.")
 
 
 def _room_for(count: int) -> int:
-    """Get the size of the tables for so many seats: the next power of two, so that growing is rare."""
+    """Get the size of the tables for this many seats: the next power of two, so that growing is rare."""
     return 1 << (count - 1).bit_length()
 
 
@@ -189,15 +192,15 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, SpectralLayer]:
     }
     if not found:
         raise OptionError(
-            f"AdapterBank: the model has no spectral adapter {adapter_name!r}. Load one of those that will be resident "
-            f"first (PeftModel.from_pretrained): the bank stands on its basis."
+            f"AdapterBank: the model has no spectral adapter {adapter_name!r}. Load one of the residents first "
+            "(PeftModel.from_pretrained): the bank works in its basis."
         )
     for path, layer in found.items():
         if not isinstance(layer, SpectralLinear):
-            raise OptionError(f"AdapterBank: {path} is no linear layer. Leave it out of target_modules.")
+            raise OptionError(f"AdapterBank: {path} is not a linear layer. Leave it out of target_modules.")
         if not has_frozen_factors(layer.module(adapter_name)):
             raise OptionError(
-                f"AdapterBank: {layer.module(adapter_name).method.name} trains the factors and not only a core, or "
-                f"works on a completed basis. A bank takes spectral_r, svft and svdiff."
+                f"AdapterBank: {layer.module(adapter_name).method.name} trains more than a core, or works on a "
+                "completed basis. A bank takes spectral_r, svft and svdiff."
             )
     return found

@@ -28,8 +28,8 @@ LOST_SHARE = 4e-4
 def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str, torch.Tensor]:
     """Get layer -> the numbers of the saved adapter's core in the bank's basis; `AdapterError` if it does not fit.
 
-    The adapter must have the bank's method, options and layers. Its sketch says which basis it was trained in: the
-    same (then its core is taken as it is), the same turned (then the core is turned), or another weight's.
+    The adapter must have the bank's method, options and layers. Its sketch says in which basis it was trained: the
+    same (the core is used as it is), the same but rotated (the core is rotated), or that of another weight.
     """
     saved = read_adapter_folder(folder).require("SPECTUNE")
     config = SpectralConfig.from_pretrained(str(folder))
@@ -37,19 +37,19 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
     if tensors.keys() != modules.keys():
         different = sorted(tensors.keys() ^ modules.keys())
         raise AdapterError(
-            f"{folder}: the bank adapts {len(modules)} layers, the file {len(tensors)}; the first that only one of "
-            f"them has is {different[0]!r}. Load it with load_adapter."
+            f"{folder}: the bank adapts {len(modules)} layers and the file {len(tensors)}; only one of them has "
+            f"{different[0]!r}. Load it with load_adapter."
         )
     try:
         brought = load_file(saved.path / TENSOR_FILE)  # at once: reading tensor by tensor opens the file for each
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{folder}: the tensors cannot be read: {error}. Copy the file again.") from error
+        raise AdapterError(f"{folder}: cannot read the tensors: {error}. Copy the file again.") from error
     cores, ranks = {}, LayerRanks(config.rank_pattern)
     for layer, module in modules.items():
         method = config.build_method(ranks.of(layer))
         if method != module.method:
             raise AdapterError(
-                f"{folder}: {layer}: the bank holds {module.method}, the file {method}. Make another bank."
+                f"{folder}: {layer}: the bank has {module.method}, the file has {method}. Make another bank."
             )
         cores[layer] = _core(module, {name: brought[key] for name, key in tensors[layer].items()})
     return cores
@@ -61,8 +61,8 @@ def _by_layer(saved: AdapterFolder) -> dict[str, dict[str, str]]:
         layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(MIDDLE)
         if not middle:
             raise AdapterError(
-                f"{saved.path}: the file also holds {key!r} (modules_to_save or biases), which the rows of "
-                f"one batch cannot each have for themselves. Load it with load_adapter."
+                f"{saved.path}: the file also holds {key!r} (modules_to_save or biases), which cannot differ between "
+                "the rows of one batch. Load it with load_adapter."
             )
         found.setdefault(layer, {})[name] = key
     return found
@@ -77,7 +77,7 @@ def _core(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> torch.Ten
     for name in _places_in_file(module):
         here = module.frozen[name].cpu().long()
         if tensors[name].shape != here.shape or not torch.equal(tensors[name].long(), here):
-            raise AdapterError(f"{module.name}: the pattern of the file is not the bank's. Load it with load_adapter.")
+            raise AdapterError(f"{module.name}: the file's pattern differs from the bank's. Load it with load_adapter.")
     trained = {name: tensors[name].to(device, dtype) for name in module.trained_names}
     with in_own_dtype(module.S_R):
         basis = _basis_of_file(module, tensors)
@@ -90,24 +90,24 @@ def _places_in_file(module: SpectralModule) -> list[str]:
 
 
 def _refuse_other_names(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> None:
-    """Raise `AdapterError` for a tensor that is missing, belongs to nothing, or is of another kind of number."""
+    """Raise `AdapterError` for a tensor that is missing, unexpected, or of the wrong kind of number."""
     places = _places_in_file(module)
     basis = BASIS if "U_OR" in tensors else ("sketch",)
     expected = {*module.trained_names, *places, *basis}
     for name in sorted(expected ^ tensors.keys()):
-        fault = "has no tensor" if name in expected else "has a tensor that nothing here asks for:"
+        fault = "has no tensor" if name in expected else "has an unexpected tensor"
         raise AdapterError(f"{module.name}: the adapter file {fault} {name!r}. Copy it again.")
     for name, tensor in tensors.items():
         whole = name in places
         if tensor.is_floating_point() == whole or tensor.is_complex() or tensor.dtype == torch.bool:
             raise AdapterError(
-                f"{module.name}: the tensor {name!r} holds {str(tensor.dtype).removeprefix('torch.')} and not "
+                f"{module.name}: the tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}, but it must hold "
                 f"{'integers' if whole else 'real numbers'}. Copy the adapter again."
             )
 
 
 def _basis_of_file(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> Spectrum | None:
-    """Get the basis that the file was trained in, or None where it is the bank's own."""
+    """Get the basis in which the file was trained, or None if it is the bank's own."""
     mine = module.spectrum
     if "sketch" in tensors:
         stored_RT, own_RT = tensors["sketch"], module.sketch
@@ -125,7 +125,7 @@ def _basis_of_file(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> 
     if not unexplained <= allowed:
         raise AdapterError(
             f"{module.name}: the adapter was trained on another base weight: its singular vectors differ by "
-            f"{unexplained:.1%} from the bank's, rounding explains at most {allowed:.1%}. Load it on its own base."
+            f"{unexplained:.1%} from the bank's, more than rounding explains ({allowed:.1%}). Load it on its own base."
         )
     return theirs
 
@@ -151,7 +151,7 @@ def _turned(module: SpectralModule, theirs: Spectrum, delta: Delta) -> torch.Ten
     lost, whole = float(torch.linalg.vector_norm(rest_RR)), float(torch.linalg.vector_norm(core_RR))
     if lost > LOST_SHARE * whole:
         raise AdapterError(
-            f"{module.name}: the adapter was trained in a turned basis (another machine or dtype of the base), where "
-            f"its core loses {lost / whole:.1%} as the bank keeps it. Load it with load_adapter."
+            f"{module.name}: the adapter was trained in a rotated basis (another machine or dtype of the base), so the "
+            f"bank would lose {lost / whole:.1%} of its core. Load it with load_adapter."
         )
     return numbers

@@ -1,4 +1,4 @@
-"""Delta -> what others load: exact where the algebra allows, proven before the folder appears."""
+"""Delta -> files that other libraries load: exact where the algebra allows, and checked before the folder appears."""
 
 from .lora import LoraExport as LoraExport
 from .lora import export_lora as export_lora

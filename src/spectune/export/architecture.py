@@ -1,4 +1,4 @@
-"""What the layers of a checkpoint are, told by its model class, or by the names of its tensors."""
+"""What the layers of a checkpoint are, from its model class, or else from the names of its tensors."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ ADAPTABLE = ("linear", "convolution", "embedding", "head")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: the path of its module, and what that is."""
+    """Where a tensor belongs: the path of its module, and the kind of that module."""
 
     module: str
     kind: str
-    """`linear`, `convolution`, `embedding`, `head`; anything else cannot be adapted, and says why."""
+    """`linear`, `convolution`, `embedding`, `head`; any other text says why it cannot be adapted."""
     transposed: bool = False
-    """True where a layer stores its matrix in x out."""
+    """True if the layer stores its matrix in x out."""
 
     def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
         """Get W_OI from the stored tensor, without a copy; the kernels of a convolution are flattened."""
@@ -51,7 +51,7 @@ class Place:
 
     @property
     def saved_with(self) -> str:
-        """The module that is saved whole for this tensor: a head with all of its parts, else the module itself."""
+        """The module that is saved whole for this tensor: the complete head, or else the module itself."""
         parts = self.module.split(".")
         inside = [i for i, part in enumerate(parts) if part in HEADS]
         return ".".join(parts[: inside[0] + 1]) if inside else self.module
@@ -62,19 +62,19 @@ class Architecture:
     """The layers of a model, without its weights."""
 
     source: str
-    """The class that told them, or `tensor names` where there is none."""
+    """The model class that they come from, or `tensor names` without one."""
     task_type: str | None
     modules: Mapping[str, Place] = field(repr=False)
-    """Path -> what stands there; empty where only names are known."""
+    """Path -> what is there; empty if only tensor names are known."""
     prefix: str = ""
-    """What the class calls its body (`bert`): files of the body alone lack it."""
+    """The name of the class's body (`bert`), which files of only the body leave out."""
     transforms: Sequence[Any] = field(default=(), repr=False)
     """How transformers renames and rearranges stored tensors on load."""
     tied: tuple[frozenset[str], ...] = ()
-    """Groups of modules that share one weight, of which a file holds one."""
+    """Groups of modules that share one weight; a file stores it once."""
 
     def place(self, name: str, shape: tuple[int, ...]) -> Place:
-        """Get where a tensor of the checkpoint stands."""
+        """Get the place of a tensor of the checkpoint."""
         renamed = self._renamed(name)
         path, _, leaf = renamed.rpartition(".")
         if not self.modules:
@@ -87,7 +87,7 @@ class Architecture:
         return found
 
     def _renamed(self, name: str) -> str:
-        """Get the name in the live model; empty where transformers joins, splits or turns this tensor on load."""
+        """Get the name in the live model; empty if transformers joins, splits or transposes this tensor on load."""
         for transform in self.transforms:
             name, matched = transform.rename_source_key(name)
             if matched is not None and hasattr(transform, "operations"):
@@ -101,22 +101,22 @@ class Architecture:
         return None
 
     def tied_to(self, module: str) -> frozenset[str]:
-        """Get the modules that share this one's weight, itself among them."""
+        """Get the modules that share this one's weight, including itself."""
         return next((group for group in self.tied if module in group), frozenset({module}))
 
 
 def read_architecture(*folders: Path) -> Architecture:
     """Get the layers of the model in the first of these folders that has a config.json of a transformers class.
 
-    The class is built without memory (meta device) and never from code that a folder brings. Where there is none,
-    layers are told by the names and sides of their tensors. `ExportError` for a quantised checkpoint.
+    The class is built without memory (meta device) and never from code in a folder. Without a class, the names and
+    shapes of tensors say what the layers are. `ExportError` for a quantised checkpoint.
     """
     configs = {folder: read_json(path, CONFIG_LIMIT) for folder in folders if (path := folder / "config.json").exists()}
     for folder, config in configs.items():
         if config.get("quantization_config"):
             raise ExportError(
-                f"{folder}: the checkpoint is quantised, so its tensors are no weights that can be subtracted. "
-                f"Pass the unquantised checkpoint."
+                f"{folder}: the checkpoint is quantised, so its tensors cannot be subtracted. Pass the unquantised "
+                "checkpoint."
             )
     for folder, config in configs.items():
         refuse_absurd_size(folder / "config.json", config)
@@ -134,7 +134,9 @@ def _of_class(kind: Any, folder: Path) -> Architecture:
             model = kind(config)
     except Exception as error:  # transformers' classes do not check their configs, and raise whatever comes of it
         line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(f"{folder}: config.json does not build a {kind.__name__}: {line}. Check it.") from error
+        raise ExportError(
+            f"{folder}: cannot build a {kind.__name__} from config.json: {line}. Check the config."
+        ) from error
     task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)
     tied: dict[str, set[str]] = {}
     for name, source in model.all_tied_weights_keys.items():
@@ -160,12 +162,12 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, (nn.Linear, Conv1D)):
         return "linear"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return "convolution" if module.groups == 1 else "a convolution in groups"
+        return "convolution" if module.groups == 1 else "a grouped convolution"
     return "embedding" if isinstance(module, nn.Embedding) else f"{type(module).__name__}"
 
 
 def _by_name(path: str, leaf: str, shape: tuple[int, ...]) -> Place:
-    """Get what a tensor is likely to be: no class told it."""
+    """Guess what a tensor is from its name, without a model class."""
     if leaf != "weight" or len(shape) < 2:
         return Place(path, f"the {leaf or 'only tensor'} of a layer")
     last = path.rpartition(".")[2]

@@ -18,16 +18,16 @@ from ..records import Delta, SparseCore
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
-    """One layer that carries the adapter: its path in the base model, and the update as it stands."""
+    """One layer with the adapter: its path in the base model, and the module that holds the update."""
 
     name: str
     module: SpectralModule
     fan_in_fan_out: bool
-    """True where the layer stores its weight in x out (transformers' Conv1D)."""
+    """True if the layer stores its weight in x out (transformers' Conv1D)."""
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
-    """Get the layers that carry an adapter; `ExportError` where one of them has no exact LoRA."""
+    """Get the layers that have an adapter; `ExportError` if one of them has no exact LoRA."""
     found = []
     for path, name, module in spectral_modules(model):
         if name == adapter_name:
@@ -39,15 +39,17 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
 
 
 def choose_adapter(model: nn.Module, asked: str | None) -> str:
-    """Get the name of the spectral adapter to export: the one asked for, or the only one."""
+    """Get the name of the spectral adapter to export: the one named, or the only one."""
     names = sorted({name for _, name, _ in spectral_modules(model)})
     kind = type(model).__name__
     if not names:
-        raise ExportError(f"{kind}: the model carries no spectral adapter. Attach or load one first.")
+        raise ExportError(f"{kind}: the model has no spectral adapter. Attach or load one first.")
     if asked is not None and asked not in names:
-        raise ExportError(f"{kind}: the model carries no spectral adapter {asked!r}. {nearest(asked, names)}")
+        raise ExportError(f"{kind}: the model has no spectral adapter {asked!r}. {nearest(asked, names)}")
     if asked is None and len(names) > 1:
-        raise ExportError(f"{kind}: the model carries several spectral adapters: {', '.join(names)}. Name one.")
+        raise ExportError(
+            f"{kind}: the model has several spectral adapters: {', '.join(names)}. Choose one with adapter_name."
+        )
     return names[0] if asked is None else asked
 
 
@@ -71,20 +73,20 @@ def base_path(model: nn.Module, path: str) -> str:
 
 
 def base_paths(model: nn.Module) -> Iterator[str]:
-    """Get the path of every module of the base model, whatever is wrapped around it."""
+    """Get the path of every module of the base model, without any wrappers."""
     for path, _ in model.named_modules():
         if ".spectune_adapter" not in path:
             yield base_path(model, path)
 
 
 def inner_model(model: Any) -> nn.Module:
-    """Get the base model inside a PeftModel; any other model is its own."""
+    """Get the base model inside a PeftModel; any other model is returned as it is."""
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
 
 
 def in_double(delta: Delta) -> Delta:
-    """Get the same update in float64, so that what is computed from it rounds once, at the end."""
+    """Get the same update in float64, so that results are rounded only once, at the end."""
     core = delta.core
     wide = replace(core, values_C=core.values_C.double()) if isinstance(core, SparseCore) else core.double()
     return Delta(delta.left_OP.double(), wide, delta.right_QI.double())
@@ -99,11 +101,11 @@ def _base_of(layer: nn.Module) -> nn.Module:
 def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module) -> None:
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise ExportError(
-            f"{path}: asked for an exact LoRA, found a {type(base).__name__}; only linear layers and "
-            f"Conv1D have one. Merge the adapter instead."
+            f"{path}: a {type(base).__name__} has no exact LoRA; only linear layers and Conv1D do. Merge the adapter "
+            "instead."
         )
     merged = getattr(layer, "merged_adapters", [])
     if merged:
         raise ExportError(
-            f"{path}: asked for an update, found {', '.join(merged)} merged into the base. Unmerge first."
+            f"{path}: {', '.join(merged)} is merged into the base, so the update cannot be read. Unmerge it first."
         )

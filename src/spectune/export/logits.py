@@ -34,9 +34,9 @@ class LogitProof:
     largest: float | None = None
     """max |logit|."""
     tolerance: float | None = None
-    """What roundoff explains, as a fraction of max |logit|."""
+    """The largest difference that roundoff explains, as a fraction of max |logit|."""
     layers_run: int = 0
-    """How many adapted layers the batch went through."""
+    """How many adapted layers the batch reached."""
     skipped: str | None = None
     """Why nothing was measured; None when it was."""
 
@@ -50,7 +50,7 @@ def compare_logits(
 ) -> LogitProof:
     """Get the largest difference of the logits; `ExportError` when it is more than roundoff.
 
-    Without `inputs` a seeded random batch is built from the model's config; where none can be built,
+    Without `inputs` a seeded random batch is built from the model's config; if none can be built,
     or the model does not run on it, the proof says so.
     """
     batch = random_batch(model) if inputs is None else inputs
@@ -67,18 +67,18 @@ def compare_logits(
         with _replaced_updates(factors) as run:
             theirs = _logits(model, batch)
     if not run:
-        return LogitProof(skipped="the batch went through none of the adapted layers")
+        return LogitProof(skipped="the batch did not reach any adapted layer")
     return _judge(ours, theirs, {module: factors[module] for module in run}, exact)
 
 
 def random_batch(model: nn.Module) -> dict[str, torch.Tensor] | str:
-    """Get a small seeded batch that the model takes, or the reason why none is known."""
+    """Get a small seeded batch that the model accepts, or the reason why there is none."""
     inner: Any = inner_model(model)
     config = getattr(inner, "config", None)
     kind = type(inner).__name__
     wanted = getattr(inner, "main_input_name", None)
     if config is None or wanted not in ("input_ids", "pixel_values"):
-        return f"no random batch is known for {kind} (main input: {wanted}); pass inputs"
+        return f"no random batch can be made for {kind} (main input: {wanted}); pass inputs"
     generator = torch.Generator().manual_seed(SEED)
     parameter = next(inner.parameters())
     if wanted == "pixel_values":
@@ -91,7 +91,7 @@ def random_batch(model: nn.Module) -> dict[str, torch.Tensor] | str:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)
     if not vocabulary:
-        return f"the config of {kind} does not give the vocabulary's size; pass inputs"
+        return f"the config of {kind} does not give the vocabulary size; pass inputs"
     names = ["input_ids", *(["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else [])]
     return {name: torch.randint(vocabulary, (1, TOKENS), generator=generator).to(parameter.device) for name in names}
 
@@ -108,9 +108,9 @@ def _judge(ours: torch.Tensor, theirs: torch.Tensor, factors: FactorsByModule, e
     error, largest = float((ours.double() - theirs.double()).abs().max()), float(ours.abs().max())
     if exact and not error <= tolerance * largest:
         raise ExportError(
-            f"logits: the exported LoRA differs by {error:.1e} (max |logit| is {largest:.1e}), roundoff "
-            f"explains {tolerance * largest:.1e}. Every layer agrees, so this model amplifies roundoff "
-            f"(routing, sampling); pass check_logits=False to do without this comparison."
+            f"logits: the exported LoRA differs by {error:.1e} (max |logit| is {largest:.1e}), more than roundoff "
+            f"explains ({tolerance * largest:.1e}). Every layer agrees, so this model amplifies roundoff (routing, "
+            "sampling); pass check_logits=False to skip this comparison."
         )
     return LogitProof(error, largest, tolerance, len(factors))
 
@@ -124,7 +124,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Any] | torch.Tensor) -> torch.
 
 @contextmanager
 def _replaced_updates(factors: FactorsByModule) -> Iterator[set[SpectralModule]]:
-    """Let B A x stand in for every update; get the set of the modules that were run."""
+    """Replace every update by B A x; get the set of modules that were run."""
     run: set[SpectralModule] = set()
 
     def by_factors(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ def _replaced_updates(factors: FactorsByModule) -> Iterator[set[SpectralModule]]
 
 @contextmanager
 def _only_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Run with this adapter alone, in eval mode; everything is as before afterwards.
+    """Run with only this adapter, in eval mode; everything is restored afterwards.
 
     Not through `set_adapter`, which also changes what is trainable.
     """

@@ -1,4 +1,4 @@
-"""`export_lora`: a spectral adapter as an ordinary LoRA folder, exact and proven."""
+"""`export_lora`: a spectral adapter as an ordinary LoRA folder, exact and checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class LoraExport:
-    """What was exported: where it stands, the rank of every layer, and the proof that it is exact."""
+    """An exported LoRA: its folder, the rank of every layer, and the proof that it is exact."""
 
     path: Path
     adapter_name: str
@@ -52,7 +52,7 @@ class LoraExport:
 
     @property
     def vllm_max_lora_rank(self) -> int | None:
-        """What to give vLLM as --max-lora-rank; None when the rank is above all that it serves."""
+        """The value for vLLM's --max-lora-rank; None if the rank is larger than vLLM serves."""
         return next((allowed for allowed in VLLM_RANKS if allowed >= self.max_rank), None)
 
 
@@ -73,13 +73,13 @@ def export_lora(
 ) -> LoraExport:
     """Write a spectral adapter as a LoRA folder that PEFT, diffusers and vLLM load without Spectune.
 
-    dW_OI = B_OP A_PI, by the algebra of the update and never by an SVD of it; scaling alpha / r = 1.
+    dW_OI = B_OP A_PI, from the algebra of the update, never from an SVD of it; scaling alpha / r = 1.
 
-    `adapter` is a model that carries spectral adapters, or a saved adapter's folder, which is put on
-    `base_model` (a model, which is copied; a folder or repository; default: what the config names).
-    `dtype` is that of the factors: anything below float32 rounds them, and the proof allows for no more
-    than that. `pad_to` gives every layer this one rank, with zeros. `inputs` are what the logits are
-    compared on (default: a seeded random batch); `check_logits=False` leaves that out.
+    `adapter` is a model with spectral adapters, or the folder of a saved one, which is loaded onto
+    `base_model` (a model, which is copied; a folder or repository; default: the one that the config names).
+    `dtype` is that of the factors: anything below float32 rounds them, and the proof allows for exactly
+    that. `pad_to` pads every layer to this rank with zeros. The logits are compared on `inputs`
+    (default: a seeded random batch); `check_logits=False` skips that.
 
     `max_rank` cuts wider updates to their best approximation of that rank, by QR of the factors. That loses
     something, so it needs `allow_lossy=True`, and `LoraExport.lost` says how much for every layer.
@@ -87,12 +87,12 @@ def export_lora(
     `diffusers` names the part of a pipeline that the model is (`unet`, `transformer`, `text_encoder`): a second file,
     `pytorch_lora_weights.safetensors`, then holds the same factors under the names that its pipelines load.
 
-    The folder appears only when it is complete and its proof holds. `OutputError` for an output that
-    holds something, `ExportError` for what has no exact LoRA, `AdapterError` for a damaged adapter.
+    The folder appears only when it is complete and its proof holds. `OutputError` for an output folder
+    that is not empty, `ExportError` for what has no exact LoRA, `AdapterError` for a damaged adapter.
     """
     if dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ExportError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
+        raise ExportError(f"dtype={dtype}: a LoRA can only be stored as {known}. Choose one of them.")
     given = [adapter_path(adapter)] if isinstance(adapter, (str, Path)) else []
     refuse_to_replace(output_dir, *given, *([base_model] if isinstance(base_model, (str, Path)) else []))
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
@@ -113,9 +113,9 @@ def export_lora(
 
 
 def _write_for_diffusers(folder: Path, part: str) -> None:
-    """Write the factors once more as diffusers' pipelines name them; without an alpha they scale by one."""
+    """Write the factors again under the names of diffusers' pipelines; without an alpha their scaling is one."""
     if part not in DIFFUSERS_PARTS:
-        raise ExportError(f"diffusers={part!r} is no part of a pipeline. {nearest(part, DIFFUSERS_PARTS)}")
+        raise ExportError(f"diffusers={part!r} is not a part of a pipeline. {nearest(part, DIFFUSERS_PARTS)}")
     lora = TensorFile.open(folder / "adapter_model.safetensors")
     factors = [name for name in lora.names if ".lora_" in name]
     tensors = {f"{part}.{name.removeprefix(PEFT_PREFIX)}": lora.tensor(name) for name in factors}
@@ -124,11 +124,11 @@ def _write_for_diffusers(folder: Path, part: str) -> None:
 
 @torch.no_grad()
 def _losses(layers: list[AdaptedLayer], max_rank: int | None, allow_lossy: bool) -> dict[str, float]:
-    """Get layer -> share of the update that cutting to `max_rank` loses; `ExportError` when that was not allowed."""
+    """Get layer -> share of the update that cutting to `max_rank` loses; `ExportError` if that was not allowed."""
     if max_rank is None:
         return {}
     if max_rank < 1:
-        raise ExportError(f"max_rank: asked for {max_rank}, a LoRA has at least rank 1.")
+        raise ExportError(f"max_rank={max_rank} must be at least 1.")
     lost = {layer.name: truncate(*to_factors(in_double(layer.module.delta())), max_rank)[2] for layer in layers}
     # Below this nothing is lost but float64's roundoff.
     lost = {name: share if share > 1e-12 else 0.0 for name, share in lost.items()}
@@ -136,8 +136,8 @@ def _losses(layers: list[AdaptedLayer], max_rank: int | None, allow_lossy: bool)
     if lost[worst] and not allow_lossy:
         cut = sum(share > 0 for share in lost.values())
         raise ExportError(
-            f"{worst}: asked for rank {max_rank} at most, which loses {lost[worst]:.1%} of this update and something "
-            f"in {cut} of {len(lost)} layers. Leave max_rank out for the exact LoRA, or pass --allow-lossy."
+            f"{worst}: cutting to rank {max_rank} loses {lost[worst]:.1%} of this update, and something in {cut} of "
+            f"{len(lost)} layers. Leave max_rank out for the exact LoRA, or pass --allow-lossy."
         )
     return lost
 
@@ -155,7 +155,7 @@ def _write(
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise ExportError(
-                f"{name}: trained in full, and has NaN or infinity in it. Train or copy the adapter again."
+                f"{name}: trained in full, and contains NaN or infinity. Train or copy the adapter again."
             )
     ranks = {}
     for layer in layers:
@@ -191,13 +191,15 @@ def lora_factors(
         B_OP, A_PI = (one, dW_OI) if rows_O <= cols_I else (dW_OI, one)
         P = one.shape[0]
     if pad_to is not None and pad_to < P:
-        raise ExportError(f"{layer.name}: asked to pad to rank {pad_to}, the update has {P}. Pad to {P} or more.")
+        raise ExportError(
+            f"{layer.name}: pad_to={pad_to} is less than the rank of this update ({P}). Pad to {P} or more."
+        )
     missing = max(pad_to or 1, P) - P
     B_OP, A_PI = nn.functional.pad(B_OP, (0, missing)), nn.functional.pad(A_PI, (0, 0, 0, missing))
     factors = B_OP.to("cpu", dtype), A_PI.to("cpu", dtype)
     if not all(torch.isfinite(factor).all() for factor in factors):
         raise ExportError(
-            f"{layer.name}: asked for the update in {str(dtype).removeprefix('torch.')}, found NaN or "
-            f"infinity in it. Train again with a lower learning rate, or export in float32."
+            f"{layer.name}: the update in {str(dtype).removeprefix('torch.')} contains NaN or infinity. Train again "
+            "with a lower learning rate, or export in float32."
         )
     return factors

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ExportError
 from .layers import base_paths, inner_model
 
-# What the config of the spectral adapter and that of the LoRA mean in the same way.
+# Fields that mean the same in the config of the spectral adapter and of the LoRA.
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
 
 
@@ -25,8 +25,8 @@ def lora_config(
 ) -> dict[str, Any]:
     """Get the config with which PEFT puts factors of these ranks (layer -> rank) on exactly these layers.
 
-    `r` is the most common rank, the others stand in `rank_pattern`; alpha equals the rank everywhere.
-    `base` is the name or folder of the base model, should the adapter's own config not know it.
+    `r` is the most common rank, the others are in `rank_pattern`; alpha equals the rank everywhere.
+    `base` is the name or folder of the base model, in case the adapter's own config does not name it.
     """
     ours = adapter_config(model, adapter_name)
     shared = {name: _plain(getattr(ours, name, None)) for name in SHARED_FIELDS}
@@ -54,7 +54,7 @@ def lora_config(
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> Any:
-    """Get the PEFT config of an adapter in a live model, or None where the model keeps none."""
+    """Get the PEFT config of an adapter in a live model, or None if the model has none."""
     return (getattr(model, "peft_config", None) or {}).get(adapter_name)
 
 
@@ -63,15 +63,15 @@ def refuse_trained_biases(model: nn.Module, adapter_name: str) -> None:
     bias = getattr(adapter_config(model, adapter_name), "bias", "none")
     if bias != "none":
         raise ExportError(
-            f"adapter {adapter_name!r}: asked for an exact LoRA, found bias={bias!r}: trained biases are no "
-            f"part of one. Train with bias='none', or merge the adapter instead."
+            f"adapter {adapter_name!r}: bias={bias!r} trains biases, which are not part of an exact LoRA. Train with "
+            "bias='none', or merge the adapter instead."
         )
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     """Get (most common rank, the other ranks by pattern); of equally common ranks the larger is taken.
 
-    A pattern is the last part of the name where all layers of that name agree, else the whole name.
+    A pattern is the last part of the name if all layers with it agree, or else the whole name.
     """
     counts = Counter(ranks.values())
     r = max(counts, key=lambda rank: (counts[rank], rank))
@@ -88,7 +88,7 @@ def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 def target_modules(adapted: list[str], all_paths: Iterable[str], modules_to_save: list[str]) -> list[str] | str:
     """Get the shortest target_modules by which PEFT finds the adapted layers and no other module.
 
-    The last parts of the names if they suffice, else whole names, else a regex.
+    The last parts of the names if they suffice, then whole names, then a regex.
     """
     saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in modules_to_save]
     paths = {path for path in all_paths if not any(pattern.match(path) for pattern in saved)}

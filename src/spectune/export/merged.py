@@ -39,29 +39,29 @@ OnTensor = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """How one weight came out of the merge."""
+    """One merged weight."""
 
     name: str
     change: float
     """|dW|_F, as a fraction of |W|_F."""
     rounding: float
-    """|stored - (W + dW)|_F, as a fraction of |dW|_F: what the checkpoint's dtype lost of the update."""
+    """|stored - (W + dW)|_F, as a fraction of |dW|_F: the share of the update that the checkpoint's dtype loses."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged checkpoint: where it stands and what rounding cost."""
+    """A merged checkpoint: its folder, and what rounding cost."""
 
     path: Path
     tensors: tuple[MergedTensor, ...]
     copied: tuple[str, ...]
     """Modules that were trained in full and replace the base's."""
     untied: tuple[str, ...] = ()
-    """Layers that shared one weight in the base and have their own now, as the adapter changed one of them alone."""
+    """Layers that shared a weight in the base and now have their own, because the adapter changed only one of them."""
 
     @property
     def worst_rounding(self) -> float:
-        """The largest share of an update that rounding took."""
+        """The largest share of an update that rounding lost."""
         return max(tensor.rounding for tensor in self.tensors)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def merge_checkpoint(
     decomposed weight. The folder appears only when complete.
 
     `ExportError` for a quantised base (merging would round the update away) and for shared weights that the model's
-    class cannot take apart, `AdapterError` for another base and for NaN, `OutputError` for an output that would
+    class cannot separate, `AdapterError` for another base and for NaN, `OutputError` for an output that would
     replace the base or the adapter.
     """
     folder = read_adapter_folder(adapter_dir).require("SPECTUNE")
@@ -139,7 +139,7 @@ def _measure(
 def _refuse_quantised(base: Path, checkpoint: Checkpoint) -> None:
     if any(file.path.suffix == ".gguf" for file in checkpoint.files.values()):
         raise ExportError(
-            f"{base}: GGUF is read here and not written. Merge into the safetensors model and convert that."
+            f"{base}: GGUF files can be read but not written. Merge into the safetensors model and convert that."
         )
     config = base / "config.json"
     found = read_json(config, CONFIG_LIMIT).get("quantization_config") if config.exists() else None
@@ -152,10 +152,10 @@ def _refuse_quantised(base: Path, checkpoint: Checkpoint) -> None:
 
 
 def _trained_in_full(folder: AdapterFolder, checkpoint: Checkpoint, front: str) -> dict[str, str]:
-    """Get name in the base -> key in the adapter's file, for what was trained as a whole.
+    """Get name in the base -> key in the adapter's file, for what was trained in full.
 
-    The base may lack the first parts of a name (`bert`), the longest match is meant then, or have more of them
-    (`front`, as adapted layers show). What it has under no name is new.
+    The base may lack the first parts of a name (`bert`), then the longest match counts, or have more of them
+    (`front`, as in the adapted layers). A name that the base does not have is new.
     """
     found = {}
     for key in folder.names:
@@ -196,7 +196,7 @@ def _write_shards(
 
 
 def _index(base: Path) -> Path | None:
-    """Get the index by which the base was read, or None where it is one file."""
+    """Get the index file of the base, or None if it is a single file."""
     for stem in STEMS if base.is_dir() else ():
         if (base / f"{stem}.safetensors").exists():
             return None
@@ -215,7 +215,7 @@ def _tensor(
     tensor = folder.tensor(trained[name])
     if not torch.isfinite(tensor.float()).all():
         raise AdapterError(
-            f"{folder.path}: the tensor {trained[name]!r} has NaN or infinity in it. Train or copy the adapter again."
+            f"{folder.path}: the tensor {trained[name]!r} contains NaN or infinity. Train or copy the adapter again."
         )
     stored = tensor.to(checkpoint.dtypes[name]) if name in checkpoint.files else tensor
     _refuse_infinite(name, stored)
@@ -223,7 +223,7 @@ def _tensor(
 
 
 def _refuse_infinite(name: str, stored: torch.Tensor) -> None:
-    """Raise `ExportError` where rounding to the base's dtype made infinity of a number."""
+    """Raise `ExportError` if rounding to the base's dtype turned a number into infinity."""
     if not torch.isfinite(stored.float()).all():
         dtype = str(stored.dtype).removeprefix("torch.")
         raise ExportError(f"{name}: the merged weight is too large for the base's {dtype}. Merge into a float32 copy.")

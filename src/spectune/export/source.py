@@ -1,4 +1,4 @@
-"""Where an export begins: a live model, or a saved adapter put on its base model."""
+"""What is exported: a live model, or a saved adapter loaded onto its base model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A live model with the adapter to export on it."""
+    """A live model with the adapter to export."""
 
     model: nn.Module = field(repr=False)
     adapter_name: str
@@ -46,21 +46,19 @@ class Source:
 
 
 def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: str | None) -> Source:
-    """Get the model behind an export.
+    """Get the model to export from.
 
-    A live model is used as it is. For a folder the base is loaded, or `base_model` copied, and the
-    adapter loaded onto it by transformers; the trained numbers are those of the file, unrounded.
+    A live model is used as it is. For a folder, the base is loaded, or `base_model` copied, and
+    transformers loads the adapter onto it; the trained numbers are those of the file, unrounded.
     `ExportError` or `AdapterError` names what is missing.
     """
     if isinstance(adapter, nn.Module):
         if base_model is not None:
-            raise ExportError("base_model: given together with a live model, which has its base already. Leave it out.")
+            raise ExportError("base_model: a live model already has its base. Leave base_model out.")
         name = choose_adapter(adapter, adapter_name)
         return Source(adapter, name, fully_trained(adapter, name))
     if adapter_name is not None:
-        raise ExportError(
-            f"adapter_name: {adapter_name!r} was asked of a folder, which holds one adapter. Leave it out."
-        )
+        raise ExportError(f"adapter_name={adapter_name!r}: a folder holds only one adapter. Leave adapter_name out.")
     folder = read_adapter_folder(adapter).require("SPECTUNE")
     model, base = (
         (_copied_base(base_model), None) if isinstance(base_model, nn.Module) else _loaded_base(folder, base_model)
@@ -139,7 +137,7 @@ def _model_class(folder: AdapterFolder) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     raise ExportError(
-        f"{folder.path}: the config does not say which transformers model it belongs to (task_type {task!r}, "
+        f"{folder.path}: the config does not say which transformers model the adapter belongs to (task_type {task!r}, "
         f"class {name or None!r}). Pass the model itself as base_model."
     )
 

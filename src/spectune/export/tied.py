@@ -1,4 +1,4 @@
-"""A weight that two layers share, of which an adapter changes one: `untied` gives each layer its own."""
+"""`untied`: where two layers share a weight and an adapter changes only one, each layer gets its own."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class _Shared:
 
 
 def untied(base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> tuple[Checkpoint, tuple[str, ...]]:
-    """Get the checkpoint as a model without ties would store it, and the layers that shared a weight; else as it is.
+    """Get the checkpoint as a model without ties would store it, and the layers that shared a weight (if any).
 
-    In a live model the adapter of an embedding leaves a head that shares its weight as it was, so a merged checkpoint
-    must hold both. `ExportError` where that is not the same model: outside of language models with one embedding and
+    In a live model the adapter of an embedding does not change a head that shares its weight, so a merged checkpoint
+    must store both. `ExportError` where that is not the same model: outside of language models with one embedding and
     one head, classes use `tie_word_embeddings` for more than ties (T5 scales its outputs by it).
     """
     architecture = read_architecture(base) if base.is_dir() else Architecture("tensor names", None, {})
@@ -60,7 +60,7 @@ def untied(base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> tuple[C
 
 
 def write_untied_config(base: Path, target: Path, modules: tuple[str, ...]) -> None:
-    """Write a config that ties these layers no more; `ExportError` where the model's class ties them all the same."""
+    """Write a config that no longer ties these layers; `ExportError` if the model's class ties them regardless."""
     config = read_json(base / "config.json", CONFIG_LIMIT) | {"tie_word_embeddings": False}
     write_atomically(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for group in read_architecture(target).tied:
@@ -69,7 +69,7 @@ def write_untied_config(base: Path, target: Path, modules: tuple[str, ...]) -> N
 
 
 def _changed(folder: AdapterFolder, architecture: Architecture) -> set[str]:
-    """Get the modules whose weight is another one with the adapter, by the paths of the base's class."""
+    """Get the modules whose weight the adapter changes, by the paths of the base's class."""
     weights = {
         layer + ".weight" if middle else name
         for name in folder.names
@@ -81,6 +81,7 @@ def _changed(folder: AdapterFolder, architecture: Architecture) -> set[str]:
 
 def _refuse(base: Path, group: frozenset[str], changed: set[str]) -> None:
     raise ExportError(
-        f"{base}: {' and '.join(sorted(group))} share one weight and the adapter changes {min(group & changed)} alone; "
-        f"a merged checkpoint of this class cannot hold both. Use the adapter on its base, or train without that layer."
+        f"{base}: {' and '.join(sorted(group))} share one weight, but the adapter changes only {min(group & changed)}; "
+        "a merged checkpoint of this class cannot store both. Use the adapter on its base, or train without that "
+        "layer."
     )

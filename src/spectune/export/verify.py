@@ -25,7 +25,7 @@ ALPHAS, RANKS = ("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")
 
 @dataclass(frozen=True)
 class LayerProof:
-    """How far B A in the file is from the update dW of one layer, both in float64."""
+    """How far B A in the file is from the update dW of one layer, in float64."""
 
     name: str
     rank: int
@@ -34,11 +34,11 @@ class LayerProof:
     largest: float
     """max |dW|."""
     bound: float
-    """What rounding the factors to the dtype of the file explains; a larger error is refused."""
+    """The error that rounding the factors to the dtype of the file explains; a larger one is refused."""
 
     @property
     def relative(self) -> float:
-        """The error as a fraction of max |dW|; 0 for an update that is zero and exact."""
+        """The error as a fraction of max |dW|; 0 for an exact update of zero."""
         return self.error / self.largest if self.largest else (0.0 if not self.error else float("inf"))
 
 
@@ -82,9 +82,9 @@ def verify_lora(
 
     Per layer max |B A - dW|; for the model max |logit difference| with the adapter's own update and
     with that of the file, on `inputs` (keyword arguments of the model, or one tensor) or on a seeded
-    random batch. `ExportError` when roundoff cannot explain a difference, or when layers are missing.
+    random batch. `ExportError` if roundoff cannot explain a difference, or if layers are missing.
     `exact=False` only measures, for a LoRA that was cut on purpose.
-    It compares on this machine: it says nothing about a server that multiplies in another precision.
+    The comparison runs on this machine: it says nothing about a server that computes in another precision.
     """
     adapter_name = choose_adapter(model, adapter_name)
     folder = read_adapter_folder(lora_folder).require("LORA")
@@ -95,11 +95,12 @@ def verify_lora(
         # A NaN compares false, so ask for what must hold.
         if exact and not proof.error <= proof.bound:
             raise ExportError(
-                f"{proof.name}: the exported factors miss the update by {proof.error:.1e} (max |dW| is "
-                f"{proof.largest:.1e}), rounding explains {proof.bound:.1e}. Export the adapter again, in float32."
+                f"{proof.name}: the exported factors differ from the update by {proof.error:.1e} (max |dW| is "
+                f"{proof.largest:.1e}), more than rounding explains ({proof.bound:.1e}). Export the adapter again, in "
+                "float32."
             )
     if not check_logits:
-        return Proof(proofs, LogitProof(skipped="not asked for"))
+        return Proof(proofs, LogitProof(skipped="check_logits is off"))
     by_module = {layer.module: factors.of(layer) for layer in layers}
     return Proof(proofs, compare_logits(model, adapter_name, by_module, inputs, exact))
 
@@ -114,7 +115,7 @@ class _StoredFactors:
         if wanted != found:
             name = min(wanted ^ found)
             raise ExportError(
-                f"{folder.path}: asked for the factors of {len(layers)} adapted layers, the file "
+                f"{folder.path}: the file does not match the {len(layers)} adapted layers of the model: it "
                 f"{'lacks' if name in wanted else 'also has'} {name!r}. Export the adapter again."
             )
         config = folder.config
@@ -122,7 +123,9 @@ class _StoredFactors:
         changing = [name for name in ("use_rslora", "use_dora") if config.get(name)]
         if alphas != ranks or changing:
             what = ", ".join(changing) or f"alpha {alphas}, ranks {ranks}"
-            raise ExportError(f"{folder.path}: asked for scaling 1, found {what}. Export the adapter again.")
+            raise ExportError(
+                f"{folder.path}: every layer must have scaling 1, but the config has {what}. Export the adapter again."
+            )
 
     def of(self, layer: AdaptedLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Get (B_OP, A_PI) of one layer, on its device, in the dtype of the file."""
@@ -135,7 +138,7 @@ def _compare_layer(layer: AdaptedLayer, B_OP: torch.Tensor, A_PI: torch.Tensor) 
     delta = in_double(layer.module.delta())
     if (B_OP.shape[0], A_PI.shape[1]) != delta.shape or B_OP.shape[1] != A_PI.shape[0]:
         raise ExportError(
-            f"{layer.name}: the factors are {tuple(B_OP.shape)} and {tuple(A_PI.shape)}, the update is "
+            f"{layer.name}: the factors are {tuple(B_OP.shape)} and {tuple(A_PI.shape)}, but the update is "
             f"{tuple(delta.shape)}. Export the adapter again."
         )
     error = largest = size = 0.0

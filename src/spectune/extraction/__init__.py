@@ -1,4 +1,4 @@
-"""Adapters out of full fine-tunes, and LoRAs at another rank."""
+"""Adapters extracted from full fine-tunes, and LoRAs resized to another rank."""
 
 from .extract import extract_adapter as extract_adapter
 from .extracted import Extracted as Extracted

@@ -22,10 +22,10 @@ FINEST_TAIL = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Where the singular values of an update are cut off. With a share and a rank, the rank is the most."""
+    """Where the singular values of an update are cut off. With a share and a rank, the rank is the upper limit."""
 
     rank: int | None = None
-    """Keep at most so many directions."""
+    """Keep at most this many directions."""
     energy: float | None = None
     """Keep at least this share of |dW|_F^2, above 0 and up to 1; 1 drops only what is roundoff."""
     frobenius: float | None = None
@@ -33,25 +33,27 @@ class Cut:
 
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None and self.frobenius is None:
-            raise OptionError("nothing says what to keep. Give a rank, an energy or a frobenius.")
+            raise OptionError("nothing says how much to keep. Give a rank, an energy or a frobenius.")
         if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
-            raise OptionError(f"rank={self.rank}: at least 1 is needed.")
+            raise OptionError(f"rank={self.rank} must be at least 1.")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise OptionError(f"energy={self.energy}: the share to keep is above 0 and at most 1, such as 0.99.")
+            raise OptionError(f"energy={self.energy}: the share to keep must be above 0 and at most 1, such as 0.99.")
         if self.frobenius is not None and not 0 <= self.frobenius < 1:
-            raise OptionError(f"frobenius={self.frobenius}: the share to lose is at least 0 and below 1, such as 0.1.")
+            raise OptionError(
+                f"frobenius={self.frobenius}: the share to lose must be at least 0 and below 1, such as 0.1."
+            )
 
     @property
     def allowed(self) -> float | None:
-        """The share of |dW|_F^2 that may be lost; None where only a rank is given."""
+        """The share of |dW|_F^2 that may be lost; None if only a rank is given."""
         shares = [] if self.energy is None else [1 - self.energy]
         shares += [] if self.frobenius is None else [self.frobenius**2]
         return min(shares, default=None)
 
     def rank_for(self, S_K: torch.Tensor, longest_side: int) -> int:
-        """Get the least rank, at least 1, that keeps what must be kept of these descending singular values.
+        """Get the smallest rank, at least 1, that keeps enough of these descending singular values.
 
-        Values below longest_side * epsilon * S_K[0] are roundoff, and zero.
+        Values below longest_side * epsilon * S_K[0] are roundoff and count as zero.
         """
         most = len(S_K) if self.rank is None else min(self.rank, len(S_K))
         if self.allowed is None:
@@ -66,7 +68,7 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """B_OP A_PI, the singular values shared evenly between the two, and what they leave out."""
+    """B_OP A_PI, the singular values split evenly between the two, and the share that they leave out."""
 
     B_OP: torch.Tensor
     A_PI: torch.Tensor
@@ -77,8 +79,8 @@ class Factors:
 def best_factors(dW: Weight, cut: Cut) -> Factors:
     """Get the best factors of a dense update under a cut (Eckart-Young), in float32.
 
-    The right singular vectors come from `decompose`; the left factor is dW times them, so a small angle of theirs
-    costs its square only.
+    The right singular vectors come from `decompose`; the left factor is dW times them, so a small angle error in
+    them only costs its square.
     """
     Vh_RI = _directions(dW, cut)
     dW_OI = dW.W_OI.to(Vh_RI.dtype)
@@ -90,8 +92,8 @@ def best_factors(dW: Weight, cut: Cut) -> Factors:
 def cut_factors(B_OP: torch.Tensor, A_PI: torch.Tensor, cut: Cut) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Get the best factors of B A under a cut, and |B A - best|_F as a fraction of |B A|_F.
 
-    QR of both factors and the SVD of their P x P middle; B A is never built. Factors that need no cut come back as
-    they are, so that nothing is rounded.
+    QR of both factors and the SVD of their P x P middle; B A is never built. Factors that need no cut are returned
+    unchanged, so that nothing is rounded.
     """
     S_P = singular_values(Delta(B_OP, B_OP.new_ones(len(A_PI)), A_PI))
     # A factor of more columns than rows has fewer singular values than columns; the rest are zero.
@@ -107,7 +109,7 @@ def _directions(dW: Weight, cut: Cut) -> torch.Tensor:
     guess = K if K <= ALL_AT_ONCE or cut.allowed < FINEST_TAIL else FIRST_GUESS
     while True:
         spectrum = decompose(dW, guess)
-        # All that was not found stands for one more value; a rank beyond the found ones means: find more.
+        # Everything not found yet counts as one more value; a rank beyond the found ones means: find more.
         rest = spectrum.S_R.new_tensor([max(total - float((spectrum.S_R.double() ** 2).sum()), 0.0)]).sqrt()
         values = spectrum.S_R if guess == K else torch.cat([spectrum.S_R, rest])
         rank = cut.rank_for(values, longest_side)

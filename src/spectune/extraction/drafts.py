@@ -1,4 +1,4 @@
-"""An adapter that grows layer by layer, as a LoRA or as `spectral_a`, until it is written as a PEFT folder."""
+"""An adapter that is built layer by layer, as a LoRA or as `spectral_a`, and then written as a PEFT folder."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ BaseMatrix = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Fit:
-    """How near one layer of a draft comes to dW."""
+    """How close one layer of a draft is to dW."""
 
     rank: int
     best: float
     """|dW - update|_F, as a fraction of |dW|_F."""
     rounding: float
-    """How much more rounding and writing can add, as the same fraction; a larger error is refused."""
+    """How much rounding and writing can add to that; a larger error is refused."""
 
 
 class Draft(Protocol):
-    """What the two forms of an adapter have in common."""
+    """What both forms of an adapter have in common."""
 
     form: ClassVar[str]
     tensors: dict[str, torch.Tensor]
     ranks: dict[str, int]
 
     def add(self, place: Place, kernel: tuple[int, ...], W_OI: torch.Tensor, dW_OI: torch.Tensor) -> Fit:
-        """Take in one layer; `kernel` are the sides of its tensor."""
+        """Add one layer; `kernel` is the shape of its tensor."""
 
     def config(self) -> dict[str, Any]:
         """Get the fields of adapter_config.json that belong to this form."""
@@ -138,7 +138,7 @@ class SpectralDraft:
         self.tensors |= {stem + name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
         self.ranks[place.module] = r
         missed = torch.linalg.vector_norm(dW_OI - dense(module.delta())) / torch.linalg.vector_norm(dW_OI)
-        # Turning the basis onto its sketch on load costs up to 6e-5 of an update (docs/portability.md), of a W that
+        # Rotating the basis to its sketch on load costs up to 6e-5 of an update (docs/portability.md), of a W that
         # dW is a small part of more; a thousandth is still no loss to speak of. Chosen.
         return Fit(r, float(missed), 1e-3)
 
@@ -164,5 +164,5 @@ class SpectralDraft:
             rank, columns = method.basis(0, 0)
             spectrum = decompose(Weight(layer, base_matrix(layer)), rank, columns=columns)
             module = SpectralModule(method, spectrum, embed_basis="U_OR" in tensors)
-            module.load_state_dict(tensors)  # turns the basis onto the sketch, as any loading does
+            module.load_state_dict(tensors)  # rotates the basis to match the sketch, as any loading does
             yield layer, dense(module.delta()).detach()

@@ -1,4 +1,4 @@
-"""`extract_adapter`: a LoRA or a `spectral_a` adapter out of a full fine-tune, one weight at a time."""
+"""`extract_adapter`: a LoRA or a `spectral_a` adapter from a full fine-tune, one weight at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .rest import Rest, saved_whole
 FORMS = (LoraDraft.form, SpectralDraft.form)
 DEFAULT_RANK = 8  # PEFT's and spectral_a's own default
 OnWeight = Callable[[str, int, int], None]
-"""Called with (what is being done, how many weights of how many are done)."""
+"""Called with (what is being done, weights done, all weights)."""
 
 
 @torch.no_grad()
@@ -43,12 +43,12 @@ def extract_adapter(
     dtype: torch.dtype = torch.float32,
     on_weight: OnWeight | None = None,
 ) -> Extracted:
-    """Write an adapter that turns BASE into TUNED, as far as its form allows, and measure how far that is.
+    """Write an adapter that turns BASE into TUNED as closely as its form allows, and measure how closely.
 
     For every linear layer and convolution that differs, dW_OI = W_tuned - W_base in float32 (kernels flattened):
 
     - `to="lora"`: the best B_OP A_PI of rank `rank` (Eckart-Young), factors balanced, scaling 1. `energy` keeps at
-      least this share of |dW|_F^2 per layer, `frobenius` loses at most this share of |dW|_F; `rank` is then the most.
+      least this share of |dW|_F^2 per layer, `frobenius` loses at most this share of |dW|_F; `rank` is then a limit.
       `dtype` is that of the factors.
     - `to="spectral_a"`: the best (U + A_U) diag(S) (Vh + A_Vh) on `rank` directions of the base weight (`columns`, by
       default the top ones), see `fit_spectral_a`. Exact for a model that spectral_a tuned in these directions.
@@ -59,8 +59,8 @@ def extract_adapter(
     biases of adapted layers changed). One weight of each model is in memory at a time.
 
     The figures are measured in the written file, against both models. `ExportError` for models that are equal or do
-    not fit together, a change that is nowhere in an adaptable layer, quantised checkpoints, and a file whose error
-    rounding does not explain; `OptionError` for options that do not belong together.
+    not match, changes only outside adaptable layers, quantised checkpoints, and a written file that is further off
+    than rounding explains; `OptionError` for options that do not go together.
     """
     draft = _draft(to, rank, energy, frobenius, columns, dtype)
     before, after = find_base(base), find_base(tuned)
@@ -103,17 +103,19 @@ def extract_adapter(
 def _draft(to: str, rank: int | None, energy: float | None, frobenius: float | None, columns: Any, dtype: Any) -> Draft:
     if to == LoraDraft.form:
         if columns is not None:
-            raise OptionError("columns are singular directions of the base and belong to spectral_a. Leave them out.")
+            raise OptionError(
+                f"columns={columns} are singular directions of the base, which only spectral_a uses. Leave them out."
+            )
         if dtype not in DTYPES:
             known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise OptionError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
+            raise OptionError(f"dtype={dtype}: a LoRA can only be stored as {known}. Choose one of them.")
         only_rank = DEFAULT_RANK if (rank, energy, frobenius) == (None, None, None) else rank
         return LoraDraft(Cut(rank=only_rank, energy=energy, frobenius=frobenius), dtype)
     if to != SpectralDraft.form:
-        raise OptionError(f"to={to!r}: an adapter can be extracted as lora or spectral_a. {nearest(to, FORMS)}")
+        raise OptionError(f"to={to!r}: only lora and spectral_a can be extracted. {nearest(to, FORMS)}")
     if energy is not None or frobenius is not None or dtype != torch.float32:
         raise OptionError(
-            "energy, frobenius and dtype belong to lora; spectral_a has a rank and columns. Leave them out."
+            "energy, frobenius and dtype only go with lora; spectral_a takes a rank and columns. Leave them out."
         )
     if isinstance(columns, (list, tuple)):
         columns, rank = tuple(columns), len(columns) if rank is None else rank
@@ -122,7 +124,7 @@ def _draft(to: str, rank: int | None, energy: float | None, frobenius: float | N
 
 @dataclass
 class _Work:
-    """Two models and what has been found out about their tensors so far."""
+    """Two models, and what is known about their tensors so far."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -138,7 +140,7 @@ class _Work:
     unchanged: list[str] = field(default_factory=list)
 
     def compare(self, draft: Draft) -> None:
-        """Go through the tensors of both models once: into the draft, to the rest, or unchanged."""
+        """Sort the tensors of both models: into the draft, the rest, or the unchanged ones."""
         names = sorted([*self.pairs.base_names, *self.pairs.new])
         for done, name in enumerate(names, 1):
             self._take(name, draft)
@@ -171,8 +173,8 @@ class _Work:
             # A NaN compares false, so ask for what must hold.
             if not lost <= fit.best + fit.rounding:
                 raise ExportError(
-                    f"{layer}: the written adapter misses {lost:.2%} of the change, {fit.best:.2%} were expected and "
-                    f"rounding explains {fit.rounding:.2%} more. Extract in float32."
+                    f"{layer}: the written adapter misses {lost:.2%} of the change, more than expected "
+                    f"({fit.best:.2%}, and {fit.rounding:.2%} for rounding). Extract in float32."
                 )
             relative = size / whole if whole else float("inf")
             yield ExtractedLayer(layer, fit.rank, size, relative, lost, fit.best)
@@ -193,9 +195,8 @@ def _refuse_tied(architecture: Architecture, tuned: Checkpoint) -> None:
     for group in architecture.tied:
         if group - stored:
             raise ExportError(
-                f"{tuned.path}: asked to adapt embeddings, but {' and '.join(sorted(group))} share one weight, and "
-                f"an adapter on one would leave the others as they were. Pass --save-rest, which saves them whole, and "
-                f"leave --embeddings out."
+                f"{tuned.path}: {' and '.join(sorted(group))} share one weight, so an adapter on one embedding would "
+                "leave the others unchanged. Pass --save-rest, which saves them whole, and leave --embeddings out."
             )
 
 
@@ -204,18 +205,18 @@ def _refuse_nothing(work: _Work, draft: Draft) -> None:
         return
     if not work.rest:
         raise ExportError(
-            f"{work.tuned.path}: all {len(work.unchanged)} tensors that were compared are equal to those of "
-            f"{work.base.path}, so there is nothing to extract. Check the two paths."
+            f"{work.tuned.path}: all {len(work.unchanged)} tensors are equal to those of {work.base.path}, so there is "
+            "nothing to extract. Check the two paths."
         )
     what = sorted({tensor.why for tensor in work.rest})
     raise ExportError(
-        f"{work.tuned.path}: {len(work.rest)} tensors changed, and none of them is a linear layer or a convolution "
-        f"({', '.join(what)}): an adapter would be empty. Use the model itself, or pass --embeddings."
+        f"{work.tuned.path}: {len(work.rest)} tensors changed, but none is a linear layer or a convolution "
+        f"({', '.join(what)}), so an adapter would be empty. Use the model itself, or pass --embeddings."
     )
 
 
 def _parents(names: Iterable[str]) -> set[str]:
-    """Get the paths of all modules that names of tensors tell of."""
+    """Get the paths of all modules that appear in these tensor names."""
     parts = [name.split(".") for name in names]
     return {".".join(name[:end]) for name in parts for end in range(1, len(name))}
 

@@ -1,4 +1,4 @@
-"""What came out of an extraction: how much of the change the adapter holds, and what it does not hold."""
+"""The result of an extraction: how much of the change the adapter holds, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class ExtractedLayer:
 
 @dataclass(frozen=True)
 class RestTensor:
-    """A tensor that changed and is in no adapted layer."""
+    """A tensor that changed but is not in an adapted layer."""
 
     name: str
     why: str
     change: float
-    """|tuned - base|_F; for a tensor that only TUNED has, its norm."""
+    """|tuned - base|_F, or the norm of a tensor that only TUNED has."""
     relative: float | None
-    """The same as a fraction of |base|_F; None where the base has no such tensor or it is zero."""
+    """The same as a fraction of |base|_F; None if the base does not have the tensor or it is zero."""
     saved: bool
-    """Whether it travels whole in the adapter's folder."""
+    """Whether it is saved whole in the adapter's folder."""
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """An adapter out of a full fine-tune: where it stands, and what of the change it holds."""
+    """An adapter extracted from a full fine-tune: its folder, and how much of the change it holds."""
 
     path: Path
     form: str
@@ -55,9 +55,9 @@ class Extracted:
     """Tensors that are equal in both models."""
     excluded: tuple[str, ...] = field(repr=False)
     told_by: str
-    """What told the kinds of the layers: a model class, or `tensor names`."""
+    """Where the kinds of the layers come from: a model class, or `tensor names`."""
     dtypes: tuple[str, ...]
-    """Dtypes of both models. Where they differ, a part of the change is rounding."""
+    """Dtypes of both models. If they differ, part of the change is rounding."""
     bytes: int
 
     @property
@@ -68,12 +68,12 @@ class Extracted:
 
     @property
     def left_out(self) -> tuple[RestTensor, ...]:
-        """The changed tensors that are nowhere in the folder: the tuned model has them, the adapter does not."""
+        """The changed tensors that are not in the folder: only the tuned model has them."""
         return tuple(tensor for tensor in self.rest if not tensor.saved)
 
     @property
     def left_out_share(self) -> float:
-        """|change|_F of what is left out, as a fraction of that of the whole model."""
+        """|change|_F of the tensors left out, as a fraction of that of the whole model."""
         out = sum(tensor.change**2 for tensor in self.left_out)
         rest = sum(tensor.change**2 for tensor in self.rest)
         return math.sqrt(out / (rest + sum(layer.change**2 for layer in self.layers)))

@@ -25,9 +25,9 @@ class Pairs:
 def pair(base: Checkpoint, tuned: Checkpoint, exclude: Iterable[str] = (), *, allow_new: bool = False) -> Pairs:
     """Get the pairs of floating-point tensors of two checkpoints of one model.
 
-    One of them may name the model's body (`bert.encoder…`) where the other is the body alone (`encoder…`).
+    One of them may contain the whole model (`bert.encoder…`) and the other only its body (`encoder…`).
     `exclude` names modules or tensors, in whole parts of their paths. `ExportError` lists what is missing, new
-    (unless `allow_new`) or of another shape.
+    (unless `allow_new`) or of a different shape.
     """
     bases, tuneds = (
         {name for name, dtype in model.dtypes.items() if dtype.is_floating_point} for model in (base, tuned)
@@ -38,18 +38,16 @@ def pair(base: Checkpoint, tuned: Checkpoint, exclude: Iterable[str] = (), *, al
     missing = sorted(names[name] for name in names.keys() - tuneds)
     new = sorted(tuneds - excluded - names.keys())
     if missing:
-        _refuse(tuned, f"lacks {_listed(missing)} of {base.path}", "Exclude what does not matter (--exclude).")
+        found = f"lacks {_listed(missing, f'that {base.path} has')}"
+        _refuse(tuned, found, "Leave out what does not matter with --exclude.")
     if new and not allow_new:
-        _refuse(
-            tuned,
-            f"has {_listed(new)}, which {base.path} lacks",
-            "Save them whole with --save-rest, or leave them out with --exclude.",
-        )
+        found = f"has {_listed(new, f'that {base.path} lacks')}"
+        _refuse(tuned, found, "Save them whole with --save-rest, or leave them out with --exclude.")
     shared = {name: names[name] for name in sorted(names)}
     other = [name for name, of_base in shared.items() if tuned.shapes[name] != base.shapes[of_base]]
     if other:
         shapes = [f"{name} ({_sides(base.shapes[shared[name]])} -> {_sides(tuned.shapes[name])})" for name in other]
-        _refuse(tuned, f"has another shape for {_listed(shapes)}", "Leave them out with --exclude.")
+        _refuse(tuned, f"has {_listed(shapes, f'in another shape than {base.path}')}", "Leave them out with --exclude.")
     return Pairs(shared, tuple(new), tuple(sorted(excluded)))
 
 
@@ -65,7 +63,7 @@ def _excluded(names: list[str], exclude: Iterable[str]) -> set[str]:
 
 
 def _prefixes(bases: set[str], tuneds: set[str]) -> tuple[str, str]:
-    """Get (to add, to drop) at the start of BASE's names, so that most of them are found in TUNED."""
+    """Get (to add, to drop) at the start of BASE's names, so that most of them exist in TUNED."""
     choices = {("", "")}
     choices |= {(front, "") for front in _fronts(tuneds, bases)} | {("", front) for front in _fronts(bases, tuneds)}
 
@@ -77,7 +75,7 @@ def _prefixes(bases: set[str], tuneds: set[str]) -> tuple[str, str]:
 
 
 def _fronts(longer: set[str], shorter: set[str]) -> set[str]:
-    """Get the first parts of names without which they stand in the other set."""
+    """Get the beginnings of names without which they are in the other set."""
     dots = [(name, i + 1) for name in longer for i, letter in enumerate(name) if letter == "."]
     return {name[:end] for name, end in dots if name[end:] in shorter}
 
@@ -86,10 +84,10 @@ def _refuse(tuned: Checkpoint, found: str, remedy: str) -> None:
     raise ExportError(f"{tuned.path}: {found}. {remedy}")
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: list[str], which: str) -> str:
     more = len(names) - SHOWN
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return f"{count}: {', '.join(names[:SHOWN])}{f' and {more} more' if more > 0 else ''}"
+    return f"{count} {which}: {', '.join(names[:SHOWN])}{f' and {more} more' if more > 0 else ''}"
 
 
 def _sides(shape: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""`resize_lora`: any plain LoRA at another rank, by exact SVD of its factors, in the layout that it came in."""
+"""`resize_lora`: any plain LoRA at another rank, by exact SVD of its factors, in its original layout."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ OnLayer = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ResizedLayer:
-    """One layer before and after; losses are fractions of |dW|_F, the file's own update."""
+    """One layer before and after; losses are fractions of |dW|_F of the original file."""
 
     name: str
     old_rank: int
     rank: int
     cut: float
-    """What the lower rank leaves out: |dW - best of this rank|_F."""
+    """The loss from the lower rank: |dW - best of this rank|_F."""
     lost: float
-    """|dW - what the new file holds|_F, measured in the new file: the cut and the rounding to its dtype."""
+    """|dW - new dW|_F, measured in the new file: the cut and the rounding to its dtype."""
 
     @property
     def rounding(self) -> float:
-        """What storing the new factors in their dtype adds; it is perpendicular to the cut, up to its own square."""
+        """The loss from rounding to the dtype of the file; it is perpendicular to the cut, up to its own square."""
         return float(max(self.lost**2 - self.cut**2, 0.0) ** 0.5)
 
 
 @dataclass(frozen=True)
 class Resized:
-    """A LoRA at another rank: where it stands, its layers, and both sizes."""
+    """A LoRA at another rank: its path, its layers, and both sizes."""
 
     path: Path
     layers: tuple[ResizedLayer, ...] = field(repr=False)
     carried: tuple[str, ...]
-    """Tensors that belong to no update (modules_to_save), copied."""
+    """Tensors outside the updates (modules_to_save), copied."""
     bytes_before: int
     bytes_after: int
 
     @property
     def at_their_rank(self) -> tuple[str, ...]:
-        """Layers that have no higher rank than asked for and stay as they are."""
+        """Layers that need no cut and stay as they are."""
         return tuple(layer.name for layer in self.layers if layer.rank == layer.old_rank)
 
     @property
@@ -86,11 +86,11 @@ def resize_lora(
     dtype: torch.dtype | None = None,
     on_layer: OnLayer | None = None,
 ) -> Resized:
-    """Write a LoRA with every layer's update cut to its best approximation of a lower rank.
+    """Write a LoRA with the update of every layer cut to its best approximation of a lower rank.
 
     dW_OI = scaling B_OP A_PI ~ B'_OR A'_RI, by QR of both factors and the SVD of the P x P middle in float64: the
-    result of a dense SVD (Eckart-Young), without building dW. `rank` is the most that a layer keeps; `energy` keeps at
-    least this share of |dW|_F^2, `frobenius` loses at most this share of |dW|_F, each layer by itself. A rank is
+    result of a dense SVD (Eckart-Young), without building dW. `rank` is the limit for every layer; `energy` keeps at
+    least this share of |dW|_F^2, `frobenius` loses at most this share of |dW|_F, each layer on its own. A rank is
     never raised: a layer that needs no cut keeps its rank and its numbers. The new scaling is 1.
 
     `lora` is PEFT's folder, which becomes a folder (rank_pattern and alpha_pattern rewritten), or one safetensors
@@ -101,7 +101,7 @@ def resize_lora(
     """
     if dtype is not None and dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise OptionError(f"dtype: asked for {dtype}, a LoRA is stored as one of {known}. Choose one of them.")
+        raise OptionError(f"dtype={dtype}: a LoRA can only be stored as {known}. Choose one of them.")
     cut, source, output = Cut(rank=rank, energy=energy, frobenius=frobenius), read_lora(lora), Path(output)
     _refuse_other_updates(source)
     if source.config:
@@ -139,7 +139,7 @@ class _Resizing:
         place, file = self.source.layers[layer], self.source.file
         B_OP, A_PI = (factor.double() for factor in self.source.factors(layer))
         if not (torch.isfinite(B_OP).all() and torch.isfinite(A_PI).all()):
-            raise ExportError(f"{layer}: found NaN or infinity in the factors. Train or copy the LoRA again.")
+            raise ExportError(f"{layer}: the factors contain NaN or infinity. Train or copy the LoRA again.")
         # A power of two, as most scalings are, is exact in every dtype.
         B_OR, A_RI, self.cuts[layer] = cut_factors(B_OP * place.scaling, A_PI, cut)
         rank = self.ranks[layer] = len(A_RI)
@@ -155,7 +155,7 @@ class _Resizing:
             self.tensors[alpha] = _exact(rank, file.dtypes[alpha]).reshape(file.shapes[alpha])
 
     def measure(self, written: Path) -> tuple[ResizedLayer, ...]:
-        """Compare the written LoRA with the old one, layer by layer, both from the disk."""
+        """Compare the written LoRA with the old one, layer by layer, both read from disk."""
         new, layers = read_lora(written), []
         for name, place in self.source.layers.items():
             old, now = self.source.delta(name, torch.float64), new.delta(name, torch.float64)
@@ -187,7 +187,7 @@ def _rescaled(options: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str,
 
 
 def _header(source: LoraFile, ranks: Mapping[str, int]) -> dict[str, str]:
-    """Get the header of the new file: what it says of ranks and alphas is made true again."""
+    """Get the header of the new file: its ranks and alphas are updated."""
     header = {key: value for key, value in source.file.metadata.items() if key not in KOHYA_HASHES}
     word = str(next(iter(ranks.values()))) if len(set(ranks.values())) == 1 else "Dynamic"
     header |= {key: word for key in KOHYA_RANK if key in header}
@@ -210,15 +210,17 @@ def _copy_the_rest(source: Path, target: Path) -> None:
 def _refuse_other_updates(source: LoraFile) -> None:
     for option in OTHER_UPDATES:
         if source.config.get(option):
-            raise ExportError(f"{source.path}: with {option} the update is not a plain B A. Merge it instead.")
+            raise ExportError(
+                f"{source.path}: with {option} the update is not simply B A, so it cannot be resized. Merge it instead."
+            )
 
 
 def _refuse_output(output: Path) -> None:
     if output.suffix != ".safetensors":
         raise OutputError(
-            f"{output}: the LoRA is one file, so the result is one. Give a name that ends in .safetensors."
+            f"{output}: the LoRA is a single file, so the result is one too. Give a name that ends in .safetensors."
         )
     if output.exists():
-        raise OutputError(f"{output}: there is such a file already. Choose another name.")
+        raise OutputError(f"{output}: this file exists already. Choose another name.")
     if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}. Create it first.")
+        raise OutputError(f"{output}: the folder {output.parent} does not exist. Create it first.")

@@ -1,4 +1,4 @@
-"""What changed outside of the adapted layers, saved whole in the way that PEFT loads it."""
+"""Tensors that changed outside the adapted layers, saved whole as PEFT loads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .extracted import RestTensor
 
 @dataclass
 class Rest:
-    """Modules and biases that travel whole in an adapter's folder."""
+    """Modules and biases that are saved whole in an adapter's folder."""
 
     modules: dict[str, None] = field(default_factory=dict)
     """modules_to_save, in order."""
@@ -22,15 +22,15 @@ class Rest:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """Under PEFT's names in a file."""
     names: set[str] = field(default_factory=set)
-    """The names in TUNED of what is saved."""
+    """The names in TUNED of the saved tensors."""
 
 
 def saved_whole(
     rest: Iterable[RestTensor], architecture: Architecture, tuned: Checkpoint, adapted: Collection[str]
 ) -> Rest:
-    """Get the changed tensors outside of the adapted layers as PEFT can load them, as many as it can.
+    """Get the changed tensors outside the adapted layers, as many as PEFT can load.
 
-    Whole modules (norms, embeddings, heads) go to modules_to_save, biases of adapted layers beside the adapter. A
+    Whole modules (norms, embeddings, heads) go to modules_to_save, biases of adapted layers next to the adapter. A
     module that holds adapted layers, or whose name PEFT would also find elsewhere, cannot be saved whole.
     """
     places = {name: architecture.place(name, shape) for name, shape in tuned.shapes.items()}

@@ -1,4 +1,4 @@
-"""The numbers of a `spectral_a` adapter that come as near to a tuned weight as its form allows."""
+"""The numbers of a `spectral_a` adapter that come as close to a tuned weight as its form allows."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ ANGLE = 1e-6
 
 
 def fit_spectral_a(dW: Weight, spectrum: Spectrum) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get (A_U_OR, A_Vh_RI), float32, for which the adapter's update is as near to dW as its form allows.
+    """Get (A_U_OR, A_Vh_RI), float32, for which the adapter's update is as close to dW as its form allows.
 
         W + dW ~ (U + A_U) diag(S) (Vh + A_Vh) + (W - U diag(S) Vh)
 
     The first product can be any O x I matrix of rank R (S > 0), so the best one is the rank-R truncated SVD of
-    T_OI = dW + U diag(S) Vh (Eckart-Young): T ~ X_OR Yh_RI, the singular values shared evenly. What is left over is
-    |T - X Yh|_F <= |dW|_F, and nothing where dW came from spectral_a on these directions.
+    T_OI = dW + U diag(S) Vh (Eckart-Young): T ~ X_OR Yh_RI, the singular values shared evenly. The remainder is
+    |T - X Yh|_F <= |dW|_F, and zero if dW came from spectral_a on these directions.
 
     X Yh = (X Z)(Z^T Yh) leaves the split open. Z is the orthogonal R x R matrix that brings X Z nearest to
     U diag(S)^1/2 and Z^T Yh nearest to diag(S)^1/2 Vh (Procrustes: the polar factor of the sum of both overlaps), and
 
         A_U = X Z diag(S)^-1/2 - U,   A_Vh = diag(S)^-1/2 Z^T Yh - Vh.
 
-    They are zero for dW = 0, and of all such turns have the least |A_U diag(S)^1/2|^2 + |diag(S)^1/2 A_Vh|^2. The
+    They are zero for dW = 0, and of all such rotations have the least |A_U diag(S)^1/2|^2 + |diag(S)^1/2 A_Vh|^2. The
     least |A_U|^2 + |A_Vh|^2 over every invertible Z has no closed form; on 12 weights of a fully fine-tuned MiniLM this
     |A| was at most 0.6% above it, found by L-BFGS (r = 8, and r = 32 with dW twenty times as large).
     Computed in float64: dW is a small difference of large weights.

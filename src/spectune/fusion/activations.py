@@ -1,4 +1,4 @@
-"""`collect_grams`: what an adapter's own examples send into its layers, as one matrix per layer."""
+"""`collect_grams`: the inputs that an adapter's own examples give its layers, as one Gram matrix per layer."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class _GramSums:
             x = args[0] if args else next(iter(kwargs.values()))
             if not (convolves or multiplies) or not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 raise OptionError(
-                    f"{name}: gradient fusion reads the inputs of linear layers and of convolutions with zero padding "
-                    f"and one group, this is a {type(inner).__name__}. Name the layers to collect with layers=[...]."
+                    f"{name}: gradient fusion can only read the inputs of linear layers and of ungrouped convolutions "
+                    f"with zero padding, and this is a {type(inner).__name__}. Name the layers to collect with "
+                    "layers=[...]."
                 )
             rows_NI = _patches(inner, x) if convolves else _seen(x, self.mask)
             x_NI = rows_NI.detach().to(self.dtype)
@@ -44,7 +45,7 @@ class _GramSums:
 
 
 def _innermost(layer: nn.Module) -> Any:
-    """Get the base's own layer out of what adapters wrap around it."""
+    """Get the base's own layer from inside the adapters wrapped around it."""
     while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
         layer = inner
     return layer
@@ -93,11 +94,11 @@ def collect_grams(
 
     `model` carries the adapter (through PEFT or `load_adapter`), `batches` are its own prompts or examples: keyword
     arguments of the model, or one tensor. Tokens that an `attention_mask` hides are left out. `layers` names other
-    layers than the adapted ones, or a few of them: one I x I matrix per layer is held, on the CPU in `dtype`. In
-    float32 the smallest eigenvalues drown in roundoff and `eps` must be larger. The model runs in eval mode and is left
-    as it was.
-    `OptionError` for a name that is no layer, a layer that no batch went through, or one that is neither linear nor
-    a convolution (1d, 2d) of one group with zero padding.
+    layers than the adapted ones, or some of them: one I x I matrix per layer is kept, on the CPU in `dtype`. In
+    float32 the smallest eigenvalues drown in roundoff and `eps` must be larger. The model runs in eval mode; afterwards
+    its mode is restored.
+    `OptionError` for a name that is not a layer, a layer that no batch went through, or one that is neither linear
+    nor an ungrouped convolution (1d, 2d) with zero padding.
     """
     wanted = _layers(model, layers)
     running, training = _GramSums(dtype), {module: module.training for module in model.modules()}
@@ -127,10 +128,10 @@ def _layers(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
         lora = {_base_path(path) for path, module in model.named_modules() if hasattr(module, "lora_A")}
         layers = sorted(spectral | lora)
         if not layers:
-            raise OptionError(f"{type(model).__name__}: the model carries no adapter. Load one, or pass layers=[...].")
+            raise OptionError(f"{type(model).__name__}: the model has no adapter. Load one, or pass layers=[...].")
     for name in (layers := list(layers)):
         if name not in known:
-            raise OptionError(f"{name!r} is no layer of {type(model).__name__}. {nearest(name, list(known))}")
+            raise OptionError(f"{name!r} is not a layer of {type(model).__name__}. {nearest(name, list(known))}")
     return {name: known[name] for name in layers}
 
 

@@ -1,4 +1,4 @@
-"""Saved adapters as what the rules read: one `Part` for every adapter and layer."""
+"""Saved adapters in the form that the rules read: one `Part` for every adapter and layer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Adapter:
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
-        """Tensors that belong to no update: modules and biases trained in full."""
+        """Tensors outside the updates: modules and biases trained in full."""
         if self.lora is not None:
             return {name: self.folder.tensor(name) for name in self.lora.carried}
         return {name: self.folder.tensor(name) for name in self.folder.names if MIDDLE not in name}
@@ -78,7 +78,7 @@ class Adapter:
         return next((layer for layer, names in layers.items() if "U_OR" not in names), None)
 
     def parts(self, base: Checkpoint | None) -> Iterator[Part]:
-        """Get the update of every layer, found again and checked on the base where it is at hand."""
+        """Get the update of every layer, computed on the base and checked against it if the base is given."""
         try:
             yield from self._lora_parts(base) if self.lora is not None else self._spectral_parts(base)
         except SpectuneError as error:
@@ -104,13 +104,15 @@ class Adapter:
             return Part(self.name, layer, module.delta(), module.method, basis, trained, stored=stored)
 
     def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
-        """Get the modules of a file that brings its bases, from the file alone."""
+        """Get the modules of a file that contains its bases, from the file alone."""
         owner: SpectralModule | None = None
         ranks = LayerRanks(self.folder.config.get("rank_pattern"))
         for layer, names in owner_first(self.folder):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
             if any(tensors.get(name, torch.zeros(0)).ndim != 2 for name in ("U_OR", "Vh_RI")):
-                raise AdapterError(f"{layer}: the adapter file brings no whole basis: it is incomplete. Copy it again.")
+                raise AdapterError(
+                    f"{layer}: the adapter file is incomplete: it lacks part of this layer's basis. Copy it again."
+                )
             shape = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
             method = saved_method(self.folder.config, layer, ranks)
             refuse_misfits(method, layer, shape, tensors, owner)
@@ -126,7 +128,7 @@ class Adapter:
         transposed = bool(self.folder.config.get("fan_in_fan_out"))
         for layer, place in self.lora.layers.items():
             if "lora_embedding" in place.A_name:
-                raise AdapterError(f"{layer}: a LoRA of an embedding is not fused. Train without it, or merge it.")
+                raise AdapterError(f"{layer}: a LoRA of an embedding cannot be fused. Train without it, or merge it.")
             kernel, delta = self.lora.file.shapes[place.A_name][2:], self.lora.delta(layer, torch.float64)
             if base is not None:
                 _refuse_other_shape(layer, delta.shape, base)
@@ -134,24 +136,25 @@ class Adapter:
 
 
 def _refuse_other_shape(layer: str, shape: tuple[int, int], base: Checkpoint) -> None:
-    """Raise `AdapterError` where a LoRA's layer has another shape in the base; its numbers cannot tell more."""
+    """Raise `AdapterError` if a LoRA's layer has another shape in the base; nothing else can be checked."""
     rows, *rest = base.shapes[base_tensor(layer, base)]
     if sorted(shape) != sorted((rows, math.prod(rest))):
         raise AdapterError(
-            f"{layer}: the update is {shape[0]}x{shape[1]}, the base weight {rows}x{math.prod(rest)}. Pass its base."
+            f"{layer}: the update is {shape[0]}x{shape[1]}, but the base weight is {rows}x{math.prod(rest)}. Pass the "
+            "base it was trained on."
         )
 
 
 def _columns(module: SpectralModule, config: dict[str, Any]) -> tuple[int, ...]:
-    """Get which singular directions the module has, by its config; an embedded basis does not say it itself."""
+    """Get the singular columns of a module from its config; an embedded basis does not store them."""
     chosen = getattr(module.method, "columns", None)
     if chosen is None:
         return ()
-    K, seed = min(module.U_OR.shape[0], module.Vh_RI.shape[1]), saved_svd(config).get("seed", 0)
+    rows_O, cols_I, seed = module.U_OR.shape[0], module.Vh_RI.shape[1], saved_svd(config).get("seed", 0)
     try:
-        return choose(chosen, module.U_OR.shape[1], K, seed).places
+        return choose(chosen, module.U_OR.shape[1], min(rows_O, cols_I), seed).places
     except SpectuneError as error:
-        raise AdapterError(f"{module.name}: {str(error).replace('{shape}', f'(K = {K})')}") from error
+        raise AdapterError(f"{module.name}: {str(error).replace('{shape}', f'{rows_O}x{cols_I}')}") from error
 
 
 def open_adapters(paths: Sequence[str | Path]) -> list[Adapter]:

@@ -11,7 +11,7 @@ from .contract import Fusion, Part, of_factors, stacked
 
 @dataclass(frozen=True, kw_only=True)
 class Average(Fusion):
-    """Add up the weighted updates, whatever method, rank or columns they have.
+    """Add up the weighted updates, of any method, rank or columns.
 
     dW = sum_i weight_i dW_i, by stacking factors: B = [w_1 B_1, w_2 B_2, ...], A = [A_1; A_2; ...]. There are no
     cross terms (A_i never meets B_j), but at the default weight 1/N each adapter keeps about 1/N of its strength.

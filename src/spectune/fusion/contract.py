@@ -1,4 +1,4 @@
-"""What a rule owes the rest of the house: `Fusion`; and what it is given of each adapter, layer by layer: `Part`."""
+"""`Fusion`: what a rule must provide. `Part`: what it gets from each adapter, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..records import Delta, Spectrum
 
 @dataclass(frozen=True)
 class Stored:
-    """How the base stores the weight of a layer, as far as it is known."""
+    """How the base stores the weight of a layer, as far as known."""
 
     transposed: bool = False
     """in x out (transformers' Conv1D)."""
@@ -33,7 +33,7 @@ class Part:
     method: Method | None = None
     """None for a LoRA."""
     basis: Spectrum | None = None
-    """For spectral methods that tune chosen columns: these directions, `columns` as in the descending spectrum."""
+    """For spectral methods that tune chosen columns: these directions, with their columns in the spectrum."""
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     gram_II: torch.Tensor | None = None
     """sum_n x_n x_n^T over the inputs that this adapter's own examples send into the layer."""
@@ -41,7 +41,7 @@ class Part:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The singular directions that were tuned; empty where the method has none of its own."""
+        """The singular columns that were tuned; empty for methods without any."""
         return self.basis.columns if self.basis is not None else ()
 
 
@@ -49,8 +49,8 @@ class Part:
 class Fusion:
     """One way to make one update out of several, layer by layer.
 
-    A subclass adds its options as fields and stands in `FUSIONS`. One adapter at weight 1 gives its own update
-    back, and the order of the adapters does not matter.
+    A subclass adds its options as fields and is listed in `FUSIONS`. One adapter at weight 1 gives back its own
+    update, and the order of the adapters does not matter.
     """
 
     name: ClassVar[str]

@@ -33,7 +33,7 @@ class Saved:
     ranks: dict[str, int] = field(repr=False)
     """Layer -> rank of the LoRA, or of the LoRA that the spectral_a adapter exports to."""
     error: float
-    """Largest |saved - fused|_F / |fused|_F of a layer, from the rounding of the file to float32; cuts not counted."""
+    """Largest |saved - fused|_F / |fused|_F of a layer from rounding the file to float32; cut layers do not count."""
     lost: dict[str, float] = field(default_factory=dict, repr=False)
     """Layer -> share of its update (Frobenius norm) that `max_rank` cut off; empty when nothing was cut."""
 
@@ -50,7 +50,7 @@ def save_spectral(
     carried: Mapping[str, torch.Tensor],
     overwrite: bool,
 ) -> Saved:
-    """Write a spectral_a adapter that brings its directions, so that nobody need find them again."""
+    """Write a spectral_a adapter together with its directions, so that nothing needs to be computed again."""
     tensors, ranks, error = dict(carried), {}, 0.0
     columns = next(iter(parts.values())).columns
     for layer, part in parts.items():
@@ -87,7 +87,7 @@ def save_lora(
 ) -> Saved:
     """Write a LoRA with scaling 1 whose rank in every layer is that of the update, or at most `max_rank`."""
     if max_rank is not None and max_rank < 1:
-        raise ExportError(f"max_rank: asked for {max_rank}, a LoRA has at least rank 1.")
+        raise ExportError(f"max_rank={max_rank} must be at least 1.")
     tensors, ranks, lost, error = dict(carried), {}, {}, 0.0
     for layer, part in parts.items():
         _refuse_embedding(layer, part)
@@ -114,8 +114,8 @@ def _refuse_loss(lost: Mapping[str, float], max_rank: int | None, allow_lossy: b
     if lost[worst] and not allow_lossy:
         cut = sum(share > 0 for share in lost.values())
         raise ExportError(
-            f"{worst}: asked for rank {max_rank} at most, which loses {lost[worst]:.1%} of this update and something "
-            f"in {cut} of {len(lost)} layers. Leave max_rank out, or pass --allow-lossy."
+            f"{worst}: cutting to rank {max_rank} loses {lost[worst]:.1%} of this update, and something in {cut} of "
+            f"{len(lost)} layers. Leave max_rank out, or pass --allow-lossy."
         )
 
 
@@ -123,12 +123,12 @@ def _refuse_embedding(layer: str, part: Part) -> None:
     leaf = layer.rpartition(".")[2]
     # A checkpoint stores an embedding in x out, as Conv1D; only its usual names tell them apart.
     if part.stored.transposed and ("emb" in leaf or leaf in ("wte", "wpe", "shared")):
-        raise ExportError(f"{layer}: asked for a LoRA of an embedding, which is not written here. Train without it.")
+        raise ExportError(f"{layer}: a LoRA of an embedding cannot be written here. Train without it.")
 
 
 def _refuse_non_finite(layer: str, *tensors: torch.Tensor) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise AdapterError(f"{layer}: the fused adapter has NaN or infinity in it. Check the adapters and weights.")
+        raise AdapterError(f"{layer}: the fused adapter contains NaN or infinity. Check the adapters and weights.")
 
 
 def _difference(part: Part, B_OP: torch.Tensor, A_PI: torch.Tensor) -> float:
@@ -153,7 +153,7 @@ def _ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _targets(config: Mapping[str, Any], layers: list[str]) -> dict[str, Any]:
-    """Get the shared fields; the parts' own targets where they are the same, else a regex of exactly these layers."""
+    """Get the shared fields, with the parts' own targets if they agree, or else a regex of exactly these layers."""
     exact = "|".join(re.escape(layer) for layer in sorted(layers))
     return {"target_modules": exact, **config} if "target_modules" not in config else dict(config)
 

@@ -29,17 +29,17 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 
 @dataclass(frozen=True, eq=False)
 class Fused:
-    """One adapter made of several, in memory: its updates, and how the parts got along."""
+    """One adapter made of several, in memory: its updates, and a report of how the parts overlap."""
 
     report: OverlapReport
     parts: dict[str, Part] = field(repr=False)
     """Layer -> the fused update."""
     config: dict[str, Any] = field(repr=False)
-    """What the saved adapters' configs agree on."""
+    """The settings on which the adapters' configs agree."""
     carried: dict[str, torch.Tensor] = field(repr=False)
     """Modules trained in full, equal in all adapters."""
     sources: tuple[Path, ...] = field(repr=False)
-    """The folders of the adapters and of the base, which saving never replaces."""
+    """The folders of the adapters and of the base; saving never replaces them."""
 
     @property
     def deltas(self) -> dict[str, Delta]:
@@ -60,19 +60,19 @@ class Fused:
         allow_lossy: bool = False,
         overwrite: bool = False,
     ) -> Saved:
-        """Write an adapter folder: spectral_a where the rule gives one, else (or `as_lora`) a LoRA that PEFT loads.
+        """Write an adapter folder: spectral_a if the rule gives one, otherwise (or `as_lora`) a LoRA that PEFT loads.
 
-        A spectral_a folder brings its directions along, bit for bit those of the parts. A LoRA's rank in each layer is
-        that of the update: stacked factors are reduced by QR where that loses nothing. `max_rank` cuts further and
-        needs `allow_lossy`; `Saved.lost` says how much. `OutputError` for an output folder that holds something, or
-        that would replace an adapter or the base; `ExportError` for a cut that was not allowed, `OptionError` for one
-        of a spectral_a adapter.
+        A spectral_a folder contains its directions, bit for bit those of the parts. A LoRA's rank in each layer is
+        that of the update: stacked factors are reduced by QR if that loses nothing. `max_rank` cuts further and
+        needs `allow_lossy`; `Saved.lost` says how much. `OutputError` for an output folder that is not empty, or
+        that would replace an adapter or the base; `ExportError` for a cut that was not allowed, `OptionError` for
+        cutting a spectral_a adapter.
         """
         refuse_to_replace(output_dir, *self.sources)
         if self.is_spectral and not as_lora:
             if max_rank is not None:
                 raise OptionError(
-                    f"max_rank={max_rank}: a spectral_a adapter is not cut. Save it with as_lora=True (--as-lora)."
+                    f"max_rank={max_rank}: a spectral_a adapter cannot be cut. Save it with as_lora=True (--as-lora)."
                 )
             return save_spectral(output_dir, self.parts, self.config, self.carried, overwrite)
         return save_lora(output_dir, self.parts, self.config, self.carried, max_rank, allow_lossy, overwrite)
@@ -96,10 +96,10 @@ def fuse(
     its tuned columns exactly when no two share one. `base` (named as for `find_base`; None: what the adapters name, if
     it is on this machine) proves that all belong to it; a file that keeps only a sketch of its directions needs it.
     `activations` and `eps` belong to rule="gradient": the result of `collect_grams` for each adapter. All updates
-    stand in memory as factors in float64; a dense update or base is never built, one base weight is read at a time.
+    are in memory as factors in float64; no dense update is ever built, and one base weight is read at a time.
 
-    `AdapterError` names the layer and the reason: different bases, shapes, clashing columns (`allow_overlap=True` goes
-    on), methods that the rule does not take. `OptionError` for options that the rule does not use.
+    `AdapterError` names the layer and the reason: different bases, shapes, clashing columns (unless
+    `allow_overlap=True`), methods that the rule does not accept. `OptionError` for options that the rule does not use.
     """
     options = {"allow_overlap": allow_overlap, "eps": eps}
     chosen = build_fusion(rule, {name: value for name, value in options.items() if value is not None})
@@ -121,12 +121,12 @@ def fuse(
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:
     if not adapters:
-        raise OptionError("asked to fuse no adapter. Name at least one.")
+        raise OptionError("no adapters to fuse. Name at least one.")
     if weights is None:
         weights = 1 / len(adapters)
     given = [float(weights)] * len(adapters) if isinstance(weights, (int, float)) else [float(w) for w in weights]
     if len(given) != len(adapters) or not all(math.isfinite(weight) for weight in given):
-        raise OptionError(f"weights={given}: {len(adapters)} finite numbers are needed, one for each adapter.")
+        raise OptionError(f"weights={given}: expected {len(adapters)} finite numbers, one for each adapter.")
     return {adapter.name: weight for adapter, weight in zip(adapters, given, strict=True)}
 
 
@@ -138,7 +138,9 @@ def _check_activations(
     if rule != "gradient":
         raise OptionError(f"activations: rule {rule!r} does not use them. Leave them out, or use rule='gradient'.")
     if len(activations) != len(adapters):
-        raise OptionError(f"activations: {len(activations)} were given for {len(adapters)} adapters. Give one each.")
+        raise OptionError(
+            f"activations: {len(activations)} were given for {len(adapters)} adapters. Give one for each adapter."
+        )
 
 
 def _by_layer(
@@ -147,7 +149,7 @@ def _by_layer(
     """Get layer -> the updates of the adapters that have it, in their order."""
     found: dict[str, list[Part]] = {}
     if len({adapter.name for adapter in adapters}) < len(adapters):
-        raise OptionError("the same adapter was named twice. Name it once, with a larger weight.")
+        raise OptionError("the same adapter is named twice. Name it once, with a larger weight.")
     for place, adapter in enumerate(adapters):
         grams: Mapping[str, torch.Tensor] = activations[place] if activations is not None else Grams()
         for part in adapter.parts(base):
@@ -166,13 +168,13 @@ def _on_equal_columns(fused: dict[str, Part], base: Checkpoint | None) -> dict[s
         K = min(part.delta.shape)
         if missing and missing[-1] >= K:
             raise AdapterError(
-                f"{layer}: the adapters tuned different columns in different layers, and column {missing[-1]} does not "
-                f"exist here (K = {K}). Use rule='average'."
+                f"{layer}: column {missing[-1]} was tuned in other layers, but this one has only {K} columns. Use "
+                "rule='average'."
             )
         if missing and base is None:
             raise AdapterError(
-                f"{layer}: columns {missing} were tuned in other layers only; to give this layer the same columns "
-                f"(with zeros) they are found on the base. Pass --base FOLDER."
+                f"{layer}: columns {missing} were tuned in other layers only, and giving this layer the same ones "
+                "(with zeros) takes the base. Pass --base FOLDER."
             )
         if missing and base is not None:
             stored = base.tensor(base_tensor(layer, base))
@@ -207,12 +209,12 @@ def _report(
 
 def _proof(adapters: Sequence[Adapter], base: Base | None, foreign: float) -> str:
     loras = [adapter.name for adapter in adapters if adapter.lora is not None]
-    said = "; of a LoRA only names and shapes can be compared" if loras else ""
+    said = "; for a LoRA, only names and shapes can be compared" if loras else ""
     if base is not None:
         return f"checked on {base.name}, layer by layer{said}"
     if len(loras) == len(adapters):
-        return "names and shapes agree, which is all that a LoRA shows"
-    return f"the saved directions fit one base (misfit {foreign:.2g}, unrelated weights give 1){said}"
+        return "names and shapes agree; a LoRA has nothing else to compare"
+    return f"the saved directions fit one base (misfit {foreign:.2g}; unrelated weights give 1){said}"
 
 
 def _common_config(adapters: Sequence[Adapter], layers: dict[str, list[Part]], base: Base | None) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def _common_carried(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
         ]
         if different:
             raise AdapterError(
-                f"{different[0]}: trained in full, and not the same in {adapters[0].name} and {adapter.name}; no rule "
-                f"fuses whole modules. Train without modules_to_save and biases, or give all adapters the same ones."
+                f"{different[0]}: trained in full, but not the same in {adapters[0].name} and {adapter.name}; no rule "
+                "fuses whole modules. Train without modules_to_save and biases, or give all adapters the same ones."
             )
     return carried[0]

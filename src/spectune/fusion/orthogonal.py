@@ -17,7 +17,7 @@ MOST_OVERLAP = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Orthogonal(Fusion):
-    """Add up updates of `orthogonal_adaptation` after checking that their rows really are disjoint.
+    """Add up updates of `orthogonal_adaptation` after checking that their rows are disjoint.
 
     dW = sum_i weight_i B_i A_i with A_i A_j^T = 0: an input along the rows of one concept does not reach another's.
     Rows are disjoint when the adapters share `basis_seed` and r and each has its own `concept` (`spectune schedule`).
@@ -29,14 +29,14 @@ class Orthogonal(Fusion):
     paper: ClassVar[str] = "Orthogonal Adaptation for Modular Customization of Diffusion Models, arXiv 2312.02432"
 
     allow_overlap: bool = False
-    """Go on where rows are shared or come from different matrices; the updates are then added as they are."""
+    """Go on if rows are shared or come from different matrices; the updates are then simply added."""
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         for part in parts:
             if part.method is None or part.method.name != "orthogonal_adaptation":
                 found = "a LoRA" if part.method is None else part.method.name
                 raise AdapterError(
-                    f"{part.layer}: rule 'orthogonal' adds up orthogonal_adaptation adapters, {part.adapter} is "
+                    f"{part.layer}: rule 'orthogonal' only takes orthogonal_adaptation adapters, but {part.adapter} is "
                     f"{found}. Use rule='average'."
                 )
         for first, second in combinations(parts, 2):
@@ -54,7 +54,7 @@ def _refuse_shared_rows(first: Part, second: Part) -> None:
         rows = " and ".join(f"{part.adapter} has {_rows(part)}" for part in (first, second))
         raise AdapterError(
             f"{first.layer}: the rows of two adapters are not orthogonal (overlap {overlap:.2g}): {rows}. Train them "
-            f"with one basis_seed and r and a concept each (spectune schedule), or pass --allow-overlap."
+            "with the same basis_seed and r and a different concept each (spectune schedule), or pass --allow-overlap."
         )
 
 

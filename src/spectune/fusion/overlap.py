@@ -1,4 +1,4 @@
-"""How much the updates of several adapters get into each other's way, layer by layer, from their factors alone."""
+"""How much the updates of several adapters overlap, layer by layer, computed from their factors."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ class PairOverlap:
     shared_columns: tuple[int, ...]
     """Singular columns that both tuned."""
     cosine: float
-    """<dW_1, dW_2> / (|dW_1| |dW_2|): what one update already holds of the other; the sign tells whether they agree."""
+    """<dW_1, dW_2> / (|dW_1| |dW_2|): how much of the other update each contains; the sign says whether they agree."""
     output_angle: float
-    """Smallest principal angle between the two column spaces, in degrees: 90 where the outputs stay apart."""
+    """Smallest principal angle between the two column spaces, in degrees; 90 if they write into separate outputs."""
     input_angle: float
-    """Smallest principal angle between the two row spaces, in degrees: 90 where no input reaches both."""
+    """Smallest principal angle between the two row spaces, in degrees; 90 if no input reaches both."""
     output_cross: float
     """|dW_1^T dW_2|_F / (|dW_1| |dW_2|): how much both write into the same outputs."""
     input_cross: float
     """|dW_1 dW_2^T|_F / (|dW_1| |dW_2|): how much both read the same inputs."""
     spectral_cross: float
-    """|A_U,1 S A_Vh,2 + A_U,2 S A_Vh,1|_F over the shared columns, as a share of |dW_1 + dW_2|_F: what the spectral
-    rule adds at l = 1 that neither adapter has. Zero where no column is shared, and for other methods."""
+    """|A_U,1 S A_Vh,2 + A_U,2 S A_Vh,1|_F over the shared columns, as a share of |dW_1 + dW_2|_F: the cross
+    terms that the spectral rule adds at l = 1. Zero if no column is shared, and for other methods."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class LayerOverlap:
 
     layer: str
     rank: int
-    """Rank of the fused update: what a LoRA of it needs."""
+    """Rank of the fused update, and so of a LoRA that holds it."""
     kept: dict[str, float]
-    """Adapter -> <fused, dW_i> / |dW_i|^2, the strength that is left of it: 1 is all, 1/N the usual average."""
+    """Adapter -> <fused, dW_i> / |dW_i|^2, its remaining strength: 1 is all, 1/N the usual average."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class OverlapReport:
     adapters: tuple[str, ...]
     weights: tuple[float, ...]
     base: str
-    """How far it is proven that the adapters have one base."""
+    """How far the check went that all adapters have one base."""
     pairs: tuple[PairOverlap, ...]
     layers: tuple[LayerOverlap, ...]
     kept: dict[str, float]
-    """Adapter -> the strength that is left of it over all layers together."""
+    """Adapter -> its remaining strength over all layers together."""
 
     def to_json(self) -> dict[str, Any]:
         """Get everything in plain numbers and words."""
@@ -135,7 +135,7 @@ def _smallest_angle(cosines_Pp: torch.Tensor) -> float:
 
 
 def _spectral_cross(one: Part, other: Part, size: float) -> float:
-    """Get the size of the terms that the product (U + A_1 + A_2) S (Vh + B_1 + B_2) has and the updates have not."""
+    """Get the size of the terms of (U + A_1 + A_2) S (Vh + B_1 + B_2) that are in neither update."""
     shared = sorted(set(one.columns) & set(other.columns))
     if one.method is None or other.method is None or one.method.name != other.method.name or not shared or not size:
         return 0.0

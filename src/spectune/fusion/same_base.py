@@ -1,4 +1,4 @@
-"""Whether adapters belong to one base model, as far as their files can prove it."""
+"""Whether adapters belong to one base model, as far as their files can show."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ MOST_FOREIGN = 0.3
 
 
 def check_same_base(parts: Sequence[Part]) -> float:
-    """Get how foreign the bases of one layer look to each other, from 0 to 1; `AdapterError` when they do not match.
+    """Get the misfit of the bases of one layer, from 0 to 1; `AdapterError` if they do not match.
 
-    Compares shapes always, and singular directions where the adapters have them.
+    Shapes are always compared, singular directions if the adapters have them.
     """
     first, worst = parts[0], 0.0
     for part in parts[1:]:
         if part.delta.shape != first.delta.shape:
             shapes = " and ".join(f"{p.delta.shape[0]}x{p.delta.shape[1]} in {p.adapter}" for p in (first, part))
-            raise AdapterError(f"{part.layer}: the weight is {shapes}: these adapters have different bases.")
+            raise AdapterError(
+                f"{part.layer}: the weight is {shapes}, so these adapters have different bases. Fuse adapters of one "
+                "base."
+            )
     for one, other in combinations(parts, 2):
         if one.basis is None or other.basis is None:
             continue
         share = foreign_share(one.basis, other.basis)
         if not share <= MOST_FOREIGN:
             raise AdapterError(
-                f"{one.layer}: the singular directions of {one.adapter} and {other.adapter} do not belong to one "
-                f"weight ({share:.0%} of what unrelated weights give, rounding explains {MOST_FOREIGN:.0%})."
+                f"{one.layer}: the singular directions of {one.adapter} and {other.adapter} come from different "
+                f"weights (misfit {share:.0%}; unrelated weights give 100%, rounding at most {MOST_FOREIGN:.0%}). Fuse "
+                "adapters of one base."
             )
         worst = max(worst, share)
     return worst
@@ -45,7 +49,7 @@ def foreign_share(one: Spectrum, other: Spectrum) -> float:
 
     Different columns must be orthogonal (the root mean square of <u_i, u_j>, in units of 1/sqrt(O), what random
     directions give), and shared columns must span the same space (one minus the mean squared cosine). The larger of the
-    two, the mean of both sides. A turn inside the shared columns is not counted: equal singular values allow it.
+    two, the mean of both sides. A rotation inside the shared columns is not counted: equal singular values allow it.
     """
     shared = sorted(set(one.columns) & set(other.columns))
     places = [one.columns.index(c) for c in shared], [other.columns.index(c) for c in shared]

@@ -14,15 +14,15 @@ from ..errors import OptionError
 
 @dataclass(frozen=True)
 class Schedule:
-    """The columns of every adapter, and how likely it was that none would be shared."""
+    """The columns of every adapter, and the chance that none are shared."""
 
     r: int
     columns: tuple[tuple[int, ...], ...]
     """One tuple of places in the descending spectrum for each adapter."""
     top: int
-    """The columns come from the strongest `top` ones; every adapted weight needs at least so many directions."""
+    """The columns come from the strongest `top` ones; every adapted weight needs at least this many directions."""
     seeds: tuple[int, ...] = ()
-    """One seed for each adapter, where the columns were drawn."""
+    """One seed per adapter, if the columns were drawn."""
     clear_pair: float = 1.0
     """The chance that two adapters share no column."""
     clear_all: float = 1.0
@@ -54,15 +54,15 @@ def disjoint_schedule(concepts: int, r: int, start: int = 0) -> Schedule:
 
 
 def sampled_schedule(concepts: int, r: int, top: int, seed: int = 0) -> Schedule:
-    """Get r columns for each adapter, drawn from the strongest `top` without knowing of the others.
+    """Get r columns for each adapter, drawn from the strongest `top` independently of the others.
 
-    The private scheme: adapter t draws with seed + t alone, so tuners need only agree on `top`. A larger `top` clashes
+    The private scheme: adapter t draws with seed + t alone, so only `top` has to be agreed on. A larger `top` clashes
     less but reaches weaker directions. numpy's RandomState, whose stream is frozen: a seed draws the same everywhere.
     """
     _at_least(1, concepts=concepts, r=r)
     _at_least(0, seed=seed)
     if top < r:
-        raise OptionError(f"top={top}: asked to draw {r} columns from {top}. Raise top or lower r.")
+        raise OptionError(f"top={top}: cannot draw {r} columns from {top}. Raise top or lower r.")
     seeds = tuple(range(seed, seed + concepts))
     columns = tuple(tuple(sorted(np.random.RandomState(own).permutation(top)[:r].tolist())) for own in seeds)
     return Schedule(r, columns, top, seeds, chance_of_no_clash(top, r), chance_of_no_clash(top, r, concepts))
@@ -82,4 +82,4 @@ def chance_of_no_clash(top: int, r: int, concepts: int = 2) -> float:
 def _at_least(least: int, **values: int) -> None:
     for option, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{option}={value!r}: an integer of at least {least} is needed.")
+            raise OptionError(f"{option}={value!r} must be an integer of at least {least}.")

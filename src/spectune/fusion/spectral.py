@@ -34,14 +34,14 @@ class Spectral(Fusion):
     (`allow_overlap`) the numbers of the adapters add up, which brings cross terms l_i l_j A_U,i S A_Vh,j.
 
     Spectral Adapter (Zhang & Pilanci, arXiv 2405.13952), on adapter fusion. Its published code averages the merged
-    weights, which agrees to first order only: the last term is then divided by N and not by N^2.
+    weights, which agrees only to first order: the last term is then divided by N instead of N^2.
     """
 
     name: ClassVar[str] = "spectral"
     paper: ClassVar[str] = "Spectral Adapter: Fine-Tuning in Spectral Space, arXiv 2405.13952"
 
     allow_overlap: bool = False
-    """Go on where adapters tuned the same column: there their numbers add up."""
+    """Go on if adapters tuned the same column; their numbers there are added."""
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         bases = [_basis_of(part) for part in parts]
@@ -63,7 +63,7 @@ class Spectral(Fusion):
 
 
 def pad(part: Part, columns: Sequence[int], W_OI: torch.Tensor) -> Part:
-    """Get the same update over more columns: the new directions are found on the weight, their numbers are zero."""
+    """Get the same update over more columns: the new directions come from the weight, their numbers are zero."""
     assert part.basis is not None
     missing = [column for column in columns if column not in part.columns]
     if not missing:
@@ -84,8 +84,8 @@ def _basis_of(part: Part) -> Spectrum:
     if part.method is None or part.method.name != METHOD or part.basis is None:
         found = "a LoRA" if part.method is None else part.method.name
         raise AdapterError(
-            f"{part.layer}: rule 'spectral' fuses spectral_a adapters, {part.adapter} is {found}. Use rule='average' "
-            f"or rule='gradient'."
+            f"{part.layer}: rule 'spectral' only takes spectral_a adapters, but {part.adapter} is {found}. Use "
+            "rule='average' or rule='gradient'."
         )
     return part.basis
 
@@ -95,8 +95,8 @@ def _refuse_shared_columns(first: Part, second: Part) -> None:
     if shared:
         shown = ", ".join(map(str, shared[:8])) + (", …" if len(shared) > 8 else "")
         raise AdapterError(
-            f"{first.layer}: {first.adapter} and {second.adapter} both tuned the singular columns {shown}; there their "
-            f"numbers would add up and mix. Train on disjoint columns (spectune schedule), or pass --allow-overlap."
+            f"{first.layer}: {first.adapter} and {second.adapter} both tuned the singular columns {shown}, where their "
+            "numbers would add up and mix. Train on disjoint columns (spectune schedule), or pass --allow-overlap."
         )
 
 
@@ -126,13 +126,13 @@ def _fill(union: Spectrum, place: int, basis: Spectrum, own: int) -> float:
 
 
 def _put(union: Spectrum, place: int, basis: Spectrum, own: int, part: Part) -> float:
-    """Get the sign that turns an adapter's direction onto the one there; `AdapterError` if it is another."""
+    """Get the sign that maps an adapter's direction to the one already there; `AdapterError` if they differ."""
     left = float(union.U_OR[:, place] @ basis.U_OR[:, own])
     right = float(union.Vh_RI[place] @ basis.Vh_RI[own])
     if min(abs(left), abs(right)) < SAME_DIRECTION or left * right < 0:
         raise AdapterError(
-            f"{part.layer}: what {part.adapter} calls column {basis.columns[own]} is another direction than in the "
-            f"adapters before (cosines {left:.2f}, {right:.2f}), so the numbers cannot be added. Use rule='average'."
+            f"{part.layer}: column {basis.columns[own]} of {part.adapter} is not the same direction as in the other "
+            f"adapters (cosines {left:.2f}, {right:.2f}), so the numbers cannot be added. Use rule='average'."
         )
     return 1.0 if left > 0 else -1.0
 

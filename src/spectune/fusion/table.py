@@ -15,12 +15,12 @@ FUSIONS: dict[str, type[Fusion]] = {rule.name: rule for rule in (Spectral, Avera
 
 
 def build_fusion(name: str, options: Mapping[str, object]) -> Fusion:
-    """Get the rule called `name` with its options; an option it does not use is an `OptionError`."""
+    """Get the rule called `name` with its options; `OptionError` for an option that it does not use."""
     if name not in FUSIONS:
         raise OptionError(f"unknown rule {name!r}. {nearest(name, list(FUSIONS))}")
     known = FUSIONS[name].options()
     for option, value in options.items():
         if option not in known:
-            uses = f"it uses: {', '.join(known)}" if known else "it has none"
-            raise OptionError(f"rule {name!r} has no option {option!r} (asked: {value!r}). Leave it out; {uses}.")
+            uses = f"it has: {', '.join(known)}" if known else "it has none"
+            raise OptionError(f"rule {name!r} has no option {option!r} (given: {value!r}). Leave it out; {uses}.")
     return FUSIONS[name](**options)

@@ -1,4 +1,4 @@
-"""What a method owes the rest of the house, and nothing else: `Method`.
+"""`Method`: everything that a method must provide.
 
 A method is a frozen record of its own options with a few pure functions: which singular directions
 it wants, which numbers it trains, and how these become a `Delta`. Forward, dense weight, merge,
@@ -41,7 +41,7 @@ class Method:
     paper: ClassVar[str]
     """Title and arXiv number."""
     learning_rate: ClassVar[float]
-    """A first guess for AdamW; where it comes from stands beside it in the subclass."""
+    """A first guess for AdamW; the subclass says where it comes from."""
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         """Get how many singular directions of an O x I weight this method wants, and which."""
@@ -53,7 +53,7 @@ class Method:
         raise NotImplementedError
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
-        """Get the update. Differentiable in `trained`; `strength` 1 is the trained update, 0 is none."""
+        """Get the update. Differentiable in `trained`; `strength` 1 is the trained update, 0 is no update."""
         raise NotImplementedError
 
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
@@ -97,7 +97,7 @@ class Method:
         return None
 
     def disturb(self, trained: Tensors) -> Tensors:
-        """Get the trained tensors as one training step sees them (dropout); never used to merge or save."""
+        """Get the trained tensors as one training step uses them (dropout); not used for merging or saving."""
         return trained
 
     def check(self, spectrum: Spectrum) -> None:
@@ -142,18 +142,18 @@ def weakness(spectrum: Spectrum) -> torch.Tensor:
 
 
 def refuse_dead_directions(method: str, spectrum: Spectrum) -> None:
-    """Raise `WeightError` when a chosen direction has singular value zero and the step there is proportional to it."""
+    """Raise `WeightError` if a chosen direction has singular value zero, where a method would get no gradient."""
     S_R, asked, name = spectrum.S_R, len(spectrum.columns), spectrum.name or "weight"
     # Below this a singular value is roundoff of the decomposition (the usual numerical rank).
     floor = max(spectrum.shape[:2]) * torch.finfo(S_R.dtype).eps * float(S_R.max())
     alive = int((floor < S_R).sum())
     if alive == 0:
         raise WeightError(
-            f"{name}: asked {method} to tune {asked} directions, their singular values are all zero and none would "
-            f"ever get a gradient. Exclude the layer or use method='svft'."
+            f"{name}: all {asked} singular values that {method} would tune are zero, so no direction would ever get a "
+            "gradient. Exclude the layer or use method='svft'."
         )
     if alive < asked:
         raise WeightError(
-            f"{name}: asked {method} to tune {asked} directions, only {alive} of them have a singular value above "
-            f"zero and the rest would never get a gradient. Lower r to {alive} (rank_pattern) or exclude the layer."
+            f"{name}: {method} would tune {asked} directions, but only {alive} have a singular value above zero; the "
+            f"rest would never get a gradient. Lower r to {alive} (rank_pattern) or exclude the layer."
         )

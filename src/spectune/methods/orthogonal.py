@@ -21,10 +21,10 @@ class LiDB(Method):
     dW_OI = E_OP . (A_PR B_RQ) . F_QI,   E and F frozen slices of random orthogonal matrices; trains (P + Q) r
 
     A starts at zero, B as LoRA's down matrix does. E and F follow from the seed and the shape, so
-    they need no room in the file; weights of one shape share them.
+    the file need not store them; weights of one shape share them.
 
-    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1; P = 50 and
-    Q = 100 as there, where they are called a and b. E and F are P and Q in the model's state.
+    Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1, which
+    calls P = 50 and Q = 100 a and b, and E and F P and Q, as our state dict does.
     """
 
     name: ClassVar[str] = "lidb"
@@ -86,7 +86,7 @@ class OrthogonalAdaptation(Method):
     dW_OI = B_OR . A_RI,   A_RI = rows [concept r, (concept + 1) r) of an orthogonal I x I matrix; trains O r
 
     Concepts with different numbers have disjoint rows, so dW_i dW_j^T = 0 and their sum does not mix:
-    what the paper wants and the rewrite inside the Spectral Adapter's code misses, where every concept
+    what the paper wants. The version in the Spectral Adapter's code misses it: there every concept
     draws the same rows.
 
     Orthogonal Adaptation (Po et al., arXiv 2312.02432), section 4.
@@ -116,8 +116,8 @@ class OrthogonalAdaptation(Method):
         cols_I, last = spectrum.shape[1], (self.concept + 1) * self.r
         if last > cols_I:
             raise WeightError(
-                f"{spectrum.name or 'weight'}: concept {self.concept} at r={self.r} needs rows up to {last} of an "
-                f"orthogonal matrix of {cols_I}. Lower r or use at most {cols_I // self.r} concepts."
+                f"{spectrum.name or 'weight'}: concept {self.concept} at r={self.r} needs {last} rows, but the "
+                f"orthogonal matrix of this layer has {cols_I}. Lower r or use at most {cols_I // self.r} concepts."
             )
         return {"A": orthogonal_rows(last, cols_I, self.basis_seed)[last - self.r :].contiguous()}
 

@@ -20,8 +20,8 @@ class SpecAdapt(Method):
     dW_OI = U_OK . (A_KR H_RR B_RK) . Vh_KI,   trains 2 K r, and r^2 for H
 
     A starts at zero, B at a normal distribution of deviation sqrt(1/K) cut at two deviations, H at the
-    identity. H is one matrix for the whole model, or one for each weight. Weight dropout leaves out rows
-    of A, that is whole left singular directions, at random in each training forward (inverted: the
+    identity. H is one matrix for the whole model, or one for each weight. Weight dropout drops random rows
+    of A, that is whole left singular directions, in each training forward (inverted: the
     mean of the update stays).
 
     SpecAdapt (Zhang et al.); only the code is public in full. It reshapes each tensor to a near-square
@@ -52,7 +52,7 @@ class SpecAdapt(Method):
     def __post_init__(self) -> None:
         self._at_least(1, r=self.r, basis_rank=self.basis_rank)
         if not 0.0 <= self.weight_dropout < 1.0:
-            raise OptionError(f"specadapt: weight_dropout must lie in [0, 1), got {self.weight_dropout!r}.")
+            raise OptionError(f"specadapt: weight_dropout must be at least 0 and below 1, got {self.weight_dropout!r}.")
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         return kept_directions(self.basis_rank, rows_O, cols_I), "top"

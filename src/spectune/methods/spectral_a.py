@@ -14,7 +14,7 @@ from .contract import Columns, Method, Tensors, option, refuse_dead_directions, 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralA(Method):
-    """Move the chosen singular vectors by trained amounts, the rest of the weight stays.
+    """Add trained numbers to the chosen singular vectors; the rest of the weight stays.
 
     W'  = (U + A_U) diag(S) (Vh + A_Vh) + (what the chosen directions leave of W)
     dW_OI = [A_U, U]_O(2R) . diag(S, S) . [Vh + A_Vh ; A_Vh]_(2R)I,   rank <= 2r

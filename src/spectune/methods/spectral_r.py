@@ -13,7 +13,7 @@ from .contract import Columns, Method, Tensors, option, refuse_dead_directions, 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectralR(Method):
-    """Turn the chosen left and the chosen right singular vectors among themselves.
+    """Rotate the chosen left and the chosen right singular vectors among themselves.
 
     W'  = (U R_U) diag((1 + c) S) (R_V^T Vh) + (what the chosen directions leave of W)
     dW_OI = U . (R_U diag((1 + c) S) R_V^T - diag(S))_RR . Vh,   rank r
@@ -22,7 +22,7 @@ class SpectralR(Method):
     Trains r(r - 1): one triangle of r(r - 1)/2 numbers for each side, half of what the official code
     stores, because only the skew part of its square matrices matters. Without c every singular value of
     W stays, so the tuned weight already has its SVD (Lemma 4.1; `Spectrum.rotated`). A partial strength
-    scales X and c, so half a rotation is a rotation. Cayley cannot reach a turn by 180 degrees.
+    scales X and c, so half a rotation is a rotation. Cayley cannot reach a rotation by 180 degrees.
 
     Spectral Adapter (Zhang & Pilanci, arXiv 2405.13952), section 4.3, "Spectral Adapter^R". Their code
     calls X Q, takes its inverse sign and a multiplicative scale that starts at one; ours is 1 + c with c at
@@ -97,7 +97,7 @@ class SpectralR(Method):
 
 
 def skew_places(rows_C: torch.Tensor, cols_C: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get for every entry of a skew r x r matrix which number of the triangle stands there, and its sign (0, 1, -1)."""
+    """Get, for every entry of a skew r x r matrix, the index of its number in the triangle, and its sign (0, 1, -1)."""
     places_RR, signs_RR = torch.zeros(r, r, dtype=torch.long), torch.zeros(r, r)
     numbers_C = torch.arange(len(rows_C))
     places_RR[rows_C, cols_C], signs_RR[rows_C, cols_C] = numbers_C, 1.0

@@ -14,11 +14,11 @@ from .contract import Columns, Method, Tensors, kept_directions, option, weaknes
 
 @dataclass(frozen=True, kw_only=True)
 class SVDiff(Method):
-    """Train one shift c for each singular value; the singular vectors stay.
+    """Train one shift c per singular value; the singular vectors stay.
 
     dW_OI = U_OK . diag(relu(S + c) - S) . Vh_KI,   trains K numbers
 
-    The same relu stands in forward, merge and export (in the code that the Spectral Adapter compares
+    The same relu is used in forward, merge and export (in the code that the Spectral Adapter compares
     with, merging leaves it out). A singular value of exactly zero cannot be lifted: relu has no
     gradient there.
 

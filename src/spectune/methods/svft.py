@@ -57,14 +57,14 @@ class SVFT(Method):
             raise OptionError(f"svft: unknown pattern {self.pattern!r}. {nearest(self.pattern, list(PATTERNS))}")
         if self.pattern == "plain" and self.off_diagonals:
             raise OptionError(
-                f"svft: off_diagonals={self.off_diagonals} was asked, pattern 'plain' has none. "
-                f"Use pattern='banded' or leave off_diagonals out."
+                f"svft: off_diagonals={self.off_diagonals} has no effect on pattern='plain'. Use pattern='banded' or "
+                "leave off_diagonals out."
             )
 
         if self.full_basis and self.basis_rank is not None:
             raise OptionError(
-                f"svft: full_basis was asked together with basis_rank={self.basis_rank}, which cuts the basis. "
-                f"Leave one of them out."
+                f"svft: full_basis does not go with basis_rank={self.basis_rank}, which cuts the basis. Leave one of "
+                "them out."
             )
 
     @property
@@ -155,7 +155,7 @@ def complement(U_OR: torch.Tensor) -> torch.Tensor:
     """Get O - R orthonormal columns orthogonal to the R given ones, shape O x (O - R).
 
     A fixed Gaussian is projected out of span(U) and orthonormalised, so the result depends only on that
-    span and not on which of its bases a solver returned: files need not hold it.
+    span and not on which of its bases a solver returned: files need not store it.
     """
     rows_O, R = U_OR.shape
     gaussian = torch.from_numpy(np.random.RandomState(0).standard_normal((rows_O, rows_O - R))).to(U_OR)
@@ -190,8 +190,8 @@ def _banded(method: SVFT, spectrum: Spectrum, count: int) -> Places:
 def _random(method: SVFT, spectrum: Spectrum, count: int) -> Places:
     """Draw `count` of the P * Q places without replacement.
 
-    From numpy's RandomState, whose stream is frozen (NEP 19): the pattern is found again from its
-    seed on any machine and by any later version, so it needs no room in the file.
+    From numpy's RandomState, whose stream is frozen (NEP 19): its seed gives the same pattern
+    on any machine and in any later version, so the file need not store it.
     """
     P, Q = method.core_shape(*spectrum.shape[:2])
     stream = np.random.RandomState(method.pattern_seed)
@@ -208,8 +208,8 @@ def _top_k(method: SVFT, spectrum: Spectrum, count: int) -> Places:
     rows_O, cols_I, K = spectrum.shape
     if rows_O != cols_I:
         raise WeightError(
-            f"{spectrum.name or 'weight'}: asked svft for pattern 'top_k', which compares u_i with v_j and so "
-            f"needs a square weight; this one is {rows_O}x{cols_I}. Use 'banded' or 'random', or exclude it."
+            f"{spectrum.name or 'weight'}: pattern='top_k' compares u_i with v_j, so it needs a square weight; this "
+            f"one is {rows_O}x{cols_I}. Use 'banded' or 'random', or exclude the layer."
         )
     alignment_KK = (spectrum.U_OR.T @ spectrum.Vh_RI.T).abs()
     flat = alignment_KK.flatten().topk(count).indices.sort().values

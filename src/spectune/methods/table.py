@@ -19,14 +19,14 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(name: str, options: Mapping[str, object]) -> Method:
-    """Get the method called `name` with its options; an option it does not use is an `OptionError`."""
+    """Get the method called `name` with its options; `OptionError` for an option that it does not use."""
     if name not in METHODS:
         raise OptionError(f"unknown method {name!r}. {nearest(name, list(METHODS))}")
     known = METHODS[name].options()
     for option, value in options.items():
         if option not in known:
             raise OptionError(
-                f"method {name!r} has no option {option!r} (asked: {value!r}). "
-                f"Leave it out; {name} uses: {', '.join(known)}."
+                f"method {name!r} has no option {option!r} (given: {value!r}). Leave it out; {name} has: "
+                f"{', '.join(known)}."
             )
     return METHODS[name](**options)

@@ -1,8 +1,8 @@
-"""Turn a recomputed basis onto the one that an adapter was trained in: `sketch` on save, `align` on load.
+"""Rotate a recomputed basis to match the one that an adapter was trained in: `sketch` on save, `align` on load.
 
 Singular vectors are unique up to sign, and up to a rotation where values (nearly) repeat; another
-LAPACK, device or dtype of the base returns others. A sketch is a few random probes of every direction;
-it tells which signs and rotations were meant, and whether this is the same weight at all.
+LAPACK, device or dtype of the base returns different ones. A sketch is a few random probes of every direction;
+it shows which signs and rotations were meant, and whether this is the same weight at all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEVER_ALLOWED = 0.35
 
 
 def sketch_width(R: int) -> int:
-    """Get the probes per side for R directions: 2 * width >= R + 4 up to R = 16, 10 above."""
+    """Get the number of probes per side for R directions: 2 * width >= R + 4 up to R = 16, 10 above."""
     return -(-(R + SPARE_COLUMNS) // 2) if R <= FULLY_RESOLVED else WIDE_WIDTH
 
 
@@ -70,17 +70,17 @@ def align(
     tolerance: float = BFLOAT16_ROUNDING,
     seed: int = SKETCH_SEED,
 ) -> tuple[Spectrum, float]:
-    """Get the spectrum turned onto a stored sketch, and the share of the sketch that stays unexplained.
+    """Get the spectrum rotated to match a stored sketch, and the share of the sketch that this does not explain.
 
     U = U' X_U, Vh = X_V^T Vh', both X orthogonal; S stays. `tolerance` is how far an entry of the base may
     have been rounded, as a fraction of it. A change e of the base turns directions i, j by about
         (X_U + X_V) / 2: e / |s_i - s_j|;   (X_U - X_V) / 2: e / (s_i + s_j),
     so these are the spreads of a Gaussian prior, and each row of X is its best estimate given the
-    sketch (ridge regression). Close values turn freely, far ones hardly: U diag(S) Vh moves by
-    about e. U and Vh turn apart only where s is near zero. A basis that was found again as it was is
+    sketch (ridge regression). Directions of close values rotate freely, others hardly: U diag(S) Vh moves by
+    about e. U and Vh rotate differently only where s is near zero. A basis that already matches is
     returned as it is, without that work, which grows with R^3. The unexplained share is
-    |stored - sketch(result)|_F / |stored|_F: ~0.002 for a rounded base, about 1.2 for a foreign one.
-    Does not find more than 2 width directions of one exactly repeated value. Raises `AdapterError`.
+    |stored - sketch(result)|_F / |stored|_F: ~0.002 for a rounded base, about 1.2 for another weight.
+    Cannot resolve more than 2 width directions of one exactly repeated value. Raises `AdapterError`.
     """
     stored_RT = _checked(spectrum, stored_RT)
     width = stored_RT.shape[1] // 2
@@ -108,13 +108,13 @@ def _checked(spectrum: Spectrum, stored_RT: torch.Tensor) -> torch.Tensor:
     found = "x".join(map(str, stored_RT.shape))
     if stored_RT.ndim != 2 or stored_RT.shape[0] != R or stored_RT.shape[1] < 2 or stored_RT.shape[1] % 2:
         raise AdapterError(
-            f"{spectrum.name}: asked to align {R} directions, the stored sketch is {found} and not {R} x 2 width. "
-            f"Load the adapter with the rank and columns that it was trained with."
+            f"{spectrum.name}: the stored sketch is {found}, but {R} directions need {R} x an even number. Load the "
+            "adapter with the rank and columns that it was trained with."
         )
     if not bool(torch.isfinite(stored_RT).all()) or not bool(stored_RT.any()):
         raise AdapterError(
-            f"{spectrum.name}: asked to align {R} directions, the stored sketch is zero or has NaN or infinite "
-            f"entries. The file is damaged: copy it again."
+            f"{spectrum.name}: the stored sketch of the {R} directions is all zeros, or contains NaN or infinity. The "
+            "file is damaged: copy it again."
         )
     return stored_RT.detach().double().cpu()
 
@@ -132,10 +132,10 @@ def _turned(spectrum: Spectrum, turn_U_RR: torch.Tensor, turn_V_RR: torch.Tensor
 
 
 def sketch_tolerance(spectrum: Spectrum, tolerance: float = BFLOAT16_ROUNDING) -> float:
-    """Get the unexplained share above which `align`'s spectrum belongs to another base weight.
+    """Get the unexplained share above which a spectrum from `align` must belong to another base weight.
 
     0.01 + 3 change / (gap sqrt(R)), at most 0.35; change and gap in units of the weight. Rounding to
-    `tolerance` stays under it; a base with a small gap at the cut is therefore told apart less finely.
+    `tolerance` stays under it, so a base with a small gap at the cut is told apart less sharply.
     """
     gap = spectrum.quality.gap * strongest(spectrum)
     mixing = change_of_base(spectrum, tolerance) / gap if gap > 0 else math.inf

@@ -1,7 +1,7 @@
-"""`BasisCache`: singular directions on disk, found again by the weight's own bytes and served to any smaller request.
+"""`BasisCache`: singular directions on disk, looked up by the weight's bytes; an entry also serves smaller requests.
 
-An entry is written whole or not at all, is checked against the weight whenever it is read, and may vanish at any
-time: whatever is wrong with it is a miss. So any number of processes may share one folder without a lock.
+An entry is written completely or not at all, is checked against the weight whenever it is read, and may disappear at
+any time: a faulty entry counts as a miss. So any number of processes may share one folder without a lock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BasisCache:
             self._claimed = True
 
     def find(self, key: Key, request: Request) -> Spectrum | None:
-        """Get the asked directions of a weight from the disk, or None. A damaged entry is a miss with one warning."""
+        """Get the requested directions of a weight from the disk, or None. A damaged entry is a miss with a warning."""
         places = requested_places(key.turned_weight, request)
         for path in sorted(self._paths_of(key)):
             try:
@@ -65,7 +65,7 @@ class BasisCache:
     def store(self, key: Key, spectrum: Spectrum, request: Request) -> None:
         """Add the directions of a weight; smaller entries that they contain are removed. `OutputError` if it fails.
 
-        What did not converge is not stored, nor what is larger than the whole limit.
+        A result that did not converge, or that is larger than the whole limit, is not stored.
         """
         size = sum(tensor.nbytes for tensor in (spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI))
         if not self.writes or not spectrum.quality.converged or size > self.limit:
@@ -81,7 +81,7 @@ class BasisCache:
         self._make_room(_size(path))
 
     def entries(self) -> Iterator[Entry]:
-        """Get what is there, the least recently used first; damaged files are left out with a warning."""
+        """Get all entries, the least recently used first; damaged files are skipped with a warning."""
         for path in sorted(self._files(), key=_used):
             try:
                 yield Entry.open(path)
@@ -131,9 +131,9 @@ class BasisCache:
 
 
 def open_cache(cache_dir: str | Path | None = None) -> BasisCache | None:
-    """Get the cache that `svd.cache_dir` names: a folder is read and written, "off" is none.
+    """Get the cache that `svd.cache_dir` names: a folder is read and written, "off" means no cache.
 
-    None: the folder that `spectune decompose` fills is read if it is there, and nothing is written.
+    None: the folder that `spectune decompose` fills is read if it exists, and nothing is written.
     """
     if cache_dir is None:
         folder = default_folder()
@@ -154,14 +154,14 @@ def size_limit() -> int:
 
 
 def parse_bytes(words: str) -> int:
-    """Get a number of bytes from words such as "512MiB", "4 GB" or "1000000"; `OptionError` for others."""
+    """Get a number of bytes from words such as "512MiB", "4 GB" or "1000000"; `OptionError` for anything else."""
     words = words.strip()
     digits = words.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     try:
         return int(float(digits) * UNITS[words[len(digits) :].strip().upper()])
     except (ValueError, KeyError, OverflowError):
         known = ", ".join(unit for unit in UNITS if unit)
-        raise OptionError(f"{words!r} is no size. Give bytes, or a number with one of {known}.") from None
+        raise OptionError(f"{words!r} is not a size. Give bytes, or a number with one of {known}.") from None
 
 
 def _used(path: Path) -> float:
@@ -182,4 +182,4 @@ _WARNED: set[Path] = set()
 def _warn_once(path: Path, why: str) -> None:
     if path not in _WARNED:
         _WARNED.add(path)
-        warnings.warn(f"{path}: a damaged entry of the cache is not used: {why}. It is found again.", stacklevel=4)
+        warnings.warn(f"{path}: damaged cache entry ignored: {why}. The directions are computed again.", stacklevel=4)

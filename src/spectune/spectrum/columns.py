@@ -19,15 +19,15 @@ COLUMN_WORDS = ("top", "bottom", "random")
 
 @dataclass(frozen=True)
 class Choice:
-    """The places to keep, in the order asked for, and how far down the spectrum they reach."""
+    """The places to keep, in the order given, and how far down the spectrum they reach."""
 
     places: tuple[int, ...]
     K: int
-    """Number of directions that the weight has."""
+    """The number of directions of the weight."""
 
     @property
     def leading(self) -> int:
-        """How many of the strongest directions must be found to have all the places."""
+        """How many of the strongest directions a solver must compute to cover all places."""
         return max(self.places) + 1
 
 
@@ -37,12 +37,12 @@ def choose(columns: Columns, rank: int | None, K: int, seed: int = 0) -> Choice:
     "top": 0 ... rank-1. "bottom": K-rank ... K-1. "random": drawn from all K without replacement,
     sorted; numpy's RandomState, whose stream is frozen, so a seed names the same places everywhere.
     An integer n: n ... n+rank-1. A list: these places in this order; rank is None or its length.
-    Raises `WeightError` where the weight has not so many directions, `OptionError` for another word.
+    Raises `WeightError` if the weight has too few directions, `OptionError` for an unknown word.
     """
     if isinstance(columns, str):
         return Choice(_word(columns, _checked_rank(rank, K), K, seed), K)
     if isinstance(columns, bool):
-        raise OptionError(f"columns={columns}: a word, a start index or a list of places is wanted.")
+        raise OptionError(f"columns={columns}: expected a word, a start index or a list of places.")
     if isinstance(columns, (int, np.integer)):
         return Choice(_from_start(int(columns), rank, K), K)
     return Choice(_listed(columns, rank, K), K)
@@ -52,10 +52,10 @@ def _checked_rank(rank: int | None, K: int) -> int:
     if rank is None:
         return K
     if rank < 1:
-        raise WeightError(f"asked for {rank} directions, at least 1 is needed. Raise r or exclude the layer.")
+        raise WeightError(f"r={rank} must be at least 1. Raise r or exclude the layer.")
     if rank > K:
         raise WeightError(
-            f"asked for {rank} directions, the weight {{shape}} has {K}. Lower r to {K} or exclude the layer."
+            f"r={rank} is more than this {{shape}} weight has ({K}). Lower r to {K} or exclude the layer."
         )
     return rank
 
@@ -67,41 +67,39 @@ def _word(word: str, rank: int, K: int, seed: int) -> tuple[int, ...]:
         return tuple(range(K - rank, K))
     if word == "random":
         return tuple(sorted(np.random.RandomState(seed).permutation(K)[:rank].tolist()))
-    raise OptionError(f"columns={word!r} does not exist. {nearest(word, COLUMN_WORDS)}")
+    raise OptionError(f"unknown columns={word!r}. {nearest(word, COLUMN_WORDS)}")
 
 
 def _from_start(start: int, rank: int | None, K: int) -> tuple[int, ...]:
     if not 0 <= start < K:
         raise WeightError(
-            f"asked to start at column {start}, the weight {{shape}} has columns 0 to {K - 1}. "
-            f"Choose a start in this range or exclude the layer."
+            f"columns={start}: this {{shape}} weight has columns 0 to {K - 1}. Choose a start in this range or exclude "
+            "the layer."
         )
     count = K - start if rank is None else _checked_rank(rank, K)
     if start + count > K:
         raise WeightError(
-            f"asked for {count} directions from column {start} on, the weight {{shape}} has {K - start} there. "
-            f"Lower r to {K - start}, start at {K - count} or earlier, or exclude the layer."
+            f"r={count} from column {start} on is more than this {{shape}} weight has there ({K - start}). Lower r to "
+            f"{K - start}, start at {K - count} or earlier, or exclude the layer."
         )
     return tuple(range(start, start + count))
 
 
 def _listed(columns: Sequence[int], rank: int | None, K: int) -> tuple[int, ...]:
     if not all(isinstance(place, (int, np.integer)) and not isinstance(place, bool) for place in columns):
-        raise OptionError(f"columns={columns!r}: a list of columns holds integers only.")
+        raise OptionError(f"columns={columns!r}: a list of columns may contain only integers.")
     places = tuple(int(place) for place in columns)
     if not places:
-        raise WeightError("asked for an empty list of columns, at least 1 is needed. Name the columns.")
+        raise WeightError("columns: the list is empty. Name at least one column.")
     outside = [place for place in places if not 0 <= place < K]
     if outside:
         raise WeightError(
-            f"asked for column {outside[0]}, the weight {{shape}} has columns 0 to {K - 1}. "
-            f"Take it off the list or exclude the layer."
+            f"columns: this {{shape}} weight has columns 0 to {K - 1}, but the list names column {outside[0]}. Take it "
+            "off the list or exclude the layer."
         )
     twice = sorted({place for place in places if places.count(place) > 1})
     if twice:
-        raise WeightError(f"asked for column {twice[0]} more than once in {list(places)}. Name each column once.")
+        raise WeightError(f"columns={list(places)} names column {twice[0]} more than once. Name each column once.")
     if rank is not None and rank != len(places):
-        raise WeightError(
-            f"asked for {rank} directions and for a list of {len(places)} columns. Set r to {len(places)}."
-        )
+        raise WeightError(f"r={rank}, but the list names {len(places)} columns. Set r to {len(places)}.")
     return places

@@ -14,7 +14,7 @@ from .engine import Request, requested_places
 
 
 def processes() -> int:
-    """Get the number of processes of the distributed run, 1 where there is none."""
+    """Get the number of processes of the distributed run, or 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -23,9 +23,9 @@ def share_out(
 ) -> list[Spectrum]:
     """Get the spectra of all weights on every process, bit for bit the same.
 
-    The process of rank 0 has the model. Weights go, the costly ones first, to whichever process has the least to do;
-    one that does not hold the numbers of rank 0 (empty weights under FSDP's loading on rank 0 alone) gets none and
-    only listens. An error on one process is raised on all of them.
+    The process of rank 0 has the model. Weights go, the most expensive first, to whichever process has the least to do;
+    a process without the values of rank 0 (empty weights where FSDP loads on rank 0 only) gets none and only
+    receives. An error on one process is raised on all of them.
     """
     rank = dist.get_rank()
     workers = _holders(weights)
@@ -71,8 +71,8 @@ def _holders(weights: Sequence[Weight]) -> list[int]:
     for rank, others in enumerate(all_sums):
         if [shape for shape, _ in others] != [shape for shape, _ in all_sums[0]]:
             raise WeightError(
-                f"rank {rank} adapts {len(others)} weights, rank 0 {len(all_sums[0])}, or of other shapes. Attach the "
-                f"same adapter on every process, or set svd.share to false."
+                f"process {rank} adapts {len(others)} weights and process 0 adapts {len(all_sums[0])}, or their shapes "
+                "differ. Attach the same adapter on every process, or set svd.share to false."
             )
     return [rank for rank, others in enumerate(all_sums) if others == all_sums[0]]
 

@@ -60,9 +60,9 @@ def decompose(
 
     W_OI ~ U_OR diag(S_R) Vh_RI + what is left out, on the weight's device, in `dtype` (float32 or
     float64). `tolerance` is the largest wanted angle in radians between the found and the true leading
-    subspace, as far as the gap at the cut lets it be certified; direct solvers reach roundoff / gap.
+    subspace, as far as the gap at the cut allows certifying it; direct solvers reach roundoff / gap.
     `columns` names the directions ("top", "bottom", "random", a start index, a list of places), `solver`
-    one of SOLVERS or "auto"; what ran stands in `quality.solver`. Equal seeds give equal bits on one
+    one of SOLVERS or "auto"; `quality.solver` says which one ran. Equal seeds give equal bits on one
     machine; the global random state is not touched. Warns when an explicit `randomized` gives up.
     Raises `WeightError` or `OptionError`.
     """
@@ -74,7 +74,7 @@ def decompose(
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the engine; the arguments of `decompose`."""
+    """The arguments of `decompose`, as one record."""
 
     rank: int | None = None
     columns: Columns = "top"
@@ -91,8 +91,8 @@ def decompose_many(
 ) -> list[Spectrum]:
     """Get the spectra of many weights, in their order; those of equal shape are solved together.
 
-    The same answers as `decompose` for each, to roundoff. A batch is at most BATCH_BYTES of weights in the dtype of
-    the work, so that no copy of the whole model is made. `on_done` is called with each weight that is done.
+    Same results as `decompose` for each, up to roundoff. A batch is at most BATCH_BYTES of weights in the dtype of
+    the work, so that no copy of the whole model is made. `on_done` is called with each finished weight.
     """
     spectra: dict[int, Spectrum] = {}
     for places in batches([tuple(weight.W_OI.shape) for weight in weights], request.dtype):
@@ -132,11 +132,11 @@ def _decompose_alike(weights: list[Weight], request: Request) -> list[Spectrum]:
 
 def _check_options(name: str, solver: str, tolerance: float, dtype: torch.dtype) -> None:
     if solver != "auto" and solver not in SOLVERS:
-        raise OptionError(f"{name}: solver={solver!r} does not exist. {nearest(solver, ('auto', *SOLVERS))}")
+        raise OptionError(f"{name}: unknown solver={solver!r}. {nearest(solver, ('auto', *SOLVERS))}")
     if dtype not in DTYPES:
-        raise OptionError(f"{name}: asked to compute in {dtype}. Choose torch.float32 or torch.float64.")
+        raise OptionError(f"{name}: cannot compute in {dtype}. Choose torch.float32 or torch.float64.")
     if not 0 < tolerance < math.inf:
-        raise OptionError(f"{name}: tolerance={tolerance} is no angle. Give a positive number of radians.")
+        raise OptionError(f"{name}: tolerance={tolerance} is not a positive angle. Give a positive number of radians.")
 
 
 def requested_places(weight: Weight, request: Request) -> tuple[int, ...]:
@@ -150,11 +150,11 @@ def _choice(weight: Weight, columns: Columns, rank: int | None, seed: int) -> Ch
     shape = "x".join(map(str, W_OI.shape))
     if W_OI.ndim != 2:
         raise WeightError(
-            f"{name}: asked for singular directions of a matrix, the weight is {W_OI.ndim}-D ({shape or 'scalar'}). "
-            f"Flatten it to out x in, or exclude the layer."
+            f"{name}: the weight is {W_OI.ndim}-D ({shape or 'scalar'}), but only a matrix has singular directions. "
+            "Flatten it to out x in, or exclude the layer."
         )
     if W_OI.numel() == 0:
-        raise WeightError(f"{name}: asked for singular directions, the weight {shape} is empty. Exclude the layer.")
+        raise WeightError(f"{name}: the {shape} weight is empty. Exclude the layer.")
     try:
         return choose(columns, rank, min(W_OI.shape), seed)
     except WeightError as error:
@@ -168,11 +168,11 @@ def _plain(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
     W_OI, name = weight.W_OI.detach(), weight.name
     if not W_OI.dtype.is_floating_point:
         raise WeightError(
-            f"{name}: asked for singular directions, the weight is {W_OI.dtype} (quantised?). "
-            f"Dequantise it to a floating dtype first, or exclude the layer."
+            f"{name}: a weight in {W_OI.dtype} (quantised?) cannot be decomposed. Dequantise it to a floating dtype "
+            "first, or exclude the layer."
         )
     if W_OI.is_meta:
-        raise WeightError(f"{name}: the weight is on the meta device, it has no numbers. Load it first.")
+        raise WeightError(f"{name}: the weight is on the meta device and has no values. Load it first.")
     device = W_OI.device if W_OI.device.type in LINALG_DEVICES else torch.device("cpu")
     # float64 is narrowed only after scaling; everything else fits into float32 as it is.
     wide_OI = W_OI.to(device, torch.promote_types(W_OI.dtype, dtype))
@@ -181,14 +181,14 @@ def _plain(weight: Weight, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = int((~torch.isfinite(wide_OI)).sum())
         raise WeightError(
-            f"{name}: asked for singular directions, {bad} of {W_OI.numel()} entries are NaN or infinite. "
-            f"Repair the checkpoint or exclude the layer."
+            f"{name}: {bad} of the weight's {W_OI.numel()} entries are NaN or infinite. Repair the checkpoint or "
+            "exclude the layer."
         )
     limits = torch.finfo(dtype)
     if largest and not limits.tiny <= largest <= limits.max / math.sqrt(W_OI.numel()):
         raise WeightError(
-            f"{name}: asked to compute in {dtype}, the largest entry is {largest:.3g}, outside its range. "
-            f"Pass dtype=torch.float64, rescale the weight or exclude the layer."
+            f"{name}: the largest entry, {largest:.3g}, is out of range for computing in {dtype}. Pass "
+            "dtype=torch.float64, rescale the weight or exclude the layer."
         )
     scale = 1.0
     if largest and not PLAIN_RANGE[0] <= largest <= PLAIN_RANGE[1]:
@@ -237,7 +237,7 @@ def _spectrum(weight: Weight, W_OI: torch.Tensor, found: Found, choice: Choice, 
 
 
 def _measure(W_OI: torch.Tensor, found: Found, choice: Choice) -> Quality:
-    """Get the quality of the kept directions by multiplying with W; nothing is taken on trust."""
+    """Get the quality of the kept directions by multiplying with W; no solver is trusted."""
     U_OR, Vh_RI = found.U_OR, found.Vh_RI
     largest = float(found.values_J[0]) or 1.0
     residual = residual_of(W_OI, U_OR, found.S_R, Vh_RI) / largest

@@ -26,7 +26,7 @@ ROUNDOFF_RESIDUAL = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Key:
-    """A weight as the cache knows it: by its values, the way round in which it lies in memory."""
+    """A weight as the cache knows it: by its values, in the orientation that it has in memory."""
 
     identity: str
     stored: Weight
@@ -55,11 +55,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of the cache, by its header alone."""
+    """One file of the cache, read from its header."""
 
     path: Path
     name: str
-    """The name of the weight when it was stored; the same bytes may bear others."""
+    """The name of the weight when it was stored; the same bytes may have other names."""
     shape: tuple[int, int]
     rank: int
     solver: str
@@ -70,7 +70,7 @@ class Entry:
 
     @classmethod
     def open(cls, path: Path) -> Entry:
-        """Get what a file holds; `AdapterError`, KeyError or ValueError for a damaged one."""
+        """Read one file; `AdapterError`, KeyError or ValueError for a damaged one."""
         file, status = TensorFile.open(path), path.stat()
         noted = _noted(file)
         (rows_O, R), (_, cols_I) = file.shapes["U_OR"], file.shapes["Vh_RI"]
@@ -85,7 +85,7 @@ def entry_name(key: Key, spectrum: Spectrum, request: Request) -> str:
 
 
 def write_entry(path: Path, key: Key, spectrum: Spectrum, request: Request) -> None:
-    """Write the directions of a weight, whole or not at all; `OutputError` if that fails."""
+    """Write the directions of a weight, completely or not at all; `OutputError` if that fails."""
     spectrum = turned_over(spectrum) if key.transposed else spectrum
     tensors = {"U_OR": spectrum.U_OR, "S_R": spectrum.S_R, "Vh_RI": spectrum.Vh_RI}
     tensors["columns"] = torch.tensor(spectrum.columns, dtype=torch.int64)
@@ -95,10 +95,10 @@ def write_entry(path: Path, key: Key, spectrum: Spectrum, request: Request) -> N
 
 
 def read_entry(path: Path, key: Key, places: tuple[int, ...], request: Request) -> Spectrum | None:
-    """Get the chosen places from an entry, or None where it does not serve the request.
+    """Get the chosen places from an entry, or None if it does not fit the request.
 
-    It serves every choice inside its own leading directions, for the same dtype and any wider tolerance; `solver` must
-    be "auto" or the one that ran. `AdapterError`, KeyError, ValueError or OSError for what is gone or damaged.
+    It fits every choice inside its own leading directions, for the same dtype and any wider tolerance; `solver` must
+    be "auto" or the one that ran. `AdapterError`, KeyError, ValueError or OSError if it is gone or damaged.
     """
     file = TensorFile.open(path)
     noted = _noted(file)
@@ -121,7 +121,7 @@ def read_entry(path: Path, key: Key, places: tuple[int, ...], request: Request) 
 
 
 def is_outdone(path: Path, spectrum: Spectrum, request: Request) -> bool:
-    """Is what this entry holds also in the new one, no less accurately? True for a damaged entry, too."""
+    """Ask whether the new entry contains this one, at least as accurately. Also true for a damaged entry."""
     try:
         file = TensorFile.open(path)
         same = file.dtypes["U_OR"] == request.dtype and float(_noted(file)["tolerance"]) >= request.tolerance
@@ -139,14 +139,14 @@ def turned_over(spectrum: Spectrum) -> Spectrum:
 
 def _noted(file: TensorFile) -> dict[str, str]:
     if file.metadata.get("kind") != FORMAT:
-        raise ValueError(f"its kind is {file.metadata.get('kind')!r} and not {FORMAT!r}")
+        raise ValueError(f"its kind is {file.metadata.get('kind')!r}, not {FORMAT!r}")
     U, S, Vh = (file.shapes[name] for name in ("U_OR", "S_R", "Vh_RI"))
     whole = len(U) == len(Vh) == 2 and (U[1],) == S == file.shapes["columns"] == Vh[:1] and U[1] > 0
     dtypes = {file.dtypes[name] for name in ("U_OR", "S_R", "Vh_RI")}
     if not whole or len(dtypes) > 1 or file.dtypes["columns"] != torch.int64:
-        raise ValueError("its tensors do not belong together")
+        raise ValueError("its tensors do not match each other")
     if not 0 <= float(file.metadata["residual"]) <= LARGEST_RESIDUAL:
-        raise ValueError(f"its residual would be {file.metadata['residual']!r}")
+        raise ValueError(f"it claims a residual of {file.metadata['residual']!r}")
     return file.metadata
 
 
@@ -165,11 +165,11 @@ def _gap_inside(S_J: torch.Tensor, gap: float, places: tuple[int, ...], K: int) 
 def _check(spectrum: Spectrum, weight: Weight) -> None:
     """Raise ValueError when the directions are not singular directions of this weight."""
     if spectrum.U_OR.shape[0] != weight.W_OI.shape[0] or spectrum.Vh_RI.shape[1] != weight.W_OI.shape[1]:
-        raise ValueError("its shape is another")
+        raise ValueError("its shape differs from the weight's")
     W_OI = weight.W_OI.to(spectrum.S_R)
     # As a fraction of |W|_F, which is known for bottom directions too; a foreign direction leaves about 1 / sqrt(K).
     residual = residual_of(W_OI, spectrum.U_OR, spectrum.S_R, spectrum.Vh_RI)
     residual /= float(torch.linalg.vector_norm(W_OI)) or 1.0
     allowed = MORE_RESIDUAL * spectrum.quality.residual + ROUNDOFF_RESIDUAL
     if not residual <= allowed:
-        raise ValueError(f"it leaves a residual of {residual:.1e} on {weight.name}, {allowed:.1e} was to be expected")
+        raise ValueError(f"its residual on {weight.name} is {residual:.1e}, more than {allowed:.1e}")

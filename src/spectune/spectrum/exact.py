@@ -21,8 +21,8 @@ PARTIAL_SHARE = 4
 def exact(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> Found:
     """Get the chosen directions from the full SVD (LAPACK's gesdd, cuSOLVER on a GPU).
 
-    Residual and orthogonality are roundoff of the dtype; `tolerance` and `seed` are not needed.
-    Where the driver does not converge, the work is done again in float64, on CUDA with `gesvd`.
+    Residual and orthogonality are roundoff of the dtype; `tolerance` and `seed` are not used.
+    If the driver does not converge, the work is repeated in float64, on CUDA with `gesvd`.
     """
     try:
         U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI, full_matrices=False)
@@ -42,7 +42,7 @@ def gram(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> 
     """Get the chosen directions from eigh(W^T W) (or W W^T, whichever is smaller), in float64.
 
     Squaring costs half the digits: singular values under 1.5e-8 S[0] are noise of that size, which is
-    below float32's roundoff. U stays orthonormal for them, and for zeros, because it comes from a QR. Where few
+    below float32's roundoff. U is orthonormal even for them, and for zeros, because it comes from a QR. Where few
     leading directions are wanted, only those eigenvectors are computed (on the CPU).
     """
     if W_OI.shape[0] < W_OI.shape[1]:

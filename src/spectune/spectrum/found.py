@@ -1,4 +1,4 @@
-"""What a solver hands to the engine, before signs are fixed and the quality is measured."""
+"""What a solver returns to the engine, before signs are fixed and the quality is measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The chosen directions, and what the solver saw of the spectrum around them."""
+    """The chosen directions, and the singular values that the solver found around them."""
 
     U_OR: torch.Tensor
     S_R: torch.Tensor

@@ -1,4 +1,4 @@
-"""`obtain`: the spectra of many weights, from the cache where it has them, shared out where there are processes."""
+"""`obtain`: the spectra of many weights, from the cache if it has them, split between processes if several run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def obtain(
 ) -> list[Spectrum]:
     """Get the spectra of many weights, in their order.
 
-    What the cache holds is read and checked, the rest is solved, equal shapes together, and stored if the cache
-    may be written. With `share`, under torch.distributed, each weight is obtained by one process and sent to all:
+    Cached ones are read and checked; the rest is computed, equal shapes together, and stored if the cache
+    may be written. With `share`, under torch.distributed, each weight is computed by one process and sent to all:
     every process must make this call, with the same weights in the same order. Raises what `decompose` raises.
     """
 

@@ -1,4 +1,4 @@
-"""What a rounding of the base does to its singular directions, and the turn that a sketch then tells."""
+"""How rounding the base moves its singular directions, and the rotation that a sketch then shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLUSTER_SPACING = 10.0
 
 
 class Prior:
-    """How much each pair of directions may have turned, and the estimate of how much it did."""
+    """How far each pair of directions may have rotated, and the estimate of how far it did."""
 
     def __init__(self, spectrum: Spectrum, tolerance: float) -> None:
         S_R = spectrum.S_R.detach().double().cpu()
@@ -112,6 +112,6 @@ def change_of_base(spectrum: Spectrum, tolerance: float) -> float:
 
 
 def strongest(spectrum: Spectrum) -> float:
-    """Get S[0] of the whole weight, read off a straight line through (K, 0) where it was not kept."""
+    """Get S[0] of the weight, extrapolated along a straight line through (K, 0) if it was not kept."""
     K = min(spectrum.shape[:2])
     return float(spectrum.S_R.max()) / (1 - min(spectrum.columns) / K)

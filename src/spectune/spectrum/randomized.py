@@ -47,8 +47,8 @@ def randomized_batch(
     """Get the chosen directions of every weight; the leading `choice.leading` are found by block Krylov steps.
 
     A weight is done when `Ritz.angle_bound` says that its leading subspace is within `tolerance`, or when its
-    residual is roundoff, which is all there is where the cut goes through a repeated value; what it gets is the
-    state at that step, whatever the others still need. Those left after MAX_STEPS, or when the next block would
+    residual is roundoff, which is all there is where the cut goes through a repeated value; its result is the
+    state at that step, however long the others take. Those left after MAX_STEPS, or when the next block would
     make the basis wider than `most_rows`, are given up: `converged=False`.
     """
     if W_BOI.shape[1] < W_BOI.shape[2]:
@@ -124,14 +124,14 @@ class _Krylov:
             self.next_BbI, self.rest_Bbb = self.right.extend(rest_BbI, self.floor_B)[0], None
 
     def _grow(self, old_Bbk: torch.Tensor, new_Bbb: torch.Tensor) -> None:
-        # The small problem stands on the CPU in float64: it is tiny, and its accuracy is everybody's.
+        # The small problem stands on the CPU in float64: it is tiny, and its accuracy limits everything else.
         columns_Bkb = torch.cat([old_Bbk, new_Bbb], dim=2).mT.double().cpu()
         # Zeros are appended and not padded: torch 2.6 refuses to pad the empty matrix of the first step.
         zeros_Bbk = self.M_Bkk.new_zeros(len(self.M_Bkk), new_Bbb.shape[1], self.M_Bkk.shape[2])
         self.M_Bkk = torch.cat([torch.cat([self.M_Bkk, zeros_Bbk], dim=1), columns_Bkb], dim=2)
 
     def solve(self, count: int, places: list[int]) -> list[Ritz]:
-        """Get the Ritz triplets of the bases as they stand, for some weights of the batch."""
+        """Get the Ritz triplets of the current bases, for some weights of the batch."""
         rest_Bbb = None if self.rest_Bbb is None else self.rest_Bbb[places].double().cpu()
         M_Bkk = self.M_Bkk if len(places) == len(self.M_Bkk) else self.M_Bkk[places]
         return solve_small(M_Bkk, rest_Bbb, count, self.complete, exactly=self.W_BOI.dtype == torch.float64)

@@ -1,4 +1,4 @@
-"""The small problem of block Krylov: Ritz triplets, and what they prove about the singular directions sought."""
+"""The small problem of block Krylov: Ritz triplets, and the error bounds that they give for the wanted directions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Ritz:
     """The left vectors, where M was decomposed by an SVD and not by the eigenvectors of M^T M."""
 
     def is_roundoff(self, eps: float) -> bool:
-        """Can the residual of the leading directions be lowered no more?"""
+        """Ask whether the residual of the leading directions has reached roundoff."""
         enough = self.whole or len(self.values_k) > self.count
         residual = float(torch.linalg.vector_norm(self.residuals_k[: self.count]))
         return enough and residual <= ROUNDOFF_UNITS * eps * float(self.values_k[0])

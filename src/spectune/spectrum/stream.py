@@ -24,12 +24,12 @@ DOUBLE = torch.float64.itemsize
 
 @dataclass(frozen=True)
 class Done:
-    """One weight that stands in the cache now or, with a reason, does not."""
+    """One weight that is now in the cache or, with a reason, is not."""
 
     name: str
     bytes_read: int
     cached: bool
-    """It was there before."""
+    """It was in the cache before."""
     left_out: str = ""
 
 
@@ -42,13 +42,13 @@ def fill_cache(
     dtype: torch.dtype | None = None,
     max_memory: int | None = None,
 ) -> Iterator[Done]:
-    """Store the bases of these weights, and get word of each as it is done.
+    """Store the bases of these weights, and yield each as it is done.
 
     Weights are read when their turn comes; equal shapes are solved together, as far as `max_memory` bytes allow
     (for weights and work, besides Python and torch themselves). `dtype` rounds them first, as loading the model in
-    that dtype will. What the cache has is only checked, so an interrupted run goes on where it was. Where the direct
-    solvers would need more than `max_memory`, block Krylov alone is tried, and a weight on which it does not converge
-    is left out. `OptionError`, before any work, where a single weight needs more than that.
+    that dtype will. Cached ones are only checked, so an interrupted run continues where it stopped. Where the direct
+    solvers would need more than `max_memory`, only block Krylov is tried, and a weight on which it does not converge
+    is left out. `OptionError`, before any work, if a single weight needs more than that.
     """
     plans = [_plan(target, checkpoint, request, max_memory) for target in targets]
     if max_memory is not None:
@@ -98,8 +98,9 @@ def _refuse_too_large(targets: Sequence[Target], plans: list[tuple[int, Request]
     if too_large:
         need, name = max(too_large)
         raise OptionError(
-            f"{name}: its decomposition needs {need / 2**30:.2f} GiB, --max-memory is {max_memory / 2**30:.2f} GiB; so "
-            f"for {len(too_large)} of {len(targets)} weights. Raise --max-memory, lower --r, or --exclude them."
+            f"{name}: decomposing this weight needs {need / 2**30:.2f} GiB, more than --max-memory "
+            f"({max_memory / 2**30:.2f} GiB); {len(too_large)} of {len(targets)} weights are too large. Raise "
+            "--max-memory, lower --r, or --exclude them."
         )
 
 

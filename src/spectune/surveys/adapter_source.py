@@ -35,7 +35,7 @@ KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?|transformer|prior_unet)_")
 
 @dataclass(frozen=True, eq=False)
 class LayerUpdate:
-    """One layer's update, and its base weight where a base is at hand."""
+    """One layer's update, and its base weight if a base is given."""
 
     name: str
     delta: Delta
@@ -55,7 +55,7 @@ class AdapterSource:
     lora: LoraFile | None
 
     def updates(self) -> Iterator[LayerUpdate]:
-        """Read the updates, one layer at a time; a spectral one is turned onto its sketch, and a wrong base refused."""
+        """Read the updates, one layer at a time; spectral ones are checked against the base."""
         if self.lora is None:
             assert self.base is not None
             for layer, tensor, transposed, module in saved_modules(
@@ -122,7 +122,9 @@ def _base_matrix(lora: LoraFile, layer: str, delta: Delta, base: Checkpoint) -> 
     if tuple(W_OI.T.shape) == delta.shape:
         return W_OI.T
     found, asked = ("x".join(map(str, shape)) for shape in (W_OI.shape, delta.shape))
-    raise AdapterError(f"{layer}: the update is {asked}, the base weight {found}. Pass the base it was trained on.")
+    raise AdapterError(
+        f"{layer}: the update is {asked}, but the base weight is {found}. Pass the base it was trained on."
+    )
 
 
 def _base_name(layer: str, base: Checkpoint) -> str:
@@ -133,5 +135,8 @@ def _base_name(layer: str, base: Checkpoint) -> str:
     found = [name for name in base.names if name.removesuffix(".weight").replace(".", "_") == wanted]
     found = [name for name in found if name.endswith(".weight")]
     if len(found) != 1:
-        raise AdapterError(f"{base.path}: the base has no tensor for the layer {layer!r}. Pass the part it is of.")
+        raise AdapterError(
+            f"{base.path}: the base has no tensor for the layer {layer!r}. Pass the part of the pipeline that it "
+            "belongs to."
+        )
     return found[0]

@@ -27,13 +27,13 @@ ROUNDOFF = 1e-6
 
 @dataclass(frozen=True)
 class LayerSurvey:
-    """One layer's update. What needs the base is None without one; overlaps and intruders also with `quick`."""
+    """One layer's update. Figures that need the base are None without one; overlaps and intruders also with `quick`."""
 
     name: str
     group: str
     shape: tuple[int, int]
     values: list[float]
-    """The singular values of dW, descending, those of roundoff left out."""
+    """The singular values of dW, descending, without those that are only roundoff."""
     base_norm: float | None
     overlap: Overlap | None
     intruders: Intruders | None
@@ -69,7 +69,7 @@ class LayerSurvey:
 
 @dataclass(frozen=True)
 class AdapterSurvey:
-    """An adapter as `spectune inspect` shows it."""
+    """What `spectune inspect` shows of an adapter."""
 
     path: str
     method: str
@@ -81,7 +81,7 @@ class AdapterSurvey:
     layer_count: int
     layers: list[LayerSurvey]
     missing: list[str]
-    """What could not be said, and what would be needed for it."""
+    """What could not be measured, and what it would take."""
 
     @property
     def suggested_r(self) -> int:
@@ -95,14 +95,14 @@ class AdapterSurvey:
         return 0
 
     def groups(self) -> dict[str, list[LayerSurvey]]:
-        """Get the layers by what they are called in every block."""
+        """Get the layers by the name that they have in every block."""
         found: dict[str, list[LayerSurvey]] = {}
         for layer in self.layers:
             found.setdefault(layer.group, []).append(layer)
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Get everything as JSON's own types; each spectrum as at most 48 pairs (place from 1, singular value)."""
+        """Get everything as JSON types; each spectrum as at most 48 pairs (place from 1, singular value)."""
         about = ("path", "method", "base", "r", "trainable", "file_bytes", "layer_count", "suggested_r", "missing")
         layers = [
             {"name": layer.name, "group": layer.group, "shape": list(layer.shape), **layer.figures}
@@ -122,14 +122,14 @@ def survey_adapter(
     quick: bool = False,
     on_layer: Callable[[int, int, str], None] | None = None,
 ) -> AdapterSurvey:
-    """Get what a saved adapter does: its update's spectrum per layer, its size against the base, where it lies there.
+    """Get what a saved adapter does: per layer the spectrum, the size relative to the base, and the overlap with it.
 
     `path` and `base` as in `open_adapter`. With a base each layer costs one full SVD of W and the top 10 directions of
-    W + dW, one layer in memory at a time; `quick` leaves these out, and with them overlaps and intruders.
+    W + dW, one layer in memory at a time; `quick` skips these, and with them overlaps and intruders.
     `on_layer(done, total, name)` is called before each layer and at the end. Raises `AdapterError`, `WeightError`.
     """
     if r < 1:
-        raise OptionError(f"--r {r}: at least 1 direction is needed.")
+        raise OptionError(f"--r {r} must be at least 1.")
     source = open_adapter(path, base)
     layers = []
     with torch.no_grad():
@@ -151,7 +151,9 @@ def survey_adapter(
 
 def _survey(update: LayerUpdate, r: int, quick: bool) -> LayerSurvey:
     if not all(bool(torch.isfinite(factor).all()) for factor in to_factors(update.delta)):
-        raise AdapterError(f"{update.name}: the update has NaN or infinite entries. The training diverged: repeat it.")
+        raise AdapterError(
+            f"{update.name}: the update contains NaN or infinity. Train again with a lower learning rate."
+        )
     S_P = singular_values(update.delta)
     largest = float(S_P[0]) if len(S_P) else 0.0
     values = [value for value in S_P.tolist() if value > ROUNDOFF * largest]
@@ -168,7 +170,7 @@ def _survey(update: LayerUpdate, r: int, quick: bool) -> LayerSurvey:
 
 def _missing(base: str | None, quick: bool) -> list[str]:
     if base is None:
-        return ["size against the base, overlaps and intruder directions: pass --base FOLDER"]
+        return ["size relative to the base, overlaps and intruder directions: pass --base FOLDER"]
     return ["overlaps and intruder directions: run without --quick"] if quick else []
 
 

@@ -26,46 +26,46 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"svft": ({}, {"pattern": "ban
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """What one method costs on all the weights that it fits."""
+    """What one method costs on all weights that it can adapt."""
 
     method: str
     trainable: int
     file_bytes: int
     """The adapter's safetensors file: trained tensors, sketches, and the header. The header is
-    right to the byte when the layers are called in the model as in the checkpoint (tensors that all weights share are
-    counted under the first of these names); a renamed one changes it by the letters that it differs by."""
+    exact if the layers have the same names in the model as in the checkpoint (tensors that all weights share are
+    counted under the first of these names); otherwise it differs by the length of the names."""
     frozen_bytes: int
-    """The basis and what else stays in memory beside the model while the adapter is attached (float32)."""
+    """The basis and everything else that stays in memory while the adapter is attached (float32)."""
     training_bytes: int
     """The trained numbers, their gradients and AdamW's two moments (float32). Activations are not counted."""
     exact_rank: int | None
     """The rank of a LoRA that holds every update of this method exactly, on the weight that needs most; None for
-    DoRA, whose update is no low-rank matrix."""
+    DoRA, which does not have a low-rank update."""
     decompose_seconds: float | None = None
-    """An estimate for this machine; None where it was not asked for, 0 where no decomposition is needed."""
+    """An estimate for this machine; None if it was not measured, 0 if no decomposition is needed."""
     left_out: int = 0
-    """Weights on which the method cannot be put with these options (too few directions)."""
+    """Weights that the method cannot adapt with these options (too few directions)."""
 
     @property
     def memory_bytes(self) -> int:
-        """What training adds to the memory of the model, without activations."""
+        """The memory that training takes on top of the model, without activations."""
         return self.frozen_bytes + self.training_bytes
 
 
 def budget(targets: Sequence[Target], r: int) -> list[BudgetRow]:
     """Get what every method in `METHODS`, LoRA and DoRA would cost at `r` on these weights.
 
-    Methods without an r (svft, svdiff) keep their defaults. Counted for columns="top" and save_basis="auto" where
-    the cut does not run through equal singular values: otherwise the basis is embedded and the file larger.
+    Methods without an r (svft, svdiff) keep their defaults. Counted for columns="top" and save_basis="auto", with
+    no equal singular values at the cut: otherwise the basis is embedded and the file larger.
     """
     if r < 1:
-        raise OptionError(f"--r {r}: at least 1 direction is needed.")
+        raise OptionError(f"--r {r} must be at least 1.")
     rows = [_row(name, method, targets) for name, method in budget_methods(r).items()]
     return [*rows, _lora("lora", targets, r, dora=False), _lora("dora", targets, r, dora=True)]
 
 
 def budget_methods(r: int) -> dict[str, Method]:
-    """Get the methods that a budget counts, by the name of their row; r is raised to the least a method takes."""
+    """Get the methods that a budget counts, by the name of their row; those that do not accept this r are left out."""
     found: dict[str, Method] = {}
     for name, kind in METHODS.items():
         for options in VARIANTS.get(name, ({},)):
@@ -78,7 +78,7 @@ def budget_methods(r: int) -> dict[str, Method]:
 
 
 def fits(method: Method, shape: tuple[int, int]) -> bool:
-    """Ask whether a weight has as many directions as the method wants."""
+    """Ask whether a weight has enough directions for a method."""
     return method.basis(*shape)[0] <= min(shape)
 
 

@@ -1,4 +1,4 @@
-"""`estimate_seconds`: how long finding the bases of a model takes on this machine, from a few timed weights."""
+"""`estimate_seconds`: how long computing the bases of a model takes on this machine, from a few timed weights."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Job = tuple[int, int, int]
 
 
 class DecompositionClock:
-    """Times `decompose` on weights of one model; what was timed once is known for every method."""
+    """Times `decompose` on weights of one model; each timing is reused for every method."""
 
     def __init__(self, base: Checkpoint, targets: Sequence[Target], seconds: Callable[[], float] = time.perf_counter):
         self._base, self._targets, self._seconds = base, targets, seconds
         self._known: dict[Job, float] = {}
 
     def estimate(self, method: Method) -> float:
-        """Get the estimated seconds to find the bases of all weights for one method, one after the other.
+        """Get the estimated seconds to compute the bases of all weights for one method, one after the other.
 
-        The most costly kinds of work are timed, once each; another is `work` times the median seconds per work of the
-        timed ones. 0 where a method needs no basis.
+        The most expensive kinds of work are timed, once each; the others are `work` times the median seconds per work
+        of the timed ones. 0 if a method needs no basis.
         """
         jobs = jobs_of(method, self._targets)
         by_cost = sorted(jobs, key=lambda job: work(job) * jobs[job], reverse=True)
@@ -77,7 +77,7 @@ def jobs_of(method: Method, targets: Sequence[Target]) -> Counter[Job]:
 
 
 def iterates(job: Job) -> bool:
-    """Ask whether `decompose` will iterate and not solve directly."""
+    """Ask whether `decompose` will iterate instead of solving directly."""
     O, I, R = job
     return min(O, I) >= R * ITERATES_BELOW
 

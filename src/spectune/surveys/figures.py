@@ -1,4 +1,4 @@
-"""The figures that a survey takes from singular values: effective rank, stable rank, energy."""
+"""The figures that a survey computes from singular values: effective rank, stable rank, energy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 1024
 
 
 def weight_singular_values(W_OI: torch.Tensor, name: str = "weight") -> list[float]:
-    """Get all K singular values of a weight, descending: the roots of the eigenvalues of its smaller Gram matrix.
+    """Get all K singular values of a weight, descending: square roots of the eigenvalues of its smaller Gram matrix.
 
     In float64, so the error is about 1e-13 of the largest value near the top and values under 1.5e-8 of it (the
     root of float64's roundoff) are noise. Measured on Gaussian weights up to 2048 x 2048: closer to float64's SVD than
@@ -23,7 +23,7 @@ def weight_singular_values(W_OI: torch.Tensor, name: str = "weight") -> list[flo
     if W_OI.ndim != 2 or W_OI.numel() == 0 or not W_OI.dtype.is_floating_point:
         shape = "x".join(map(str, W_OI.shape))
         raise WeightError(
-            f"{name}: asked for singular values, found {shape or 'a scalar'} of {W_OI.dtype}. Exclude it."
+            f"{name}: a floating-point matrix is needed, but this is {shape or 'a scalar'} of {W_OI.dtype}. Exclude it."
         )
     W_AK = W_OI if W_OI.shape[0] >= W_OI.shape[1] else W_OI.T
     gram_KK = torch.zeros(W_AK.shape[1], W_AK.shape[1], dtype=torch.float64)
@@ -31,7 +31,7 @@ def weight_singular_values(W_OI: torch.Tensor, name: str = "weight") -> list[flo
         wide_bK = block_bK.double()
         gram_KK.addmm_(wide_bK.T, wide_bK)
     if not bool(torch.isfinite(gram_KK).all()):
-        raise WeightError(f"{name}: asked for singular values, found NaN or infinite entries. Repair or exclude it.")
+        raise WeightError(f"{name}: the weight contains NaN or infinity. Repair or exclude it.")
     values: list[float] = torch.linalg.eigvalsh(gram_KK).clamp_min(0).sqrt().flip(0).tolist()
     return values
 

@@ -18,7 +18,7 @@ INTRUDER_EPSILON = 0.5
 
 @dataclass(frozen=True)
 class Overlap:
-    """Shares of |dW|_F^2 inside spaces of the base weight, and what a random update would have there."""
+    """Shares of |dW|_F^2 inside spaces of the base weight, and the shares of a random update."""
 
     left_top: float
     """|U_top^T dW|_F^2 / |dW|_F^2: the part that writes into the base's r strongest output directions."""
@@ -38,11 +38,11 @@ class Intruders:
 
     count: int
     looked_at: int
-    """k, or fewer where the weight has not so many directions."""
+    """k, or fewer if the weight has fewer directions."""
     least_cosine: float
-    """The smallest of the k largest cosines: below epsilon it is an intruder's."""
+    """The smallest of the k largest cosines; below epsilon it belongs to an intruder."""
     outside: int
-    """How many of the intruders also have |U_k^T u| < epsilon: new directions, and not only a turn of the base's top
+    """How many of the intruders also have |U_k^T u| < epsilon: new directions, not only a rotation of the base's top
     k among themselves (which the definition counts, and which spectral_r does by design)."""
 
 
@@ -73,7 +73,7 @@ def intruders(
 
     `spectrum` must hold all K directions of W. Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of
     Equivalence" (arXiv 2410.21228), algorithm 1. They write the cosine without a sign; since a singular vector
-    has none, its absolute value is meant. Where singular values of W nearly tie, a small update turns
+    has none, its absolute value is meant. Where singular values of W nearly tie, a small update rotates
     their vectors freely and is counted too: `outside` does not count these.
     """
     k = min(k, *W_OI.shape)

@@ -1,4 +1,4 @@
-"""`survey_model`: the spectra of a model's weights, and what every method would cost on it."""
+"""`survey_model`: the spectra of a model's weights, and what every method would cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JSON_POINTS = 48
 
 @dataclass(frozen=True)
 class WeightSurvey:
-    """One weight: its singular values, and what they say."""
+    """One weight: its singular values and their figures."""
 
     name: str
     group: str
@@ -56,29 +56,29 @@ class WeightSurvey:
 
 @dataclass(frozen=True)
 class ModelSurvey:
-    """A model as `spectune inspect` shows it."""
+    """What `spectune inspect` shows of a model."""
 
     path: str
     r: int
     weights: list[WeightSurvey]
-    """Those that were looked at, in the order of the model's blocks."""
+    """The surveyed weights, in the order of the model's blocks."""
     targets: int
-    """How many weights an adapter would be put on, looked at or not; the budget counts them all."""
+    """How many weights an adapter would be put on, surveyed or not; the budget counts them all."""
     target_numbers: int
     model_numbers: int
     left_out: dict[str, int]
-    """Matrices that no adapter would be put on, by reason."""
+    """How many matrices would get no adapter, by reason."""
     budget: list[BudgetRow]
 
     def groups(self) -> dict[str, list[WeightSurvey]]:
-        """Get the weights by what they are called in every block."""
+        """Get the weights by the name that they have in every block."""
         found: dict[str, list[WeightSurvey]] = {}
         for weight in self.weights:
             found.setdefault(weight.group, []).append(weight)
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Get everything as JSON's own types; each spectrum as at most 48 pairs (place from 1, singular value)."""
+        """Get everything as JSON types; each spectrum as at most 48 pairs (place from 1, singular value)."""
         weights = [
             {"name": w.name, "group": w.group, "shape": list(w.shape), **w.figures, "spectrum": points(w.values)}
             for w in self.weights
