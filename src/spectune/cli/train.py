@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import OptionError
-
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
@@ -26,21 +24,12 @@ def train(
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
     from rich.console import Console
 
-    from ..concepts.file import is_concept
     from ..recipes import load_config
     from ..runs import Run, RunResult, run, train_run
     from ..training import Interrupted, advice, join, learning_rate, method_of
-    from .concept_run import train_from_file
     from .progress import Stages
     from .run_page import print_metrics, write_run_page
 
-    if is_concept(config):
-        if resume:
-            raise OptionError("--resume: a run of text_to_image cannot be resumed. Start it into a new folder.")
-        if join().num_processes > 1:
-            raise OptionError(f"{config}: text_to_image trains on one process. Start it without a launcher.")
-        train_from_file(config, overrides or [], output or Path("runs", config.stem), as_json)
-        return
     asked = load_config(config, overrides or [])
     folder = output or Path("runs", config.stem)
     main = join().is_main_process

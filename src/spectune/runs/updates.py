@@ -30,7 +30,7 @@ def layer_updates(model: nn.Module) -> list[LayerMove]:
     training = model.training
     model.eval()  # dropout is no part of an update
     try:
-        return [LayerMove(name=name.removeprefix(PEFT_PREFIX), moved=norms[0], norm=norms[1]) for name, norms in _norms(model)]
+        return [LayerMove(name=name.replace(PEFT_PREFIX, "", 1), moved=norms[0], norm=norms[1]) for name, norms in _norms(model)]
     finally:
         model.train(training)
 
