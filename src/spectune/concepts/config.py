@@ -93,9 +93,9 @@ class ConceptConfig(RunConfig):
     )
     training: ConceptTraining
     data: Pictures
-    word: Word = Field(default_factory=Word)
-    prior: Prior = Field(default_factory=Prior)
-    drawings: Drawings = Field(default_factory=Drawings)
+    word: Word = Field(default_factory=lambda: Word.model_validate({}))
+    prior: Prior = Field(default_factory=lambda: Prior.model_validate({}))
+    drawings: Drawings = Field(default_factory=lambda: Drawings.model_validate({}))
 
     @model_validator(mode="after")
     def _fits(self) -> ConceptConfig:
