@@ -32,8 +32,8 @@ from fusion_arms import (
     Arm,
     best_rate,
     cached,
-    config_of,
     fuse_arm,
+    options_of,
     record_part,
     refuse_other_settings,
     row_of,
@@ -51,10 +51,11 @@ from examples.glyphs.judge import Judge, correct, identity, train_classifier
 from examples.glyphs.outlines import CONCEPTS
 from examples.glyphs.scenes import PLACES, random_prompt
 from examples.glyphs.train_base import GUIDANCE
-from examples.glyphs.train_concept import options_for
+from examples.glyphs.train_concept import run_of
 from spectune.concepts.pipeline import load_concepts, open_pipeline, sample
-from spectune.concepts.text_to_image import ATTENTION, train_concept
+from spectune.concepts.text_to_image import ATTENTION
 from spectune.fusion import collect_grams
+from spectune.runs import run
 
 TARGETS = [*ATTENTION, "conv1", "conv2"]
 # O r numbers and not (O + I) r: with these it trains 110,976 numbers and the others 110,848. Three blocks of rows fit.
@@ -91,22 +92,19 @@ class Bench:
         folder = self.folder(method, rate, concept, seed)
         for stale in (folder, folder.with_name(folder.name + "-pictures")):
             shutil.rmtree(stale, ignore_errors=True)  # of a run that was broken off
-        options = options_for(
+        config = run_of(
             self.base,
             write_concept(concept, folder.with_name(folder.name + "-pictures")),
             concept,
-            unet=config_of(method, list(CONCEPTS).index(concept), TARGETS, ORTHOGONAL),
-            unet_rate=rate,
-            steps=self.steps,
-            batch_size=self.batch_size,
+            adapter={"unet": options_of(method, list(CONCEPTS).index(concept), TARGETS, ORTHOGONAL)},
+            training={"learning_rate": rate, "steps": self.steps, "batch_size": self.batch_size},
             seed=seed,
-            prior_images=32,
-            validation_prompts=(),
-            sampling_steps=SAMPLING_STEPS,
+            prior={"images": 32},
+            drawings={"prompts": [], "steps": SAMPLING_STEPS},
         )
         started = time.perf_counter()
-        run = train_concept(options, folder, say=lambda text: None)
-        done = {"train_seconds": time.perf_counter() - started, "trained": run.trainable["unet"]}
+        result = run(config, folder)
+        done = {"train_seconds": time.perf_counter() - started, "trained": result.trainable}
         return done | self.look([folder], [concept], seed)
 
     def look(self, folders: Sequence[Path], concepts: Sequence[str], seed: int) -> dict[str, Any]:
@@ -138,7 +136,9 @@ class Bench:
             grams = [self.grams(folder, concept, seed) for folder, concept in zip(folders, CONCEPTS, strict=True)]
         gram_seconds = time.perf_counter() - started
         whole = self.work / f"fused-{seed}-{ARMS.index(arm)}"
-        cost = fuse_arm(arm, [folder / "unet" for folder in folders], self.base / "unet", grams, whole / "unet")
+        cost = fuse_arm(
+            arm, [folder / "adapter" / "unet" for folder in folders], self.base / "unet", grams, whole / "unet"
+        )
         words = [_word_of(folder) for folder in folders]
         return cost | {"gram_seconds": gram_seconds} | self.look([whole, *words], list(CONCEPTS), seed)
 
@@ -170,7 +170,7 @@ def _word_of(folder: Path) -> Path:
     """Get a folder with nothing but the concept's word: its adapter went into the fused one."""
     word = folder.with_name(folder.name + "-word")
     word.mkdir(exist_ok=True)
-    shutil.copy(folder / "token.safetensors", word)
+    shutil.copy(folder / "adapter" / "token.safetensors", word)
     return word
 
 

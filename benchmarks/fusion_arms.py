@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from provenance import provenance
 
-from spectune import SpectralConfig, fuse
+from spectune import fuse
 from spectune.checkpoint import write_atomically
 from spectune.fusion import disjoint_schedule
 
@@ -51,17 +50,18 @@ ARMS = (
 )
 
 
-def config_of(method: str, place: int, targets: Sequence[str], orthogonal: Mapping[str, Any]) -> Any:
+def options_of(method: str, place: int, targets: Sequence[str], orthogonal: Mapping[str, Any]) -> dict[str, Any]:
     """Get the adapter of the concept or task at a place; alpha = r, so that a LoRA is B A and nothing else.
 
     `orthogonal` is the size of `orthogonal_adaptation` (r, rank_pattern), which trains O r numbers and not (O + I) r.
     """
+    common: dict[str, Any] = {"target_modules": list(targets)}
     if method == "lora":
-        return LoraConfig(r=R, lora_alpha=R, target_modules=list(targets))
+        return common | {"peft_type": "LORA", "r": R, "lora_alpha": R}
     if method == "spectral_a":
         columns = list(disjoint_schedule(concepts=PARTS, r=R).columns[place])
-        return SpectralConfig(method=method, r=R, columns=columns, target_modules=list(targets))
-    return SpectralConfig(method=method, concept=place, target_modules=list(targets), **orthogonal)
+        return common | {"method": method, "r": R, "columns": columns}
+    return common | {"method": method, "concept": place, **orthogonal}
 
 
 def cached(folder: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

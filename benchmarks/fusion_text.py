@@ -30,21 +30,20 @@ from fusion_arms import (
     Arm,
     best_rate,
     cached,
-    config_of,
     fuse_arm,
+    options_of,
     record_part,
     refuse_other_settings,
     row_of,
     without_adapter,
 )
-from mean_pooled import Setting, TextClassification, accuracy, sentence_loss
+from mean_pooled import Setting, TextClassification, accuracy, fit, sentence_loss
 from safetensors.torch import load_file, save_file
 
 from spectune.demo.demo import base_folder
 from spectune.demo.languages import LANGUAGES, LanguageTask, Sentences, load_languages
 from spectune.fusion import collect_grams
-from spectune.training.fit import fit
-from spectune.tuner import attach, load_attached
+from spectune.tuner import attach, build_adapter_config, load_attached
 
 TASKS = {
     "Germanic": ("af", "nl", "de", "da", "nb", "nn", "sv", "is"),
@@ -98,7 +97,9 @@ class Bench:
         folder, recipe, train = self.folder(method, rate, task, seed), self.recipe(task, seed), self.tasks[task].train
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was broken off
         started = time.perf_counter()
-        model: Any = attach(recipe.fresh_model(), config_of(method, list(TASKS).index(task), TARGETS, ORTHOGONAL))
+        model: Any = attach(
+            recipe.fresh_model(), build_adapter_config(options_of(method, list(TASKS).index(task), TARGETS, ORTHOGONAL))
+        )
         adapter = [p for p in model.parameters() if p.requires_grad]
         head = model.get_base_model().classifier.requires_grad_(True)
         rows = [{**row, "labels": t} for row, t in zip(recipe.tokens(train.texts), train.targets, strict=True)]

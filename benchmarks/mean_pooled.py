@@ -7,22 +7,30 @@ head on the pooler of the first token would make a weak baseline and flatter eve
 
 from __future__ import annotations
 
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForTokenClassification, DataCollatorWithPadding, set_seed
+from transformers import (
+    AutoModelForTokenClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from spectune.checkpoint import load_auto, load_tokenizer
 from spectune.recipes.text_classification import sentence_logits
-from spectune.training.fit import fit
-from spectune.training.loop import OnStep
+from spectune.training.loop import Loss, OnStep, Plan, Watch, looped, one_device
 from spectune.tuner import attach
+
+WARMUP_STEPS = 10  # Chosen: enough for Adam's second moments to settle.
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,51 @@ class TextClassification:
             for place, label in zip(places, sentence_logits(model, batch).argmax(-1).tolist(), strict=True):
                 found[place] = label
         return found
+
+
+def fit(
+    model: nn.Module,
+    rows: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    loss: Loss,
+    *,
+    steps: int,
+    batch_size: int,
+    rates: Sequence[tuple[Sequence[nn.Parameter], float]],
+    seed: int,
+    on_step: OnStep | None = None,
+) -> list[float]:
+    """Train in place and get the loss of every step.
+
+    AdamW without weight decay, each group of `rates` at its own rate, ten steps of warmup, then linearly to zero.
+    The same seed gives the same order of data and, on a CPU, the same weights.
+    """
+    watch = Watch(on_step)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            optim="adamw_torch",
+            warmup_steps=min(WARMUP_STEPS, steps // 2),
+            seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = looped(Trainer)(
+            model=model,
+            args=one_device(arguments),
+            train_dataset=list(rows),
+            data_collator=collate,
+            callbacks=[watch],
+            plan=Plan([(list(parameters), rate) for parameters, rate in rates], loss),
+        )
+        trainer.train()
+    return watch.losses
 
 
 def sentence_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

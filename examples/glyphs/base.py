@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .outlines import COLOURS, OUTLINES, Paint
@@ -28,6 +28,8 @@ BATCH = 32
 # Tokens of the longest prompt: two glyphs of six words, "and", a start and an end, rounded up.
 LONGEST = 16
 LATENTS = 8
+# What the last letter of a word bears in CLIP's vocabularies.
+END = "</w>"
 # One prompt in ten is left empty in training, which classifier-free guidance needs (arXiv 2207.12598).
 DROPPED = 0.1
 OnStep = Callable[[str, int, int, float], None]
@@ -133,23 +135,32 @@ def _start_plain(vae: Any) -> None:
 
 def make_tokenizer() -> CLIPTokenizer:
     """Get a CLIP tokenizer whose vocabulary is the words of the prompts, one token each, and single letters."""
-    words = sorted({word for word in WORDS})
-    model = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    trainer = BpeTrainer(
-        vocab_size=1000,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-    )
-    model.train_from_iterator(words, trainer)
+    letters = sorted({letter for word in WORDS for letter in word} | set("<>"))
+    merges = _merges(sorted(set(WORDS)))
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + END for letter in letters)]
+    tokens = list(dict.fromkeys([*tokens, *("".join(pair) for pair in merges)]))
     with tempfile.TemporaryDirectory() as folder:
-        model.model.save(folder)
-        tokenizer = CLIPTokenizer(
-            vocab=f"{folder}/vocab.json",
-            merges=f"{folder}/merges.txt",
-            model_max_length=LONGEST,
-        )
-    return tokenizer
+        vocab, written = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        written.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+        return CLIPTokenizer(vocab=str(vocab), merges=str(written), model_max_length=LONGEST)
+
+
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Get the merges of byte pair encoding that make each word one token: the most frequent pair first.
+
+    Of equally frequent pairs the first in the alphabet; the trainer of tokenizers takes another one in each process.
+    """
+    split = [[*word[:-1], word[-1] + END] for word in words]
+    merges = []
+    while pairs := Counter(pair for parts in split for pair in pairwise(parts)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for parts in split:
+            for place in range(len(parts) - 1):
+                if tuple(parts[place : place + 2]) == best:
+                    parts[place : place + 2] = ["".join(best)]
+    return merges
 
 
 def as_pixels(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -22,6 +22,7 @@ import yaml
 from spectune.adapter import spectral_modules
 from spectune.cli import main
 from spectune.runs import RunResult, load_base, measure
+from tests.concepts.concepts import concept_home, run_values
 from tests.effort import PATIENCE
 from tests.recipes import tiny
 
@@ -163,6 +164,24 @@ def test_lr_draws_its_curve(tmp_path: Path) -> None:
         and "<script" not in page
         and "://" not in page
     )
+
+
+def test_a_concept_goes_through_the_same_verbs(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    home = concept_home(tmp_path)
+    told = {"data": {"validation": str(home / "dax")}, "training": {"steps": 1}, "drawings": {"every": 1}}
+    path = write(tmp_path, run_values(home, **told))
+    shown = spectune("check", path, cwd=tmp_path)
+    assert "(underlined: is trained)" in shown.stdout and "a <dax>" in shown.stdout, shown.stderr
+    done = spectune("train", path, "-o", "run", "--json", cwd=tmp_path)
+    figures = json.loads(done.stdout)
+    assert figures["head"] == 64 and "drawings" not in figures, done.stderr
+    assert (tmp_path / "run" / "adapter" / "unet" / "adapter_config.json").exists()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2, "before and after"
+    assert "step 0: a &lt;dax&gt; on the left" in page
+    again = json.loads(spectune("evaluate", "run", "--json", cwd=tmp_path).stdout)
+    assert again["validation"]["loss"] == pytest.approx(figures["metrics"]["validation"]["loss"], rel=1e-5)
 
 
 def test_init_prints_what_check_reads(tmp_path: Path) -> None:

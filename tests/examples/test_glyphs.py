@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +48,18 @@ def test_every_word_is_one_token_and_concepts_are_none() -> None:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     for concept in CONCEPTS:
         assert len(tokenizer(concept, add_special_tokens=False).input_ids) > 1, concept
+
+
+def test_the_tokenizer_is_the_same_in_every_process() -> None:
+    code = "from examples.glyphs.base import make_tokenizer; print(sorted(make_tokenizer().get_vocab().items()))"
+    said = []
+    for hashed in ("1", "2"):
+        told = os.environ | {"PYTHONHASHSEED": hashed}
+        root = Path(__file__).parents[2]
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=told, capture_output=True, text=True)
+        said.append(done.stdout)
+        assert done.returncode == 0, done.stderr
+    assert said[0] == said[1] and "('star</w>'" in said[0]
 
 
 def test_the_pictures_of_a_concept_come_with_captions(tmp_path: Path) -> None:

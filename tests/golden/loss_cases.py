@@ -49,7 +49,7 @@ def trained(words: list[str], output: Path, *more: str) -> dict[str, Any]:
     finally:
         sys.argv = argv
         torch.set_num_threads(threads)
-    found = next(path for name in ("result.json", "run/result.json", "run.json") if (path := output / name).exists())
+    found = next(path for name in ("result.json", "run/result.json") if (path := output / name).exists())
     result = json.loads(found.read_text())
     figures = {f"{split} {name}": value for split, of in result["metrics"].items() for name, value in of.items()}
     if result["compared"]:  # the demo's baselines, and its own figure under the method's name
@@ -139,9 +139,13 @@ def concept(adapters: dict[str, Any], folder: Path) -> list[str]:
     (folder / "images").mkdir()
     for i in range(3):
         picture(i).save(folder / "images" / f"{i}.png")
-    places = {"recipe": "text_to_image", "pipeline": str(folder / "base"), "images": str(folder / "images")}
-    word = {"token": "<dax>", "initial_word": "shape", "prior_prompts": ["a shape"], "prior_images": 2}
-    return written(folder, places | word | adapters | {"seed": SEED, "steps": STEPS, "sampling_steps": 1})
+    run = {
+        "recipe": "text_to_image", "model": str(folder / "base"), "data": {"train": str(folder / "images")},
+        "adapter": adapters, "word": {"token": "<dax>", "initial_word": "shape"}, "seed": SEED,
+        "prior": {"prompts": ["a shape"], "images": 2}, "drawings": {"steps": 1},
+        "training": {"steps": STEPS, "warmup": 10, "save_every": STEPS // 2},
+    }  # fmt: skip
+    return written(folder, run)
 
 
 def demo(folder: Path) -> list[str]:

@@ -54,7 +54,7 @@ def test_a_run_takes_the_same_steps_as_ever(recipe: str, name: str, tmp_path: Pa
     assert not differences(found, wanted["runs"][name], same), "same bits" if same else f"{here()}"
 
 
-@pytest.mark.parametrize("recipe", ["text_classification", "causal_lm"])
+@pytest.mark.parametrize("recipe", ["text_classification", "causal_lm", "text_to_image"])
 def test_a_run_that_goes_on_after_step_10_takes_the_same_steps(recipe: str, tmp_path: Path) -> None:
     pytest.importorskip(NEEDS.get(recipe, "torch"))
     words = CASES[recipe]["spectral_a"](tmp_path)

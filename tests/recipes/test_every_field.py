@@ -18,9 +18,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from spectune import SpectralConfig
-from spectune.concepts import text_to_image
-from spectune.concepts.file import read_concept
-from spectune.concepts.options import ConceptOptions
+from spectune.concepts.config import ConceptConfig
 from spectune.errors import DataError, OptionError
 from spectune.recipes import parse_config
 from spectune.recipes.table import recipe_class
@@ -34,7 +32,7 @@ from tests.recipes import adapter_fields as adapters
 from tests.recipes import concept_fields as concepts
 from tests.recipes import tiny
 from tests.recipes.adapter_fields import FOREIGN, SPECTRAL, arrived, foreign, outcome
-from tests.recipes.concept_fields import CONCEPT, Concept
+from tests.recipes.concept_fields import CONCEPT
 from tests.recipes.every_field import Home, Run, check, home, paths, picture, texts
 from tests.recipes.run_fields import ENTRIES, NO_OTHERS
 from tests.recipes.sweep_fields import SWEEP, Sweep, sweep_home
@@ -109,7 +107,7 @@ def test_an_option_of_a_run_arrives(recipe: str, path: str, place: Home) -> None
 
 
 def test_every_option_of_a_concept_and_of_a_sweep_has_an_entry() -> None:
-    for kind, entries in ((ConceptOptions, CONCEPT), (SweepConfig, SWEEP)):
+    for kind, entries in ((ConceptConfig, CONCEPT), (SweepConfig, SWEEP)):
         options = set(paths(kind))
         assert options == set(entries), f"without an entry: {options - set(entries)}"
 
@@ -118,25 +116,24 @@ def test_every_option_of_a_concept_and_of_a_sweep_has_an_entry() -> None:
 def concept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("concept")
     concepts.concept_home(folder)
-    return folder / "run.yaml"
+    return folder
 
 
 @pytest.mark.parametrize("path", list(CONCEPT))
-def test_an_option_of_a_concept_arrives(path: str, concept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tf.Trainer, "train", concepts.train)
-    monkeypatch.setattr(text_to_image, "open_pipeline", concepts.opened)
+def test_an_option_of_a_concept_arrives(path: str, concept: Path, place: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    concepts.patched(monkeypatch)
     entry = CONCEPT[path]
-    plain = PLAIN.setdefault((concept, entry.given), Concept(concept, entry.given))
-    check(plain, Concept(concept, entry.all_words), entry)
+    file = concept / entry.file
+    plain = PLAIN.setdefault((file, entry.given), concepts.of_concept(file, *entry.given))
+    check(plain, concepts.of_concept(file, *entry.all_words), entry)
 
 
 def test_the_seed_decides_how_the_adapters_of_a_concept_begin(concept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tf.Trainer, "train", concepts.train)
-    monkeypatch.setattr(text_to_image, "open_pipeline", concepts.opened)
+    concepts.patched(monkeypatch)
     starts = []
     for chance in (1, 2):
         torch.manual_seed(chance)
-        starts.append(Concept(concept, CONCEPT["seed"].given).random_start)
+        starts.append(concepts.random_start(concepts.of_concept(concept / "run.yaml", *CONCEPT["seed"].given)))
     assert starts[0] == starts[1]
 
 
@@ -249,8 +246,6 @@ def test_what_would_have_no_effect_is_refused(
         told.trainer  # noqa: B018
 
 
-def test_a_part_that_is_not_asked_for_takes_no_options(concept: Path) -> None:
-    with pytest.raises(OptionError, match="no adapter of text_encoder is asked for"):
-        read_concept(concept, ["text_encoder_rate=0.1"])
+def test_a_part_that_is_not_asked_for_takes_no_options() -> None:
     with pytest.raises(OptionError, match="hub_config needs hub"):
         validate(GeneralText, {"file": "a.txt", "hub_config": "b"}, "forgetting")

@@ -43,7 +43,7 @@ def check(
 def _print(found: DryRun, console: Console) -> None:
     from ..pages import readable_bytes
 
-    console.rule("the first training example (underlined: carries loss)")
+    console.rule(f"the first training example (underlined: {found.shown.marks})")
     console.print(_example(found))
     console.rule("what is trained")
     for name, shape in found.layers[:MOST_LAYERS]:

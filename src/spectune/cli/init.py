@@ -13,7 +13,6 @@ def init(
     ],
 ) -> None:
     """Print a commented YAML file for a recipe: what is set, and everything that may be set."""
-    from ..concepts.file import EXAMPLE, RECIPE
     from ..recipes import commented_yaml
 
-    print(EXAMPLE if recipe == RECIPE else commented_yaml(recipe), end="")
+    print(commented_yaml(recipe), end="")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import OptionError, printable
+from ..errors import printable
 
 
 def train(
@@ -24,22 +24,13 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
-    from ..concepts.file import is_concept
     from ..recipes import load_config
     from ..runs import Run, RunResult, run, train_run
     from ..training import Interrupted, advice, join, learning_rate, method_of
-    from .concept_run import train_from_file
     from .progress import Stages
     from .run_page import print_metrics, write_run_page
     from .terminal import Console
 
-    if is_concept(config):
-        if resume:
-            raise OptionError("--resume: a run of text_to_image cannot be resumed. Start it into a new folder.")
-        if join().num_processes > 1:
-            raise OptionError(f"{config}: text_to_image trains on one process. Start it without a launcher.")
-        train_from_file(config, overrides or [], output or Path("runs", config.stem), as_json)
-        return
     asked = load_config(config, overrides or [])
     folder = output or Path("runs", config.stem)
     main = join().is_main_process

@@ -39,11 +39,7 @@ def read_shots(folder: Path, caption: str, side: int, masks: Path | None = None)
     NAME.txt beside the picture, else it is `caption`. `masks` is a folder with NAME.png for every picture. `DataError`
     for a folder without pictures, a file that is no picture, or a mask that is missing.
     """
-    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not paths:
-        raise DataError(
-            f"{folder}: asked for pictures of the concept, found none. Put 3 to 10 PNG or JPEG files there."
-        )
+    paths = picture_paths(folder)
     captions = _captions(Path(folder))
     for name in captions:
         if not any(path.name == name for path in paths):
@@ -55,6 +51,16 @@ def read_shots(folder: Path, caption: str, side: int, masks: Path | None = None)
         mask = None if masks is None else _square(_open(masks / f"{path.stem}.png", "L"), side, Image.Resampling.BOX)
         shots.append(Shot(_square(_open(path, "RGB"), side), said, mask))
     return shots
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """Get the pictures of a folder in the order of their names; `DataError` if there is none."""
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if not paths:
+        raise DataError(
+            f"{folder}: asked for pictures of the concept, found none. Put 3 to 10 PNG or JPEG files there."
+        )
+    return paths
 
 
 def _captions(folder: Path) -> dict[str, str]:

@@ -1,90 +1,34 @@
-"""What concept training optimises: a UNet, a text encoder and one word's embedding, and their denoising loss."""
+"""The denoising loss of a concept and its class, and the error on held-out pictures, whose noise is fixed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import nn
 
-from ..tuner import attach
+from .model import ConceptModel
 
-
-class ConceptModel(nn.Module):
-    """The parts of a pipeline that training runs through; only adapters and the new word's embedding are trained."""
-
-    def __init__(self, pipeline: Any, unet_config: Any, text_config: Any, token_index: int | None) -> None:
-        super().__init__()
-        self._pipeline = [pipeline]  # in a list: it is no module of this one
-        for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
-            part.requires_grad_(False)
-        self.unet: Any = pipeline.unet if unet_config is None else attach(pipeline.unet, unet_config)
-        self.text_encoder: Any = pipeline.text_encoder
-        if text_config is not None:
-            self.text_encoder = attach(pipeline.text_encoder, text_config)
-        pipeline.unet, pipeline.text_encoder = self.unet, self.text_encoder
-        self.noise_levels = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.token: nn.Parameter | None = None
-        if token_index is not None:
-            self._give_word(token_index)
-
-    def _give_word(self, index: int) -> None:
-        """Train one row of the embedding table: it stands in a parameter of its own, put in where its id occurs."""
-        table = self.text_encoder.get_input_embeddings()
-        self.token = nn.Parameter(table.weight[index].detach().float().clone())
-
-        def put_in(module: nn.Module, args: tuple[Any, ...], found: torch.Tensor) -> torch.Tensor:
-            assert self.token is not None
-            return torch.where((args[0] == index)[..., None], self.token.to(found.dtype), found)
-
-        table.register_forward_hook(put_in)
-
-    def parameters_of(self, part: str) -> list[nn.Parameter]:
-        """Get what is trained of unet, text_encoder or token."""
-        if part == "token":
-            return [] if self.token is None else [self.token]
-        return [parameter for parameter in getattr(self, part).parameters() if parameter.requires_grad]
-
-    def trainable(self) -> dict[str, int]:
-        """Get part -> how many numbers are trained."""
-        counts = {part: sum(p.numel() for p in self.parameters_of(part)) for part in ("unet", "text_encoder", "token")}
-        return {part: count for part, count in counts.items() if count}
-
-    @contextmanager
-    def drawing(self) -> Iterator[Any]:
-        """Get the pipeline for drawing, as it is trained so far."""
-        pipeline = self._pipeline[0]
-        was_training = self.training
-        self.eval()
-        pipeline.vae.to(next(self.unet.parameters()).device)
-        try:
-            yield pipeline
-        finally:
-            self.train(was_training)
-
-    def forward(self, noisy: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Get the UNet's answer for noisy latents (count, channels, height, width) at steps t."""
-        hidden = self.text_encoder(tokens)[0]
-        found: torch.Tensor = self.unet(noisy, t, encoder_hidden_states=hidden).sample
-        return found.float()
+Batch = dict[str, torch.Tensor]
+# Noise levels at which each held-out picture is looked at, spread evenly. Chosen, not measured.
+LEVELS = 8
+# The noise of held-out pictures is the same in every run, so that figures compare.
+HELD_OUT_SEED = 0
 
 
 def denoising_loss(
     model: ConceptModel, seed: int, prior_weight: float, snr_gamma: float | None
-) -> Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]:
+) -> Callable[[nn.Module, Batch], torch.Tensor]:
     """Get the loss of a batch: mean squared error of the concept + prior_weight * that of its class.
 
     What the error is taken of (noise, velocity, the clean latents) is what the pipeline's scheduler says. Noise and
-    levels come from a generator of the loss's own, so that drawing pictures between two steps changes nothing.
+    levels come from the model's own generator, which starts from the seed, or stand in the batch (`noise`, `t`).
     """
-    chance = torch.Generator("cpu").manual_seed(seed)
-    levels = model.noise_levels
+    chance, levels = model.noise.manual_seed(seed), model.noise_levels
 
-    def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss(module: nn.Module, batch: Batch) -> torch.Tensor:
         latents, tokens, weights = batch["latents"], batch["tokens"], batch["weights"]
         shares = torch.ones(len(latents), device=latents.device)
         if "prior_latents" in batch:
@@ -92,16 +36,58 @@ def denoising_loss(
             tokens = torch.cat([tokens, batch["prior_tokens"]])
             weights = torch.cat([weights, torch.ones_like(weights)])
             shares = torch.cat([shares, prior_weight * shares])
-        noise = torch.randn(latents.shape, generator=chance).to(latents.device)
-        t = torch.randint(levels.config.num_train_timesteps, (len(latents),), generator=chance).to(latents.device)
-        found = module(levels.add_noise(latents, noise, t), t, tokens)
-        errors = ((found - _target(levels, latents, noise, t)).square() * weights).mean((1, 2, 3))
+        if "noise" in batch:
+            noise, t = batch["noise"], batch["t"]
+        else:
+            noise = torch.randn(latents.shape, generator=chance).to(latents.device)
+            t = torch.randint(levels.config.num_train_timesteps, (len(latents),), generator=chance).to(latents.device)
+        errors = _errors(levels, module, latents, noise, t, tokens, weights)
         if snr_gamma is not None:
             errors = errors * _min_snr(levels, t, snr_gamma)
         # Divided by the concept's pictures alone: the two means are added, as DreamBooth does.
         return (errors * shares).sum() / len(batch["latents"])
 
     return loss
+
+
+def with_fixed_noise(rows: Sequence[dict[str, Any]], levels: Any) -> list[dict[str, Any]]:
+    """Get each held-out picture at `LEVELS` noise levels, with noise that is the same in every run."""
+    chance = torch.Generator("cpu").manual_seed(HELD_OUT_SEED)
+    steps = levels.config.num_train_timesteps
+    return [
+        {**row, "noise": torch.randn(row["latents"].shape, generator=chance), "t": (2 * i + 1) * steps // (2 * LEVELS)}
+        for row in rows
+        for i in range(LEVELS)
+    ]
+
+
+@torch.no_grad()
+def held_out_error(model: ConceptModel, batches: Sequence[Batch]) -> float:
+    """Get the mean squared error over all rows of `with_fixed_noise`; no weighting of levels."""
+    was_training = model.training
+    model.eval()
+    device, names = next(model.unet.parameters()).device, ("latents", "noise", "t", "tokens", "weights")
+    found = [
+        _errors(model.noise_levels, model, *(batch[name].to(device) for name in names)).double().cpu()
+        for batch in batches
+    ]
+    model.train(was_training)
+    return float(torch.cat(found).mean())
+
+
+def _errors(
+    levels: Any,
+    module: nn.Module,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Get the mean squared error of each row."""
+    found = module(levels.add_noise(latents, noise, t), t, tokens)
+    squares: torch.Tensor = (found - _target(levels, latents, noise, t)).square() * weights
+    return squares.mean((1, 2, 3))
 
 
 def _target(levels: Any, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

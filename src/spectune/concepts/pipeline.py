@@ -15,7 +15,7 @@ from ..errors import AdapterError, MissingExtraError, OptionError, one_line
 from ..recipes.pipeline_index import refuse_foreign_code
 from ..training.loop import quiet_libraries
 from ..tuner import load_attached
-from .options import ADAPTED
+from .config import ADAPTED
 
 try:
     from diffusers import DiffusionPipeline
@@ -28,29 +28,42 @@ except ImportError as error:  # pragma: no cover - the extra brings it
 
 NEEDED = (*ADAPTED, "vae", "tokenizer", "scheduler")
 TOKEN_FILE = "token.safetensors"
+RUN_ADAPTER = "adapter"
+"""Where the folder of a run has what `load_concepts` takes."""
 STEPS, GUIDANCE = 20, 7.5  # Stable Diffusion's usual guidance; 20 steps are enough for DDIM and DPM-Solver.
 
 
-def open_pipeline(folder: str | Path) -> Any:
-    """Get a pipeline of a diffusers folder; safetensors only. `OptionError` for one that this recipe cannot train."""
+def open_pipeline(folder: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """Get a diffusers pipeline of a folder or the hub; safetensors only. `OptionError` for one that cannot be trained.
+
+    It stands on the accelerator if there is one.
+    """
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     quiet_libraries()
     refuse_foreign_code(Path(folder))
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=False, revision=revision
+        )
     except Exception as error:  # diffusers checks little of what a folder says, and raises whatever comes of it
         raise OptionError(
-            f"pipeline: {folder} cannot be loaded: {one_line(error)}. Give a diffusers pipeline folder."
+            f"model: {folder} cannot be loaded: {one_line(error)}. Give a diffusers pipeline folder."
         ) from error
     missing = [name for name in NEEDED if getattr(pipeline, name, None) is None]
     second = [name for name in ("text_encoder_2", "text_encoder_3") if getattr(pipeline, name, None) is not None]
     if missing or second:
         found = f"no {', '.join(missing)}" if missing else f"a second text encoder ({', '.join(second)})"
         raise OptionError(
-            f"pipeline: {folder} is a {type(pipeline).__name__} with {found}. This recipe trains pipelines of one "
+            f"model: {folder} is a {type(pipeline).__name__} with {found}. This recipe trains pipelines of one "
             f"UNet, one text encoder and an autoencoder, as Stable Diffusion 1 and 2."
         )
     pipeline.set_progress_bar_config(disable=True)
+    if torch.accelerator.is_available():
+        pipeline.to(torch.accelerator.current_accelerator())
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        if part.dtype != dtype:
+            part.to(dtype)
     return pipeline
 
 
@@ -65,7 +78,7 @@ def add_token(pipeline: Any, token: str, embedding: torch.Tensor) -> int:
     known = len(pipeline.tokenizer(token, add_special_tokens=False).input_ids) == 1
     if known or pipeline.tokenizer.add_tokens(token) != 1:
         raise OptionError(
-            f"token: {token!r} is a word of the tokenizer already. Choose a new one, such as '<{token}>'."
+            f"word.token: {token!r} is a word of the tokenizer already. Choose a new one, such as '<{token}>'."
         )
     text_encoder = pipeline.text_encoder
     table = text_encoder.get_input_embeddings().weight
@@ -83,6 +96,18 @@ def add_token(pipeline: Any, token: str, embedding: torch.Tensor) -> int:
     return index
 
 
+def add_known_word(pipeline: Any, token: str, initial_word: str) -> int:
+    """Give the pipeline a new word that starts from a known one, and get its id."""
+    known = pipeline.tokenizer(initial_word, add_special_tokens=False).input_ids
+    if len(known) != 1:
+        raise OptionError(
+            f"word.initial_word: {initial_word!r} is {len(known)} tokens, a new word starts from one. "
+            f"Choose a common single word."
+        )
+    start = pipeline.text_encoder.get_input_embeddings().weight[known[0]].detach().clone()
+    return add_token(pipeline, token, start)
+
+
 def save_token(folder: Path, token: str, embedding: torch.Tensor) -> None:
     """Write a word's embedding as textual inversion stores it; `pipeline.load_textual_inversion` reads it as well."""
     save_tensors(folder / TOKEN_FILE, {token: embedding})
@@ -91,19 +116,25 @@ def save_token(folder: Path, token: str, embedding: torch.Tensor) -> None:
 def load_concepts(pipeline: Any, folders: Sequence[str | Path]) -> Any:
     """Put trained concepts into a pipeline, in place: their words, and their adapters on UNet and text encoder.
 
-    A folder is the output of `train_concept`, or any folder with `unet/`, `text_encoder/` or `token.safetensors`.
-    Updates of several adapters are added. The models stay diffusers' and transformers' own classes.
+    A folder is that of a run, or any folder with `unet/`, `text_encoder/` or `token.safetensors`. Updates of several
+    adapters are added. The models stay diffusers' and transformers' own classes.
     """
+    places = [place for folder in folders for place in (Path(folder), Path(folder, RUN_ADAPTER)) if _holds(place)]
     for folder in map(Path, folders):
-        if not any((folder / name).exists() for name in (*ADAPTED, TOKEN_FILE)):
+        if not _holds(folder) and not _holds(folder / RUN_ADAPTER):
             raise AdapterError(f"{folder}: asked for a concept, found no {', '.join(ADAPTED)} or {TOKEN_FILE} in it.")
-        if (folder / TOKEN_FILE).exists():
-            _load_token(pipeline, folder / TOKEN_FILE)
+    for place in places:
+        if (place / TOKEN_FILE).exists():
+            _load_token(pipeline, place / TOKEN_FILE)
     for part in ADAPTED:
-        found = [Path(folder, part) for folder in folders if Path(folder, part).exists()]
+        found = [folder / part for folder in places if (folder / part).exists()]
         if found:
             setattr(pipeline, part, _with_adapters(getattr(pipeline, part), found))
     return pipeline
+
+
+def _holds(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (*ADAPTED, TOKEN_FILE))
 
 
 def _load_token(pipeline: Any, path: Path) -> None:

@@ -6,30 +6,26 @@ the word, prompts of its class keep what the base knows, and only adapters and t
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
-from ..checkpoint import fresh_folder, hold_folder, write_atomically
 from ..errors import OptionError
-from ..methods import METHODS
-from ..training.fit import fit
-from ..training.loop import OnStep
-from ..training.rates import KNOWN
-from .data import read_shots, to_latents, to_weights
-from .loss import ConceptModel, denoising_loss
-from .options import ADAPTED
-from .options import ConceptOptions as ConceptOptions
-from .pipeline import add_token, contact_sheet, open_pipeline, sample, save_token, side_of
+from ..recipes.recipe import Recipe, Shown
+from ..training.loop import Loss, Plan
+from ..training.processes import join
+from ..training.rates import head_learning_rate, learning_rate, usual_rate
+from ..tuner import build_adapter_config
+from .config import ConceptConfig
+
+if TYPE_CHECKING:
+    from .examples import Examples
+    from .model import ConceptModel
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The attention of a UNet, as the papers adapt it."""
@@ -37,219 +33,138 @@ CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut"]
 """The convolutions in the blocks of a UNet."""
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 """The attention of a CLIP text encoder."""
-RECORD = "concept.json"
+# diffusers and pillow are imported by the methods that need them: `spectune init` needs neither.
 
 
-@dataclass(frozen=True)
-class ConceptRun:
-    """A trained concept: the output folder, and what a report shows of the run."""
+class TextToImage(Recipe):
+    """A few pictures of a concept in, adapters and a new word for a Stable Diffusion pipeline out."""
 
-    output: Path
-    """Holds unet/, text_encoder/ (adapters), token.safetensors, validation/step-N.png and concept.json."""
-    options: ConceptOptions
-    losses: list[float] = field(repr=False)
-    trainable: dict[str, int]
-    """Part (unet, text_encoder, token) -> how many numbers were trained."""
-    validation: list[Path]
-    """The sheets in the order of their steps; the first is the base with the new word untrained."""
-
-
-def train_concept(
-    options: ConceptOptions, output: str | Path, on_step: OnStep | None = None, say: Callable[[str], None] = print
-) -> ConceptRun:
-    """Train a concept into a new folder; `load_concepts` puts it into a pipeline.
-
-    `OutputError` for a folder that holds something, `OptionError` and `DataError` before any training. Every file
-    appears whole; `concept.json` is written last, so a folder without it is that of a run that did not end.
-    """
-    folder = Path(output)
-    pipeline = open_pipeline(options.pipeline)
-    rows = _rows(pipeline, options)
-    with fresh_folder(folder):
-        pass  # refused if it holds something; from here on its files appear one by one, so that a run can be watched
-    with hold_folder(folder):
-        return _train(options, folder, pipeline, rows, on_step, say)
-
-
-def _train(
-    options: ConceptOptions,
-    folder: Path,
-    pipeline: Any,
-    rows: list[dict[str, Any]],
-    on_step: OnStep | None,
-    say: Callable[[str], None],
-) -> ConceptRun:
-    index = None if options.token is None else _new_word(pipeline, options)
-    prior = _prior(pipeline, options)
-    set_seed(options.seed)  # LoRA's A is random
-    say(f"{len(rows)} pictures of the concept, {len(prior)} of its class")
-    model = ConceptModel(pipeline, options.unet, options.text_encoder, index)
-    watch = _Validation(model, options, folder, on_step, say)
-    watch.draw(0)
-    losses = fit(
-        model,
-        _examples(pipeline, rows, prior, options),
-        torch.utils.data.default_collate,
-        denoising_loss(model, options.seed, options.prior_weight, options.snr_gamma),
-        steps=options.steps,
-        batch_size=options.batch_size,
-        rates=_rates(model, options),
-        seed=options.seed,
-        on_step=watch,
-    )
-    watch.draw(options.steps)
-    _save(model, options, folder)
-    run = ConceptRun(folder, options, losses, model.trainable(), watch.sheets)
-    write_atomically(folder / RECORD, json.dumps(_record(run), indent=1) + "\n")
-    return run
-
-
-def _rows(pipeline: Any, options: ConceptOptions) -> list[dict[str, Any]]:
-    """Get latents, caption and weights of each picture."""
-    shots = read_shots(options.images, options.caption, side_of(pipeline), options.masks)
-    latents = to_latents(pipeline.vae, shots)
-    weights = to_weights(shots, latents.shape[-1])
-    captions = [options.worded(shot.caption) for shot in shots]
-    if options.token is not None and not any(options.token in caption for caption in captions):
-        raise OptionError(
-            f"caption: no caption holds the new word {options.token!r}; the first is {captions[0]!r}. Write {{token}}."
-        )
-    if options.token is None and any("{token}" in caption for caption in captions):
-        raise OptionError(
-            f"caption: {captions[0]!r} holds {{token}}, but no token is trained. Give one or other words."
-        )
-    return [{"latents": x, "caption": c, "weights": w} for x, c, w in zip(latents, captions, weights, strict=True)]
-
-
-def _new_word(pipeline: Any, options: ConceptOptions) -> int:
-    """Add the word, started from the known one, and get its id."""
-    known = pipeline.tokenizer(options.initial_word, add_special_tokens=False).input_ids
-    if len(known) != 1:
-        raise OptionError(
-            f"initial_word: {options.initial_word!r} is {len(known)} tokens, a new word starts from one. "
-            f"Choose a common single word."
-        )
-    start = pipeline.text_encoder.get_input_embeddings().weight[known[0]].detach().clone()
-    return add_token(pipeline, str(options.token), start)
-
-
-def _prior(pipeline: Any, options: ConceptOptions) -> list[dict[str, Any]]:
-    """Get pictures of the class by the untouched base, as latents."""
-    if not options.prior_prompts or options.prior_weight == 0:
-        return []
-    prompts = [options.prior_prompts[i % len(options.prior_prompts)] for i in range(options.prior_images)]
-    latents = sample(
-        pipeline,
-        prompts,
-        seed=options.seed,
-        steps=options.sampling_steps,
-        guidance=options.guidance,
-        output_type="latent",
-    )
-    return [{"latents": x.float().cpu(), "caption": c} for x, c in zip(latents, prompts, strict=True)]
-
-
-def _examples(
-    pipeline: Any, rows: list[dict[str, Any]], prior: list[dict[str, Any]], options: ConceptOptions
-) -> list[dict[str, Any]]:
-    """Get one example for each place in each batch: a picture of the concept and, with a prior, one of the class."""
-    chance = random.Random(options.seed)
-    tokens = {row["caption"]: _tokens(pipeline.tokenizer, row["caption"]) for row in [*rows, *prior]}
-    found = []
-    for i in range(options.steps * options.batch_size):
-        row = rows[i % len(rows)]
-        example = {"latents": row["latents"], "weights": row["weights"], "tokens": tokens[row["caption"]]}
-        if prior:
-            other = chance.choice(prior)
-            example |= {"prior_latents": other["latents"], "prior_tokens": tokens[other["caption"]]}
-        found.append(example)
-    return found
-
-
-def _tokens(tokenizer: Any, caption: str) -> torch.Tensor:
-    ids = tokenizer(caption, padding="max_length", return_tensors="pt").input_ids[0]
-    if len(ids) > tokenizer.model_max_length:
-        raise OptionError(
-            f"caption: {caption!r} is {len(ids)} tokens, the text encoder reads "
-            f"{tokenizer.model_max_length}. Shorten it."
-        )
-    return ids
-
-
-def _rates(model: ConceptModel, options: ConceptOptions) -> list[tuple[list[nn.Parameter], float]]:
-    groups = [(model.parameters_of("token"), options.token_rate)]
-    for part in ADAPTED:
-        config, asked = getattr(options, part), getattr(options, f"{part}_rate")
-        if config is not None:
-            groups.append((model.parameters_of(part), _rate(config, part) if asked is None else asked))
-    return groups
-
-
-def _rate(config: Any, part: str) -> float:
-    """Get the usual rate of a method; `OptionError` where none is known."""
-    method = str(getattr(config, "method", None) or getattr(config.peft_type, "value", config.peft_type))
-    rate = METHODS[method].learning_rate if method in METHODS else getattr(KNOWN.get(method), "usual", None)
-    if rate is None:
-        raise OptionError(f"{part}_rate: no rate is known for {method}. Give one.")
-    return float(rate)
-
-
-class _Validation:
-    """Draws the validation prompts at the steps that are due, and passes every step on."""
-
-    def __init__(
-        self,
-        model: ConceptModel,
-        options: ConceptOptions,
-        folder: Path,
-        on_step: OnStep | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.model, self.options, self.folder, self.on_step, self.say = model, options, folder, on_step, say
-        self.sheets: list[Path] = []
-
-    def __call__(self, step: int, steps: int, loss: float) -> None:
-        if self.on_step is not None:
-            self.on_step(step, steps, loss)
-        if step % self.options.validation_every == 0 and step < steps:
-            self.draw(step)
-
-    def draw(self, step: int) -> None:
-        prompts = [self.options.worded(prompt) for prompt in self.options.validation_prompts]
-        if not prompts:
-            return
-        with self.model.drawing() as pipeline:
-            images = sample(
-                pipeline,
-                prompts,
-                seed=self.options.seed,
-                steps=self.options.sampling_steps,
-                guidance=self.options.guidance,
-            )
-        content = io.BytesIO()
-        contact_sheet(images).save(content, "PNG")
-        (self.folder / "validation").mkdir(exist_ok=True)
-        path = self.folder / "validation" / f"step-{step}.png"
-        write_atomically(path, content.getvalue())
-        self.sheets.append(path)
-        self.say(f"step {step}: {path}")
-
-
-def _save(model: ConceptModel, options: ConceptOptions, folder: Path) -> None:
-    for part in ADAPTED:
-        if getattr(options, part) is not None:
-            with fresh_folder(folder / part) as partial:
-                # The word has a file of its own; the other embeddings are the base's.
-                getattr(model, part).save_pretrained(str(partial), save_embedding_layers=False)
-    if options.token is not None:
-        assert model.token is not None
-        save_token(folder, options.token, model.token.detach())
-
-
-def _record(run: ConceptRun) -> dict[str, Any]:
-    return {
-        "options": run.options.to_json(),
-        "losses": [loss if math.isfinite(loss) else str(loss) for loss in run.losses],
-        "trainable": run.trainable,
-        "validation": [str(path.relative_to(run.output)) for path in run.validation],
+    Config = ConceptConfig
+    title = "Text to image"
+    example = {
+        "model": "stable-diffusion",
+        "adapter": {"unet": {"method": "spectral_a", "r": 8, "target_modules": [*ATTENTION, *CONVOLUTIONS]}},
+        "training": {"steps": 500},
+        "data": {"train": "my-dog", "caption": "a photo of {token}"},
+        "word": {"token": "<my-dog>", "initial_word": "dog"},
+        "prior": {"prompts": ["a photo of a dog"]},
+        "drawings": {"prompts": ["{token} on a beach", "a dog on a beach"]},
     }
+    config: ConceptConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if join().num_processes > 1:
+            raise OptionError("recipe text_to_image: it trains on one process. Start it without a launcher.")
+
+    @cached_property
+    def splits(self) -> dict[str, list[Path]]:
+        from .data import picture_paths
+
+        data = self.config.data
+        folders = {"train": data.train, "validation": data.validation, "test": data.test}
+        return {split: picture_paths(Path(folder)) for split, folder in folders.items() if folder is not None}
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The pictures as what is learned; known once the model is built."""
+        raise OptionError("examples: the model must be built first.")
+
+    @property
+    def model(self) -> ConceptModel:
+        """The pipeline's trained parts."""
+        return self.examples.model
+
+    def build_model(self, weights: Path | None = None) -> nn.Module:
+        from .examples import Examples
+        from .model import ConceptModel
+        from .pipeline import add_known_word, load_concepts, open_pipeline
+
+        config = self.config
+        pipeline = open_pipeline(config.model, config.revision, getattr(torch, config.dtype))
+        if weights is not None:
+            load_concepts(pipeline, [weights])
+        elif config.word.token is not None:
+            add_known_word(pipeline, config.word.token, str(config.word.initial_word))
+        self.examples = Examples(config, ConceptModel(pipeline))
+        return self.model
+
+    def load(self, tuned: Path) -> nn.Module:
+        return self.build_model(tuned)
+
+    def attach(self, model: Any) -> tuple[nn.Module, list[tuple[list[nn.Parameter], float]]]:
+        for split in self.splits:  # what is wrong with pictures and captions is said before any work
+            self.examples.pictures(split)
+        config, word = self.config, self.config.word.token
+        set_seed(config.seed)  # LoRA's A is random
+        for part, options in config.parts.items():
+            options.setdefault("revision", config.revision)
+            model.attach(part, build_adapter_config(options))
+        if word is not None:
+            model.train_word(word)
+        first, *others = [model.parameters_of(part) for part in config.parts] or [[]]
+        groups = [(first, learning_rate(config)), (model.parameters_of("token"), head_learning_rate(config))]
+        return model, groups + [(parameters, self._text_rate()) for parameters in others]
+
+    def _text_rate(self) -> float:
+        """Get the rate of the text encoder's adapter beside one on the UNet."""
+        asked, options = self.config.training.text_encoder_learning_rate, self.config.parts["text_encoder"]
+        method = str(options.get("method") or str(options.get("peft_type", "")).upper())
+        return usual_rate(method, "training.text_encoder_learning_rate") if asked is None else asked
+
+    def parts(self, model: Any) -> dict[str, int]:
+        return dict(model.trainable())
+
+    def rows(self, split: str) -> Sequence[dict[str, Any]]:
+        return self.examples.to_train() if split == "train" else self.examples.held_out(split)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = torch.utils.data.default_collate(rows)
+        return found
+
+    @cached_property
+    def loss(self) -> Loss | None:
+        from .loss import denoising_loss
+
+        return denoising_loss(self.model, self.config.seed, self.config.prior.weight, self.config.training.snr_gamma)
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        from .loss import held_out_error
+
+        rows, size = self.rows(split), 2 * self.config.training.batch_size  # no gradients: more fits
+        batches = [self.collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
+        return {"loss": held_out_error(self.model, batches)}
+
+    def trainer(
+        self, model: nn.Module, plan: Plan, folder: Path, callbacks: Sequence[TrainerCallback] = (), **more: Any
+    ) -> Any:
+        self.examples.draw_prior()
+        # Epochs are counted out in the examples: each has another picture of the class beside it.
+        made = super().trainer(model, plan, folder, callbacks, **({"num_train_epochs": 1} | more))
+        made.can_return_loss = True  # else transformers looks for labels, and finds no validation loss
+        return made
+
+    def callbacks(self, model: Any, run: Path) -> list[TrainerCallback]:
+        from .drawings import DrawWhileTraining
+
+        prompts = [self.config.worded(prompt) for prompt in self.config.drawings.prompts]
+        return [DrawWhileTraining(model, self.config.drawings, prompts, self.config.seed, run)]
+
+    def drawings(self, run: Path) -> list[tuple[str, bytes]]:
+        from .drawings import sheets
+
+        prompts = "; ".join(self.config.worded(prompt) for prompt in self.config.drawings.prompts)
+        return [(f"step {step}: {prompts}", path.read_bytes()) for step, path in sheets(run)]
+
+    def show(self) -> Shown:
+        picture = self.splits["train"][0].name
+        pieces = self.examples.caption(0)
+        channels, height, width = self.examples.pictures("train")[0]["latents"].shape
+        shape = f"{channels} x {height} x {width} latents"
+        return Shown([(f"[{picture}: {shape}] ", False), *pieces], marks="is trained")
+
+    def remarks(self) -> list[str]:
+        asked, steps = self.config.prior, self.config.drawings.steps
+        if not asked.prompts or asked.weight == 0:
+            return []
+        return [f"before training the base draws {asked.images} pictures of the class, in {steps} steps each"]

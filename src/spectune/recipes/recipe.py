@@ -17,6 +17,7 @@ from ..checkpoint import load_auto
 from ..errors import DataError, OptionError, SpectuneError
 from ..training.config import RunConfig
 from ..training.loop import Loss, Plan, checked_arguments, loop_arguments, looped
+from ..tuner import load_attached
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Shown:
     pieces: list[tuple[str, bool]]
     answer: str = ""
     """What is to be learned, where it is not among the pieces (a label)."""
+    marks: str = "carries loss"
+    """What the pieces are marked for."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,28 @@ class Recipe:
 
     def head(self, model: nn.Module) -> list[str]:
         """Get the names of new modules that are trained in full and saved with the adapter."""
+        return []
+
+    def attach(self, model: nn.Module) -> tuple[nn.Module, list[tuple[list[nn.Parameter], float]]] | None:
+        """Get the model with what trains on it, and `Plan.rates`; None for the usual: one adapter and one head."""
+        return None
+
+    def load(self, tuned: Path) -> nn.Module:
+        """Get the tuned model of a finished run: its base with what the folder holds."""
+        if self.config.adapter_options is None:
+            return self.build_model(tuned)
+        return load_attached(self.build_model(), tuned)
+
+    def parts(self, model: nn.Module) -> dict[str, int]:
+        """Get part -> trained numbers, where the adapter has several parts; each is a folder or file of its name."""
+        return {}
+
+    def callbacks(self, model: nn.Module, run: Path) -> list[TrainerCallback]:
+        """Get what else happens while a run trains into its folder; a range test leaves it out."""
+        return []
+
+    def drawings(self, run: Path) -> list[tuple[str, bytes]]:
+        """Get (caption, PNG file) of each picture that a run has drawn into its folder."""
         return []
 
     def rows(self, split: str) -> Sequence[dict[str, Any]]:

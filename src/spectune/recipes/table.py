@@ -12,22 +12,21 @@ from ..training.config import RunConfig, validate
 from ..training.yaml_file import read_yaml
 from .recipe import Recipe
 
-# Name -> (module, class). Named and not imported, so that one recipe's libraries are no burden on another.
+# Name -> (module in spectune, class). Named and not imported, so that one recipe's libraries are no burden on another.
 RECIPES: dict[str, tuple[str, str]] = {
-    "text_classification": ("text_classification", "TextClassification"),
-    "causal_lm": ("causal_lm", "CausalLM"),
-    "image_classification": ("image_classification", "ImageClassification"),
+    "text_classification": ("recipes.text_classification", "TextClassification"),
+    "causal_lm": ("recipes.causal_lm", "CausalLM"),
+    "image_classification": ("recipes.image_classification", "ImageClassification"),
+    "text_to_image": ("concepts.text_to_image", "TextToImage"),
 }
 
 
 def recipe_class(name: str) -> type[Recipe]:
     """Get a recipe's class; `OptionError` with the near misses for a name that does not exist."""
-    if name == "text_to_image":
-        raise OptionError("recipe 'text_to_image' has no heads, labels or examples to show: `spectune train` runs it.")
     if name not in RECIPES:
         raise OptionError(f"recipe {name!r} does not exist. {nearest(str(name), list(RECIPES))}")
     module, kind = RECIPES[name]
-    found: type[Recipe] = getattr(import_module(f".{module}", __package__), kind)
+    found: type[Recipe] = getattr(import_module(f"..{module}", __package__), kind)
     return found
 
 

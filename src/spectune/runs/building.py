@@ -25,6 +25,9 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
         )
     set_seed(config.seed)  # a new head and LoRA's A are random
     model = recipe.build_model()
+    own = recipe.attach(model)
+    if own is not None:
+        return own[0], Plan(own[1], recipe.loss)
     heads = recipe.head(model)
     options = config.adapter_options
     if options is not None:
@@ -62,12 +65,12 @@ def _is_head(name: str, heads: list[str], adapted: bool) -> bool:
 
 def numbers(model: nn.Module, plan: Plan) -> dict[str, int]:
     """Get how many numbers train in the adapter (or model) and in the head, and how many the base has."""
-    body, head = (sum(p.numel() for p in group) for group, _ in plan.rates)
+    body, head, *others = (sum(p.numel() for p in group) for group, _ in plan.rates)
     adapters = {id(p) for _, _, module in spectral_modules(model) for p in module.parameters()}
-    copies = ("lora_", ".modules_to_save.")  # what PEFT adds to the model
+    copies = ("lora_", ".modules_to_save.", "new_word")  # what PEFT adds to the model, and a row of its embedding
     total = sum(
         p.numel()
         for name, p in model.named_parameters()
         if id(p) not in adapters and not (p.requires_grad and any(word in name for word in copies))
     )
-    return {"trainable": body, "head": head, "total": total}
+    return {"trainable": body + sum(others), "head": head, "total": total}

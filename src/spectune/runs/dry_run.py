@@ -63,7 +63,7 @@ def dry_run(config: RunConfig) -> DryRun:
         recipe.validation_split()
     model, plan = build(recipe)
     layers = [
-        (name.removeprefix(PEFT_PREFIX), list(layer.base_layer.weight.shape))
+        (name.replace(PEFT_PREFIX, "", 1), list(layer.base_layer.weight.shape))
         for name, layer in model.named_modules()
         if isinstance(getattr(layer, "base_layer", None), nn.Module) and hasattr(layer.base_layer, "weight")
     ]

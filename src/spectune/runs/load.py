@@ -13,7 +13,6 @@ from ..errors import AdapterError
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.loop import quiet_libraries
-from ..tuner import load_attached
 from .folder import Run
 
 
@@ -28,11 +27,7 @@ def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe,
     if not tuned.is_dir():
         raise AdapterError(f"{folder}: the run is not finished: there is no {tuned.name}/. Continue it with --resume.")
     set_seed(config.seed)
-    if config.adapter_options is None:
-        model = recipe.build_model(tuned)
-    else:
-        model = load_attached(recipe.build_model(), tuned)
-    return recipe, _ready(model)
+    return recipe, _ready(recipe.load(tuned))
 
 
 def load_base(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, nn.Module]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..recipes.recipe import Recipe
 from ..training.rates import method_of
+from .folder import Run
 from .result import Example, RunResult, Size
 from .spectra import layer_spectra
 from .updates import layer_updates
@@ -30,6 +32,7 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
             "looked_at": True,
             "sizes": [
                 Size(name=name, trainable=result.trainable, file_bytes=result.file_bytes),
+                *_parts(recipe, model, Run(Path(result.folder)).tuned(config)),
                 Size(name="the whole model", trainable=result.total),
             ],
             "spectra": layer_spectra(model) if spectral else [],
@@ -37,3 +40,13 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
             "examples": [Example(text=a.text, expected=a.expected, predicted=a.predicted) for a in answers],
         }
     )
+
+
+def _parts(recipe: Recipe, model: Any, tuned: Path) -> list[Size]:
+    """Get the size of each part of an adapter that has several."""
+    found = []
+    for name, trainable in recipe.parts(model).items():
+        files = [*(tuned / name).glob("*.safetensors"), *tuned.glob(f"{name}.safetensors")]
+        size = sum(path.stat().st_size for path in files) if files else None
+        found.append(Size(name=name, trainable=trainable, file_bytes=size))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,6 +90,11 @@ class Drawing(Record):
     caption: Text
     png: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")]
     """The PNG file in base64, as the page embeds it."""
+
+    @classmethod
+    def of(cls, caption: str, png: bytes) -> Drawing:
+        """Get the record of a PNG file."""
+        return cls(caption=caption, png=base64.b64encode(png).decode("ascii"))
 
 
 class RunResult(Record):

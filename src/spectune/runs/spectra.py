@@ -44,11 +44,11 @@ def _spread(paths: list[str], count: int) -> list[str]:
 
 
 def _named(paths: list[str], names: Sequence[str]) -> list[str]:
-    known = {path.removeprefix(PEFT_PREFIX): path for path in paths}
+    known = {path.replace(PEFT_PREFIX, "", 1): path for path in paths}
     for name in names:
-        if name.removeprefix(PEFT_PREFIX) not in known:
+        if name.replace(PEFT_PREFIX, "", 1) not in known:
             raise OptionError(f"layer_spectra: no adapted layer is called {name!r}. {nearest(name, list(known))}")
-    return [known[name.removeprefix(PEFT_PREFIX)] for name in names]
+    return [known[name.replace(PEFT_PREFIX, "", 1)] for name in names]
 
 
 @torch.no_grad()
@@ -59,4 +59,4 @@ def _layer_spectrum(model: nn.Module, path: str, modules: list[SpectralModule]) 
     for module in modules:
         tuned_OI += dense(module.delta()).to(W_OI)
     before, after = (torch.linalg.svdvals(matrix).tolist() for matrix in (W_OI, tuned_OI))
-    return LayerSpectrum(name=path.removeprefix(PEFT_PREFIX), before=before, after=after)
+    return LayerSpectrum(name=path.replace(PEFT_PREFIX, "", 1), before=before, after=after)

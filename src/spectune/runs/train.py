@@ -24,7 +24,7 @@ from .building import build, numbers
 from .folder import Run, opened_folder, refuse_other_run
 from .look import look
 from .provenance import machine, versions
-from .result import RunResult
+from .result import Drawing, RunResult
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def _train(config: RunConfig, found: Run, on_step: OnStep | None) -> Trained:
     watch.losses = [float(entry["loss"]) for entry in told if "loss" in entry]
     watch.validation = [(entry["step"], float(entry["eval_loss"])) for entry in told if "eval_loss" in entry]
     with stop_on_signal() as request:
-        trainer = recipe.trainer(model, plan, found.checkpoints, [watch, StopWhenAsked(request)])
+        callbacks = [watch, StopWhenAsked(request), *recipe.callbacks(model, found.folder)]
+        trainer = recipe.trainer(model, plan, found.checkpoints, callbacks)
         _fit(trainer, last)
     if request.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(found.checkpoints, trainer.state.global_step)
@@ -109,7 +110,8 @@ def _train(config: RunConfig, found: Run, on_step: OnStep | None) -> Trained:
         peak_bytes=peak,
         device=device,
         file_bytes=size,
-        versions=versions("accelerate", "datasets", "trl", "timm"),
+        drawings=[Drawing.of(caption, png) for caption, png in recipe.drawings(found.folder)],
+        versions=versions("accelerate", "datasets", "trl", "timm", "diffusers"),
         machine=machine(device=device),
         folder=str(found.folder.resolve()),
     )
@@ -157,7 +159,7 @@ def _save(recipe: Recipe, trainer: Any, found: Run) -> int:
             if recipe.processing is not None:
                 recipe.processing.save_pretrained(str(partial))
     trainer.accelerator.wait_for_everyone()
-    return sum(path.stat().st_size for path in goal.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in goal.rglob("*.safetensors"))
 
 
 def _memory() -> tuple[int | None, str]:

@@ -31,7 +31,7 @@ def layer_updates(model: nn.Module) -> list[LayerMove]:
     model.eval()  # dropout is no part of an update
     try:
         return [
-            LayerMove(name=name.removeprefix(PEFT_PREFIX), moved=norms[0], norm=norms[1])
+            LayerMove(name=name.replace(PEFT_PREFIX, "", 1), moved=norms[0], norm=norms[1])
             for name, norms in _norms(model)
         ]
     finally:

@@ -40,6 +40,18 @@ class Interrupted(KeyboardInterrupt):
         return f"stopped at step {self.step}, which is saved in {self.folder}. Continue with --resume."
 
 
+class OwnCheckpoints:
+    """A model that says itself what a checkpoint of it holds, as one of several parts; the loop asks it."""
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write what is trained, and whatever else decides the steps to come."""
+        raise NotImplementedError
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Put back what `save_checkpoint` wrote."""
+        raise NotImplementedError
+
+
 @dataclass
 class StopRequest:
     """Whether somebody asked the run to stop."""

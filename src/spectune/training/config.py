@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -102,6 +102,9 @@ class Training(Section):
 
 class RunConfig(Section):
     """What every recipe is told; a recipe adds its `data` and `evaluation`."""
+
+    usual_head_rate: ClassVar[float | None] = None
+    """The default of `training.head_learning_rate`, where the recipe has its own."""
 
     recipe: str
     model: PathOrName = Field(description="Pretrained model: a folder or a name on the hub.")

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from ..adapter import SpectralModule, bases_as_parameters, spectral_modules
 from ..errors import OptionError
 from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
-from .checkpoints import PARTIAL, save_whole, write_examples_a_step
+from .checkpoints import PARTIAL, OwnCheckpoints, save_whole, write_examples_a_step
 from .config import RunConfig
 
 OnStep = Callable[[int, int, float], None]
@@ -38,7 +38,7 @@ class Plan:
     """What the loop is told beyond transformers' own arguments."""
 
     rates: Sequence[tuple[Sequence[nn.Parameter], float]]
-    """Parameters and their peak learning rate; nothing else is trained."""
+    """Parameters and their peak learning rate: the adapter (or model), the head, other adapters; the rest is frozen."""
     loss: Loss | None = None
     """In place of the loss that the model returns."""
     ramp: float | None = None
@@ -150,9 +150,18 @@ class Loop:
             load_budget(me.model, Path(resume_from_checkpoint))
             return
         with same_bases(me.model):
+            if isinstance(me.model, OwnCheckpoints):
+                me.model.load_checkpoint(Path(resume_from_checkpoint))
+                return
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        me: Any = self
+        if isinstance(me.model, OwnCheckpoints):
+            folder = Path(output_dir or me.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            me.model.save_checkpoint(folder)
+            return
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         # A pickle of the arguments, which stand in run.yaml; nothing here reads pickles.
         Path(output_dir or "", "training_args.bin").unlink(missing_ok=True)

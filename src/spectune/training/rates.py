@@ -56,7 +56,7 @@ def method_of(config: RunConfig) -> str:
     """Get the word for how a run tunes: one of METHODS, one of PEFT's types, none or head."""
     if isinstance(config.adapter, str):
         return config.adapter
-    options = config.adapter
+    options = config.adapter_options or {}
     return str(options.get("method") or str(options.get("peft_type", "")).upper())
 
 
@@ -67,14 +67,16 @@ def learning_rate(config: RunConfig) -> float:
     asked = config.training.learning_rate
     if asked is not None:
         return asked
-    method = method_of(config)
+    return usual_rate(method_of(config), "training.learning_rate")
+
+
+def usual_rate(method: str, where: str) -> float:
+    """Get the default rate of a method; `OptionError`, which begins with `where`, for one without."""
     if method in METHODS:
         return METHODS[method].learning_rate
     usual = KNOWN[method].usual if method in KNOWN else None
     if usual is None:
-        raise OptionError(
-            f"training.learning_rate: no rate is known for {method}. Give one; `spectune lr` proposes a value."
-        )
+        raise OptionError(f"{where}: no rate is known for {method}. Give one; `spectune lr` proposes a value.")
     return usual
 
 
@@ -83,7 +85,7 @@ def head_learning_rate(config: RunConfig) -> float:
     asked = config.training.head_learning_rate
     if asked is not None:
         return asked
-    return learning_rate(config) if config.adapter == NO_ADAPTER else HEAD_RATE
+    return learning_rate(config) if config.adapter == NO_ADAPTER else config.usual_head_rate or HEAD_RATE
 
 
 def advice(method: str, rate: float) -> str | None:

@@ -1,0 +1,51 @@
+"""`DrawWhileTraining`: the run's prompts drawn before, during and after training, into files in the run's folder."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..checkpoint import write_atomically
+from .config import Drawings
+from .model import ConceptModel
+from .pipeline import contact_sheet, sample
+
+FOLDER = "validation"
+
+
+class DrawWhileTraining(TrainerCallback):
+    """Draws at the steps that are due; what a stopped run drew stays when it goes on."""
+
+    def __init__(self, model: ConceptModel, asked: Drawings, prompts: Sequence[str], seed: int, run: Path) -> None:
+        self.model, self.asked, self.prompts, self.seed, self.run = model, asked, list(prompts), seed, run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.draw(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.asked.every == 0 or state.global_step == state.max_steps:
+            self.draw(state.global_step)
+
+    def draw(self, step: int) -> None:
+        """Write the pictures of a step as one sheet."""
+        if not self.prompts:
+            return
+        with self.model.drawing() as pipeline:
+            images = sample(
+                pipeline, self.prompts, seed=self.seed, steps=self.asked.steps, guidance=self.asked.guidance
+            )
+        content = io.BytesIO()
+        contact_sheet(images).save(content, "PNG")
+        (self.run / FOLDER).mkdir(exist_ok=True)
+        write_atomically(self.run / FOLDER / f"step-{step}.png", content.getvalue())
+
+
+def sheets(run: Path) -> list[tuple[int, Path]]:
+    """Get (step, file) of what a run has drawn, in the order of the steps."""
+    found = (run / FOLDER).glob("step-*.png")
+    return sorted((int(path.stem.removeprefix("step-")), path) for path in found)
