@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def other_values(annotation: Any, default: Any, help_text: str = "", names: Sequence[str] = ()) -> Iterator[Any]:
+def other_values(annotation: Any, default: Any, help_text: str = "", names: Sequence[str] = ("x",)) -> Iterator[Any]:
     """Get values that YAML can hold and that are not the default, the likeliest first; none for an unknown annotation.
 
     `names` are modules that exist, for options that take such. Not every value need be allowed.
@@ -24,10 +24,9 @@ def other_values(annotation: Any, default: Any, help_text: str = "", names: Sequ
     elif origin is Literal:
         yield from (word for word in parts if word != default)
     elif origin in (list, set):
-        words = [names[0]] if parts[0] is str and names else list(other_values(parts[0], None, help_text))[:1]
-        yield from ([word] for word in words if word != default)
+        yield from ([word] for word in (names if parts[0] is str else list(other_values(parts[0], None, help_text))))
     elif origin is dict or annotation is dict:
-        yield {names[0] if names else "x": 3}
+        yield {names[0]: 3}
     elif dataclasses.is_dataclass(annotation):
         yield from _dataclass_with_one_other(annotation)
     elif isinstance(annotation, type):
@@ -42,7 +41,8 @@ def _plain_values(kind: type, default: Any, help_text: str) -> Iterator[Any]:
     elif kind is bool:
         yield not default
     elif kind is int:
-        yield (default if isinstance(default, int) else 2) + 1
+        # The next one, and small ones: large numbers may be cut to what is there.
+        yield from (value for value in ([default + 1] if isinstance(default, int) else []) + [1, 3] if value != default)
     elif kind is float:
         yield from (value for value in (0.25, 0.5, 2.0) if value != default)
     elif kind is str:
