@@ -128,7 +128,7 @@ def prompt_tokenizer(folder: Path) -> Any:
 
 def concept(adapters: dict[str, Any], folder: Path) -> list[str]:
     from examples.glyphs.base import fresh_pipeline
-    from tests.recipes.every_field import picture
+    from tests.recipes.tiny import picture
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

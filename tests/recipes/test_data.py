@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spectune.errors import DataError
-from spectune.recipes.data import column, limited, load_splits, read_rows
+from spectune.recipes.data import column, held_out, limited, load_splits, read_rows
 from spectune.training.config import DataSection
 
 ROWS = [{"text": f'a "word", {i}\nand more', "label": str(i % 3)} for i in range(20)]
@@ -130,3 +130,9 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         load_splits(DataSection(train=str(tmp_path / "empty.json")), 0)
     with pytest.raises(DataError, match=r"data.limit.test: asked for 3 examples of a split that is not given"):
         limited({"train": ROWS}, DataSection(limit={"test": 3}), 0)
+
+
+def test_a_share_is_not_held_out_beside_examples_that_came_with_the_data() -> None:
+    data = DataSection(train="a", validation_share=0.5)
+    with pytest.raises(DataError, match=r"data\.validation_share: the data bring validation examples of their own"):
+        held_out({"train": [1, 2], "validation": [3]}, data, seed=0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from sklearn import metrics as oracle
 
 from spectune.errors import DataError, OptionError
@@ -167,3 +168,18 @@ def test_the_validation_loss_is_looked_at_when_asked(tmp_path: Path) -> None:
     run(parse_config(tiny.text_run(tmp_path, training={"validate_every": 3})), tmp_path / "run")
     history = saved.history(saved.checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
+
+
+def test_dropout_reaches_layers_that_read_it_in_the_config(tmp_path: Path) -> None:
+    config = tf.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, pad_token_id=0,
+        attention_dropout=0.5, num_labels=2,
+    )  # fmt: skip
+    folder = tiny.save(tf.LlamaForSequenceClassification(config), tmp_path / "m")
+    adapter = {"method": "spectral_a", "r": 2, "target_modules": ["q_proj"]}
+    recipe = recipe_class("text_classification")(
+        parse_config(tiny.text_run(tmp_path, model=folder, adapter=adapter, dropout=0.0))
+    )
+    model = recipe.build_model().train()
+    batch = recipe.collate([recipe.rows("train")[i] for i in range(3)])
+    assert torch.equal(model(**batch).logits, model(**batch).logits)

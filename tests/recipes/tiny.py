@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as tf
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.models import vit_targets
@@ -110,6 +111,12 @@ def squares(path: Path, count: int = 24) -> str:
     pixels = (noise + 180 * labels[:, None, None, None]).astype(np.uint8)
     np.savez(path, x_train=pixels, y_train=labels, x_test=pixels[:8], y_test=labels[:8])
     return str(path)
+
+
+def picture(i: int) -> Any:
+    """A dark or a bright picture of 8 x 8 pixels."""
+    noise = np.random.default_rng(i).integers(0, 120, (8, 8, 3)) + 120 * (i % 2)
+    return Image.fromarray(noise.astype(np.uint8))
 
 
 def text_run(folder: Path, **more: Any) -> dict[str, Any]:

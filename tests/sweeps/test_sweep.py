@@ -45,6 +45,7 @@ def plain_sweep(**more: Any) -> dict[str, Any]:
         ({"seeds": [1, 1]}, "a seed stands twice"),
         ({"methods": {"a": GRID | {"learning_rates": [1e-3, 0.001]}}}, "a rate stands twice"),
         ({"forgetting": {"split": "test"}}, "forgetting: give file or hub, one of them"),
+        ({"forgetting": {"file": "a.txt", "hub_config": "b"}}, "forgetting: hub_config needs hub"),
         ({"methodes": {}}, "methodes: unknown key. Did you mean 'methods'?"),
         ({"methods": {"../a": GRID}}, "'../a' names a folder"),
         ({"tasks": {"t": {"training": {"learning_rate": 1e-3}}}}, "t, a: training.learning_rate is given by methods"),

@@ -39,7 +39,12 @@ def build_adapter_config(options: Mapping[str, Any]) -> PeftConfig:
     if "base_model_name_or_path" in given:
         raise OptionError("adapter: base_model_name_or_path is filled in from the model itself. Leave it out.")
     if "method" in given:
-        return SpectralConfig(**given)
+        try:
+            return SpectralConfig(**given)
+        except SpectuneError:
+            raise
+        except ValueError as error:  # what PEFT checks in every config, such as the task type
+            raise OptionError(f"adapter: {error}") from error
     asked = str(given.pop("peft_type")).upper()
     known = {str(getattr(kind, "value", kind)): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if asked not in known:
@@ -73,7 +78,18 @@ def _foreign(kind: type[PeftConfig], name: str, given: dict[str, Any]) -> PeftCo
         warnings.warn_explicit(
             warning.message, warning.category, warning.filename, warning.lineno, module=kind.__module__
         )
+    _refuse_overwritten(config, name, given)
     return config
+
+
+def _refuse_overwritten(config: PeftConfig, name: str, given: dict[str, Any]) -> None:
+    """Raise `OptionError` for an option in whose place PEFT has put another number, or nothing (CPT does)."""
+    for option, value in given.items():
+        found = getattr(config, option)
+        if value is not None and found != value and isinstance(found, (int, float, type(None))):
+            raise OptionError(
+                f"adapter: asked for {option}={value!r}, but {name} always sets it to {found!r}. Leave it out."
+            )
 
 
 def _nested(kind: type[PeftConfig], given: dict[str, Any]) -> dict[str, Any]:
