@@ -23,15 +23,15 @@ from accelerate.utils import DistributedType
 
 from spectune.cli import main
 from spectune.errors import OutputError
-from spectune.training import Interrupted
 from spectune.recipes import parse_config
 from spectune.runs import run, train_run
+from spectune.training import Interrupted
 from spectune.training.yaml_file import write_yaml
 
 from ..abilities import FSDP2_ON_A_CPU, RESUMES_ON_SEVERAL_CPUS
 from ..models import vit_targets
-from ..tuner.test_sharding import bytes_here
 from ..recipes import tiny
+from ..tuner.test_sharding import bytes_here
 
 EXAMPLES = 8  # of one optimizer step, over all processes
 STEPS = 5

@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 
 from spectune.checkpoint import hold_folder
 from spectune.errors import OutputError
-from spectune.training import Interrupted
-from spectune.runs import RunResult, run
 from spectune.recipes import parse_config
+from spectune.runs import RunResult, run
+from spectune.training import Interrupted
 from spectune.training.checkpoints import checkpoints
 from spectune.training.loop import checked_arguments
 

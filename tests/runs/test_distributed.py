@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from spectune.errors import OptionError, OutputError
 from spectune.adapter import Dynamics
-from spectune.runs import RunResult, run
-from spectune.training.checkpoints import checkpoints, history
-from spectune.runs.building import build
+from spectune.errors import OptionError, OutputError
 from spectune.recipes.table import recipe_class
+from spectune.runs import RunResult, run
+from spectune.runs.building import build
+from spectune.training.checkpoints import checkpoints, history
 from spectune.training.loop import refuse_deepspeed_options, refuse_fsdp_options
 
 from ..abilities import RESUMES_ON_SEVERAL_CPUS, needs_fsdp2_on_a_cpu

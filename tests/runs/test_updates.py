@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 
-from spectune.runs import LayerMove, layer_updates
 from spectune.pages.charts import update_chart
+from spectune.runs import LayerMove, layer_updates
 
 from ..models import MODELS
 from ..tuner.conftest import adapted
@@ -45,7 +45,9 @@ def test_the_norms_are_those_of_the_merged_weight(method: str) -> None:
 
 
 def test_each_layer_has_a_bar_as_high_as_its_share() -> None:
-    chart = update_chart([LayerMove(name=n, moved=m, norm=w) for n, m, w in (("a<b", 1.0, 10.0), ("b", 2.0, 10.0), ("zero", 0.0, 0.0))])
+    chart = update_chart(
+        [LayerMove(name=n, moved=m, norm=w) for n, m, w in (("a<b", 1.0, 10.0), ("b", 2.0, 10.0), ("zero", 0.0, 0.0))]
+    )
     heights = [float(part.split('"')[0]) for part in chart.split(' height="')[1:]]
     assert len(heights) == 3 and heights[1] == pytest.approx(2 * heights[0], rel=0.01) and heights[2] == 0.5
     assert "a&lt;b: 10.00%" in chart and "zero: 0.00%" in chart

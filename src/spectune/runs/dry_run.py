@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..checkpoint import PEFT_PREFIX
-from ..training.rates import said
 from ..recipes.recipe import Recipe, Shown
-from ..training.config import RunConfig
-from .building import build, numbers
 from ..recipes.table import recipe_class
+from ..training.config import RunConfig
 from ..training.loop import quiet_libraries
+from ..training.rates import said
+from .building import build, numbers
 
 # Among so many examples the longest is looked for, to measure the activations with. Chosen.
 LOOKED_AT = 64

@@ -11,12 +11,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..errors import OptionError
-from ..training.rates import learning_rate, method_of
 from ..recipes.recipe import Recipe
-from ..training.config import RunConfig
-from .building import build
 from ..recipes.table import recipe_class
+from ..training.config import RunConfig
 from ..training.loop import OnStep, Plan, Watch, quiet_libraries
+from ..training.rates import learning_rate, method_of
+from .building import build
 
 STEPS = 100
 # How far around the run's rate the ramp reaches, to each side. Chosen: two powers of ten.

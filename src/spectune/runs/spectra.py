@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..adapter import SpectralModule, spectral_modules
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
-from ..adapter import SpectralModule, spectral_modules
 from .result import LayerSpectrum
 
 # What PEFT puts before the path of every module of the base model.

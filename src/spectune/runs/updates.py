@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter import spectral_modules
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX
-from ..adapter import spectral_modules
 from .result import LayerMove
 
 # Rows of the identity that a foreign layer is asked at a time: bounds the memory. Chosen.
@@ -30,7 +30,10 @@ def layer_updates(model: nn.Module) -> list[LayerMove]:
     training = model.training
     model.eval()  # dropout is no part of an update
     try:
-        return [LayerMove(name=name.removeprefix(PEFT_PREFIX), moved=norms[0], norm=norms[1]) for name, norms in _norms(model)]
+        return [
+            LayerMove(name=name.removeprefix(PEFT_PREFIX), moved=norms[0], norm=norms[1])
+            for name, norms in _norms(model)
+        ]
     finally:
         model.train(training)
 

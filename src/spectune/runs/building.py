@@ -1,0 +1,73 @@
+"""The model that a run trains: the base, its new head, its adapter, and what trains at which rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from ..adapter import spectral_modules
+from ..errors import OptionError
+from ..recipes.recipe import Recipe
+from ..training.config import HEAD, RunConfig
+from ..training.loop import Plan
+from ..training.rates import head_learning_rate, learning_rate
+from ..tuner import attach, build_adapter_config
+
+
+def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
+    """Get the model that a run trains, its adapter attached, with what trains at which rate."""
+    config = recipe.config
+    if config.training.precision == "float16" and not torch.accelerator.is_available():
+        raise OptionError(
+            "training.precision=float16: asked for an accelerator's autocast, found a CPU, which would compute in "
+            "float32. Use bfloat16 or float32."
+        )
+    set_seed(config.seed)  # a new head and LoRA's A are random
+    model = recipe.build_model()
+    heads = recipe.head(model)
+    options = config.adapter_options
+    if options is not None:
+        options.setdefault("task_type", recipe.task_type)
+        options.setdefault("revision", config.revision)  # who loads the adapter needs the very same base
+        if heads:
+            options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
+        model = attach(model, build_adapter_config(options))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in named if _is_head(name, heads, options is not None)]
+    if config.adapter == HEAD:
+        named = _only(model, head, config)
+    known = {id(p) for p in head}
+    body = [p for _, p in named if id(p) not in known]
+    if not body and config.adapter != HEAD:
+        raise OptionError(f"adapter: {config.adapter} leaves nothing to train. Name other target_modules.")
+    if not head and config.training.head_learning_rate is not None:
+        raise OptionError("training.head_learning_rate: this run has no new head. Leave it out.")
+    return model, Plan([(body, learning_rate(config)), (head, head_learning_rate(config))], recipe.loss)
+
+
+def _only(model: nn.Module, head: list[nn.Parameter], config: RunConfig) -> list[tuple[str, nn.Parameter]]:
+    """Freeze everything but the head, and get what is left to train."""
+    if not head:
+        raise OptionError(f"adapter: head: {config.recipe} gives this model no new head to train. Choose an adapter.")
+    kept = {id(p) for p in head}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in kept)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _is_head(name: str, heads: list[str], adapted: bool) -> bool:
+    return ".modules_to_save." in name if adapted else any(name.startswith(f"{head}.") for head in heads)
+
+
+def numbers(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """Get how many numbers train in the adapter (or model) and in the head, and how many the base has."""
+    body, head = (sum(p.numel() for p in group) for group, _ in plan.rates)
+    adapters = {id(p) for _, _, module in spectral_modules(model) for p in module.parameters()}
+    copies = ("lora_", ".modules_to_save.")  # what PEFT adds to the model
+    total = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if id(p) not in adapters and not (p.requires_grad and any(word in name for word in copies))
+    )
+    return {"trainable": body, "head": head, "total": total}

@@ -1,0 +1,154 @@
+"""`Run`: the folder of a run, and who may train into it.
+
+run.yaml      the configuration, defaults included      checkpoints/  whole ones only, for --resume
+adapter/      the adapter, with tokenizer and template  result.json   `RunResult`: written last
+model/        instead of adapter/, without an adapter    .lock         empty; held while a process trains here
+report.html   the page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import hold_folder, write_atomically
+from ..errors import AdapterError, OptionError, OutputError
+from ..recipes.table import load_config
+from ..training.checkpoints import checkpoints, clear_partial, examples_a_step
+from ..training.config import RunConfig
+from ..training.processes import join
+from ..training.yaml_file import write_yaml
+from .result import RESULT_FILE, RunResult
+
+CONFIG_FILE = "run.yaml"
+ADAPTER, MODEL, CHECKPOINTS, PAGE = "adapter", "model", "checkpoints", "report.html"
+# Processes that read data ask every five seconds whether the run that began them still lives (torch's
+# MP_STATUS_CHECK_INTERVAL), and hold its lock until then.
+WORKERS_LINGER = 10.0
+# What may differ when a run goes on: it does not change the weights.
+HARMLESS = ("save_every", "keep_checkpoints", "report_to", "validate_every", "workers")
+# What may differ as long as their product with the number of processes stays: a run moves to other machines so.
+STEP_PARTS = ("batch_size", "gradient_accumulation")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and where its parts are."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Get a run that exists; `AdapterError` for a folder that is not one's."""
+        run = cls(Path(folder))
+        if not (run.folder / CONFIG_FILE).is_file():
+            raise AdapterError(
+                f"{folder}: there is no {CONFIG_FILE} here, so it is not the folder of a run. Check the path."
+            )
+        return run
+
+    def config(self, overrides: Iterable[str] = ()) -> RunConfig:
+        """Get what the run was told; `overrides` may change what is evaluated (`evaluation.x=…`), nothing else."""
+        for override in overrides:
+            if not override.startswith("evaluation."):
+                raise OptionError(f"{override!r}: only evaluation.key=value can be changed in a finished run.")
+        return load_config(self.folder / CONFIG_FILE, overrides)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its result is written."""
+        return (self.folder / RESULT_FILE).is_file()
+
+    @property
+    def result(self) -> RunResult:
+        """Get what it found out; `DataError` for a run that is not finished."""
+        return RunResult.read(self.folder)
+
+    def write(self, result: RunResult) -> None:
+        """Write what the run found out, whole or not at all."""
+        result.write(self.folder / RESULT_FILE)
+
+    @property
+    def page(self) -> Path:
+        """Where its page is written."""
+        return self.folder / PAGE
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.folder / CHECKPOINTS
+
+    def tuned(self, config: RunConfig) -> Path:
+        """Get where the adapter, or without one the whole model, is saved."""
+        return self.folder / (MODEL if config.adapter_options is None else ADAPTER)
+
+    def last_checkpoint(self) -> Path | None:
+        """Get the newest whole checkpoint."""
+        return next(iter(reversed(checkpoints(self.checkpoints))), None)
+
+
+@contextmanager
+def opened_folder(config: RunConfig, run: Run, resume: bool) -> Iterator[None]:
+    """Be the only process that trains into the folder, which is new, or holds this very run."""
+    folder = run.folder
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: this is a file, and the output needs a folder. Choose another one.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+    with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
+        _begin_or_continue(config, run, resume)
+        yield
+
+
+def _begin_or_continue(config: RunConfig, run: Run, resume: bool) -> None:
+    """Write run.yaml into a new folder, or see that the folder's run is this one; clear what a killed process left."""
+    folder = run.folder
+    if (folder / CONFIG_FILE).is_file():
+        if not resume:
+            state = "a finished run" if run.is_finished else "an unfinished run"
+            raise OutputError(f"{folder}: there is {state} in it. Continue it with --resume, or choose another folder.")
+        refuse_other_run(config, run)
+    elif any(not path.name.startswith((".lock", f".{CONFIG_FILE}.partial-")) for path in folder.iterdir()):
+        raise OutputError(f"{folder}: there are other files in it. Choose a new or an empty folder.")
+    else:
+        write_atomically(folder / CONFIG_FILE, write_yaml(config.plain()))
+    for left in [*folder.glob(f".{CONFIG_FILE}.partial-*"), *folder.glob(f".{RESULT_FILE}.partial-*")]:
+        left.unlink(missing_ok=True)
+    clear_partial(run.checkpoints)
+
+
+def refuse_other_run(config: RunConfig, run: Run) -> None:
+    """Raise `OutputError` unless the folder's run is of this configuration, as far as it decides the weights."""
+    before, now, folder = run.config().plain(), config.plain(), run.folder
+    last = run.last_checkpoint()
+    examples = None if last is None else examples_a_step(last)
+    for values in (before, now):
+        for name in (*HARMLESS, *(() if examples is None else STEP_PARTS)):
+            values["training"].pop(name)
+    different = sorted(differences(before, now))
+    if different:
+        raise OutputError(
+            f"{folder}: the run in it has another configuration: {', '.join(different[:3])}. "
+            f"Give the same configuration, or choose another folder."
+        )
+    asked, processes = config.training, join().num_processes
+    found = asked.batch_size * asked.gradient_accumulation * processes
+    if examples is not None and examples != found:
+        raise OutputError(
+            f"{folder}: {asked.batch_size} x {asked.gradient_accumulation} examples on each of {processes} processes "
+            f"are {found} a step, and the run in it has {examples} a step. Give a "
+            f"training.batch_size and gradient_accumulation that make {examples}, or choose another folder."
+        )
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Get a line for each key whose value in two configurations differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))]
+    return [] if before == now else [f"{name} was {before!r}, is {now!r}"]
