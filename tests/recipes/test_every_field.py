@@ -7,6 +7,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         fake.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
         wrapper = type(sys)("lm_eval.models.huggingface")
         wrapper.HFLM = lambda **options: options  # type: ignore[attr-defined]
-        for name, module in (("lm_eval", fake), ("lm_eval.models", fake), ("lm_eval.models.huggingface", wrapper)):
+        tasks = type(sys)("lm_eval.tasks")
+        tasks.TaskManager = lambda: SimpleNamespace(all_tasks=["arc", "gsm8k"])  # type: ignore[attr-defined]
+        modules = {
+            "lm_eval": fake,
+            "lm_eval.models": fake,
+            "lm_eval.models.huggingface": wrapper,
+            "lm_eval.tasks": tasks,
+        }
+        for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
         yield found
 

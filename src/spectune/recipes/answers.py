@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import MissingExtraError, OptionError
+from ..errors import MissingExtraError, OptionError, nearest
 
 # openai/grade-school-math, dataset.py: the number after "#### ", its commas taken out; the texts must be equal. A
 # full stop right after the number belongs to it there, so "#### 42." is wrong; kept, so that figures compare.
@@ -82,6 +83,22 @@ def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
     return list(found["input_ids"])
 
 
+def harness_ready(tasks: Sequence[str]) -> None:
+    """See that lm-eval is there and knows every task, before anything is trained."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise _no_harness(error) from None
+    known = TaskManager().all_tasks
+    for name in tasks:
+        if name not in known and not Path(name).exists():  # a task may also be a YAML file
+            raise OptionError(f"evaluation.lm_eval: task {name!r} does not exist. {nearest(name, known)}")
+
+
+def _no_harness(error: ImportError) -> MissingExtraError:
+    return MissingExtraError(f"evaluation.lm_eval: lm-eval cannot be imported ({error}). pip install 'spectune[llm]'")
+
+
 def harness_scores(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, few_shot: int | None, limit: int | None, batch_size: int,
     chat: bool, seed: int,
@@ -91,9 +108,7 @@ def harness_scores(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise MissingExtraError(
-            f"evaluation.lm_eval: lm-eval cannot be imported ({error}). pip install 'spectune[llm]'"
-        ) from None
+        raise _no_harness(error) from None
     model.eval()
     try:
         found = simple_evaluate(

@@ -11,15 +11,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
 from ..training.config import DataSection, PathOrName, RunConfig, Section
 from ..training.loop import Plan, checked_arguments, loop_arguments, looped
-from .answers import GENERATED, continuations, harness_scores, prompt_ids
+from .answers import GENERATED, continuations, gsm8k_answer, harness_ready, harness_scores, prompt_ids
 from .conversations import PLAIN_TEMPLATE, Format, answer_of, prepared, prompt_of
-from .data import Row, limited, load_splits
-from .recipe import Answered, Recipe, Shown, pretrained, some
+from .data import Row, limited, load_splits, place
+from .recipe import Answered, Recipe, Shown, pretrained, some, tokenizer_of
 
 IGNORED = -100  # torch's cross entropy leaves this label out
 
@@ -116,7 +116,7 @@ class CausalLM(Recipe):
 
     @cached_property
     def processing(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        tokenizer = tokenizer_of(self.config)
         asked = self.config.data.chat_template
         if asked is not None:
             tokenizer.chat_template = PLAIN_TEMPLATE if asked == "plain" else _read_template(asked)
@@ -133,13 +133,41 @@ class CausalLM(Recipe):
     def splits(self) -> dict[str, list[Row]]:
         data = self.config.data
         rows = limited(load_splits(data, self.config.seed), data, self.config.seed)
-        return {s: prepared(part, data.format, data.prompt, data.completion, data.chat) for s, part in rows.items()}
+        return {s: prepared(part, data.format, data.prompt, data.completion, data.chat, s) for s, part in rows.items()}
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
         return pretrained(AutoModelForCausalLM, self.config, weights)
 
+    def prepare(self) -> None:
+        super().prepare()
+        asked = self.config.evaluation.lm_eval
+        if asked is not None:
+            harness_ready(asked.tasks)
+
+    def ready(self, split: str) -> None:
+        self.rows(split)
+        if split == "train":
+            return
+        for name in (name for name in self.config.evaluation.metrics if name in GENERATED):
+            for i, row in enumerate(self.splits[split]):
+                prompt_of(row)
+                if name == "gsm8k" and gsm8k_answer(answer_of(row)) is None:
+                    raise DataError(
+                        f"{place(row, split, i)}: gsm8k looks for '#### ' and a number in the answer, and there is "
+                        f"none. Use exact_match."
+                    )
+
     def rows(self, split: str) -> list[dict[str, Any]]:
         """Get tokens and labels of each example; one whose response is cut off whole is left out."""
+        if split not in self._rows:
+            self._rows[split] = self._all_tokenised(split)
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+    def _all_tokenised(self, split: str) -> list[dict[str, Any]]:
         found = [self.tokenised(row) for row in self.splits[split]]
         kept = [row for row in found if any(label != IGNORED for label in row["labels"])]
         if not kept:

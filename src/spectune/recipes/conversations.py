@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError, nearest
-from .data import Row
+from .data import Row, place
 
 Format = Literal["messages", "prompt_completion", "alpaca", "text"]
 
@@ -53,19 +53,34 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
         raise OptionError(f"data: {template!r} is no template: {error}. Write {{{{ for a brace.") from None
 
 
-def prepared(rows: Sequence[Row], form: Format, prompt: str | None, completion: str | None, chat: bool) -> list[Row]:
+def prepared(
+    rows: Sequence[Mapping[str, Any]],
+    form: Format,
+    prompt: str | None,
+    completion: str | None,
+    chat: bool,
+    split: str = "train",
+) -> list[Row]:
     """Get rows as trl reads them: `text`, or `prompt` and `completion` (texts, or messages where `chat`).
 
     messages: everything before the last answer is the prompt, the last answer the completion.
     """
-    try:
-        return [_one(row, form, prompt, completion, chat) for row in rows]
-    except KeyError as error:
-        found = list(rows[0])
-        raise DataError(f"data.format={form}: no column {error.args[0]!r}. {nearest(error.args[0], found)}") from None
+    found = []
+    for i, row in enumerate(rows):
+        where = place(row, split, i)
+        try:
+            found.append(Row(_one(row, form, prompt, completion, chat), where))
+        except KeyError as error:
+            name = str(error.args[0])
+            raise DataError(f"{where}: format {form} needs the column {name!r}. {nearest(name, list(row))}") from None
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    return found
 
 
-def _one(row: Row, form: Format, prompt: str | None, completion: str | None, chat: bool) -> Row:
+def _one(
+    row: Mapping[str, Any], form: Format, prompt: str | None, completion: str | None, chat: bool
+) -> dict[str, Any]:
     if form == "text":
         return {"text": fill(prompt, row) if prompt else str(row["text"])}
     if form == "messages":
@@ -78,7 +93,7 @@ def _one(row: Row, form: Format, prompt: str | None, completion: str | None, cha
     return _pair(first, fill(completion, row) if completion else row["completion"], chat)
 
 
-def _pair(prompt: Any, completion: Any, chat: bool) -> Row:
+def _pair(prompt: Any, completion: Any, chat: bool) -> dict[str, Any]:
     if isinstance(prompt, list) and isinstance(completion, list):  # already messages
         return {"prompt": prompt, "completion": completion}
     if chat:
@@ -94,7 +109,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def _conversation(messages: Any) -> Row:
+def _conversation(messages: Any) -> dict[str, Any]:
     try:
         turns = [
             _message(m["role"], m["content"]) if "role" in m else _message(ROLES[m["from"]], m["value"])
@@ -107,7 +122,7 @@ def _conversation(messages: Any) -> Row:
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
-def prompt_of(row: Row) -> Any:
+def prompt_of(row: Mapping[str, Any]) -> Any:
     """Get what the model is given of a prepared row."""
     if "prompt" not in row:
         raise OptionError(
@@ -116,7 +131,7 @@ def prompt_of(row: Row) -> Any:
     return row["prompt"]
 
 
-def answer_of(row: Row) -> str:
+def answer_of(row: Mapping[str, Any]) -> str:
     """Get the text that the model should write for a prepared row."""
     completion = row["completion"]
     return str(completion[-1]["content"] if isinstance(completion, list) else completion)

@@ -15,7 +15,18 @@ from typing import Any
 from ..errors import DataError, MissingExtraError, nearest
 from ..training.config import SPLITS, DataSection
 
-Row = dict[str, Any]
+
+class Row(dict[str, Any]):
+    """The columns of one example, and where it stands: `train.csv, row 7` (a table's header is row 1)."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, columns: Mapping[str, Any], where: str = "") -> None:
+        super().__init__(columns)
+        self.where = where
+
+
+Numbered = Iterable[tuple[int, Any]]
 # A small file may unfold to gigabytes. Deflate writes at most 1,032 equal bytes as one, text comes to 3 to 30, rows
 # that repeat a prompt to about 100: what lies above is no data. Small files may unfold to 16 MiB at least. Chosen.
 MOST_UNFOLDING, FREE_BYTES = 200, 2**24
@@ -78,12 +89,13 @@ def read_rows(path: str | Path) -> list[Row]:
     if ending not in readers:
         raise DataError(f"{path}: rows are not read from .{ending} files. There are: {', '.join(readers)}.")
     try:
-        rows = readers[ending](path)
+        rows = list(readers[ending](path))
     except (ValueError, OSError, csv.Error, EOFError, zlib.error, RecursionError) as error:
         raise DataError(f"{path}: this is no {ending} file: {' '.join(str(error).split())}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: every row must have named columns.")
-    return rows
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: every row must have named columns, found {str(row)[:40]!r}.")
+    return [Row(row, f"{path}, row {number}") for number, row in rows]
 
 
 def _text(path: Path) -> str:
@@ -110,37 +122,42 @@ def _refuse_bomb(size: int, most: int) -> None:
         )
 
 
-def _csv(path: Path, delimiter: str = ",") -> list[Row]:
+def _csv(path: Path, delimiter: str = ",") -> Numbered:
     rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True))
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise ValueError(f"row {number} has another number of columns than the first")
-    return rows
+        yield number, row
 
 
-def _tsv(path: Path) -> list[Row]:
+def _tsv(path: Path) -> Numbered:
     return _csv(path, "\t")
 
 
-def _jsonl(path: Path) -> list[Row]:
-    return [json.loads(line) for line in _text(path).split("\n") if line.strip()]
+def _jsonl(path: Path) -> Numbered:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"row {number}: {error.msg}") from error
 
 
-def _json(path: Path) -> list[Row]:
+def _json(path: Path) -> Numbered:
     read = json.loads(_text(path))
     if not isinstance(read, list):
         raise ValueError("a list of rows was expected")
-    return read
+    return enumerate(read, 1)
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> Numbered:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped]
     except ImportError:
         raise MissingExtraError(
             f"{path}: pyarrow, which reads it, is not installed. pip install 'spectune[train]'"
         ) from None
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     size, most = 0, _most_bytes(path)
     try:
         with parquet.ParquetFile(path) as file:
@@ -150,7 +167,7 @@ def _parquet(path: Path) -> list[Row]:
                 rows += piece.to_pylist()
     except Exception as error:  # a parser of its own: what it raises is of every kind, OverflowError for a date
         raise ValueError(str(error) or type(error).__name__) from error
-    return rows
+    return enumerate(rows, 1)
 
 
 def hub_split(data: DataSection, split: str) -> Any:
@@ -169,15 +186,23 @@ def hub_split(data: DataSection, split: str) -> Any:
 
 def _from_hub(data: DataSection, split: str) -> list[Row]:
     found = hub_split(data, split)
-    rows: list[Row] = found.to_list()
+    rows: list[dict[str, Any]] = found.to_list()
     # Classes stay numbers: their order is the task's (F1 is of class 1). A test set hides its labels behind -1.
     labels = [name for name, feature in found.features.items() if hasattr(feature, "int2str")]
-    return [row | {name: None for name in labels if row[name] == -1} for row in rows]
+    return [
+        Row(row | {name: None for name in labels if row[name] == -1}, f"{data.hub}, {split}, row {number}")
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def place(row: Mapping[str, Any], split: str, position: int) -> str:
+    """Get where a row stands, for an error's beginning: its file and row, else its split and position."""
+    return getattr(row, "where", "") or f"data.{split}, row {position + 1}"
 
 
 def column(rows: Sequence[Row], name: str, split: str) -> list[Any]:
     """Get one column; `DataError` with the near misses where a row lacks it."""
-    for number, row in enumerate(rows):
+    for position, row in enumerate(rows):
         if name not in row:
-            raise DataError(f"data.{split}, row {number}: no column {name!r}. {nearest(name, list(row))}")
+            raise DataError(f"{place(row, split, position)}: no column {name!r}. {nearest(name, list(row))}")
     return [row[name] for row in rows]

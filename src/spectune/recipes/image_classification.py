@@ -19,7 +19,7 @@ from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Plan
 from .data import held_out, limited
 from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of
-from .metrics import measure
+from .metrics import measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
 
 ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
@@ -155,6 +155,12 @@ class ImageClassification(Recipe):
             raise OptionError(f"model: {type(model).__name__} has no head called classifier, fc or head.")
         return names
 
+    def ready(self, split: str) -> None:
+        targets = self.targets(split)
+        try_metrics(self.config.evaluation.metrics, targets, len(self.labels))
+        for picture in self.splits[split]:  # a damaged one would end the training whenever it comes up
+            picture.open()
+
     def rows(self, split: str) -> Any:
         augments = split == "train" and self.config.data.augment
         return _Images(self.splits[split], self.targets(split), self.pixels, self.config.seed if augments else None)
@@ -168,7 +174,10 @@ class ImageClassification(Recipe):
         places = {name: place for place, name in enumerate(self.labels)}
         unknown = [picture for picture in self.splits[split] if picture.label not in places]
         if unknown:
-            raise DataError(f"{unknown[0].name}: the class {unknown[0].label!r} does not occur in train.")
+            raise DataError(
+                f"{unknown[0].name}: the class {unknown[0].label!r} does not occur in train ("
+                f"{len(unknown)} such pictures in {split}). Correct it, or add it to train."
+            )
         return [places[picture.label] for picture in self.splits[split]]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import DataError, OptionError
 from ..training.config import RunConfig
@@ -94,6 +94,18 @@ class Recipe:
         """Get the first training example as the model sees it."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Read, label and tokenise every split whole and try every metric on it: what cannot be done is said now.
+
+        Called before the model is built, so that no training is lost to its last minute.
+        """
+        for split in self.splits:
+            self.ready(split)
+
+    def ready(self, split: str) -> None:
+        """Read the examples of a split as training and evaluation will, and try the metrics; raises where they will."""
+        raise NotImplementedError
+
     def remarks(self) -> list[str]:
         """Get what a user should know about the examples before training, one sentence each."""
         return []
@@ -173,6 +185,14 @@ def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: An
     except (OSError, ValueError) as error:
         raise OptionError(f"model: {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return model
+
+
+def tokenizer_of(config: RunConfig) -> Any:
+    """Get the tokenizer of a run's model; `OptionError` for a model that is not there."""
+    try:
+        return AutoTokenizer.from_pretrained(config.model, revision=config.revision or "main")
+    except (OSError, ValueError) as error:
+        raise OptionError(f"model: {config.model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def some(items: Sequence[Any], count: int, seed: int) -> list[int]:

@@ -15,16 +15,15 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
 )
 
 from ..errors import DataError, OptionError
 from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Loss
-from .data import Row, column, limited, load_splits
-from .metrics import FOR_SCORES, METRICS, measure
-from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
+from .data import Row, column, limited, load_splits, place
+from .metrics import FOR_SCORES, METRICS, measure, try_metrics
+from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class TextClassification(Recipe):
 
     @cached_property
     def processing(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        tokenizer = tokenizer_of(self.config)
         if tokenizer.pad_token is None:  # decoders have none; a classifier never learns from padding
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -204,7 +203,20 @@ class TextClassification(Recipe):
             raise OptionError(f"model: {type(model).__name__} has no head called classifier or score.")
         return names
 
+    def ready(self, split: str) -> None:
+        self.rows(split)
+        try_metrics(self.metrics, self.targets(split), None if self.config.scores else len(self.labels))
+
     def rows(self, split: str) -> list[dict[str, Any]]:
+        if split not in self._rows:
+            self._rows[split] = self._tokenised(split)
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+    def _tokenised(self, split: str) -> list[dict[str, Any]]:
         data = self.config.data
         texts = [[str(text) for text in column(self.splits[split], name, split)] for name in data.columns]
         tokens = self.processing(*texts, truncation=True, max_length=data.max_tokens)
@@ -215,19 +227,29 @@ class TextClassification(Recipe):
         """Get the place of each example's class, or its score."""
         values = column(self.splits[split], self.config.data.label, split)
         if None in values:
-            raise DataError(f"data.{split}: {values.count(None)} examples have no label. Leave this split out.")
-        if self.config.scores:
-            try:
-                return [float(value) for value in values]
-            except (TypeError, ValueError):
-                raise DataError(f"data.{split}: a score is no number. Use problem: classification.") from None
-        places = {name: place for place, name in enumerate(self.labels)}
-        unknown = [value for value in values if _class_name(value) not in places]
-        if unknown:
+            first = values.index(None)
             raise DataError(
-                f"data.{split}: the class {unknown[0]!r} does not occur in train ({len(unknown)} examples)."
+                f"{place(self.splits[split][first], split, first)}: there is no label ("
+                f"{values.count(None)} such rows in {split}). Add it, take the row out, or leave this split out."
             )
-        return [places[_class_name(value)] for value in values]
+        if self.config.scores:
+            return [self._score(value, split, i) for i, value in enumerate(values)]
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        unknown = [i for i, value in enumerate(values) if _class_name(value) not in numbers]
+        if unknown:
+            first = unknown[0]
+            raise DataError(
+                f"{place(self.splits[split][first], split, first)}: the class {values[first]!r} does not occur in train ("
+                f"{len(unknown)} such rows in {split}). Correct it, or add it to train."
+            )
+        return [numbers[_class_name(value)] for value in values]
+
+    def _score(self, value: Any, split: str, i: int) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            where = place(self.splits[split][i], split, i)
+            raise DataError(f"{where}: the score {value!r} is no number. Use problem: classification.") from None
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(self.processing)(rows))

@@ -58,6 +58,7 @@ def dry_run(config: RunConfig) -> DryRun:
     """Get what a run would do; everything that `train` refuses is refused here too."""
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
+    recipe.prepare()
     examples = {split: len(rows) for split, rows in recipe.splits.items()}
     if config.training.validate_every is not None:
         recipe.validation_split()
