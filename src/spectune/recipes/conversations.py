@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError, nearest
-from .data import Row, place
+from .data import Row, filled, place
 
 Format = Literal["messages", "prompt_completion", "alpaca", "text"]
 
@@ -40,7 +40,7 @@ class _Columns(string.Formatter):
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if field_name not in kwargs:
             raise DataError(f"a template asks for the column {field_name!r}. {nearest(field_name, list(kwargs))}")
-        return kwargs[field_name], field_name
+        return filled(kwargs[field_name], field_name), field_name
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
@@ -82,23 +82,33 @@ def _one(
     row: Mapping[str, Any], form: Format, prompt: str | None, completion: str | None, chat: bool
 ) -> dict[str, Any]:
     if form == "text":
-        return {"text": fill(prompt, row) if prompt else str(row["text"])}
+        return {"text": fill(prompt, row) if prompt else _text(row, "text")}
     if form == "messages":
         return _conversation(row["messages"] if "messages" in row else row["conversations"])
     if form == "alpaca":
-        asked = ALPACA_INPUT if row.get("input") else ALPACA
-        plain = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        return _pair(plain if chat else fill(asked, row), row["output"], chat)
-    first = fill(prompt, row) if prompt else row["prompt"]
-    return _pair(first, fill(completion, row) if completion else row["completion"], chat)
+        return _pair(instruction(row, chat), _text(row, "output"), chat)
+    if not prompt and not completion and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return {"prompt": row["prompt"], "completion": row["completion"]}  # already messages
+    first = fill(prompt, row) if prompt else _text(row, "prompt")
+    return _pair(first, fill(completion, row) if completion else _text(row, "completion"), chat)
 
 
-def _pair(prompt: Any, completion: Any, chat: bool) -> dict[str, Any]:
-    if isinstance(prompt, list) and isinstance(completion, list):  # already messages
-        return {"prompt": prompt, "completion": completion}
+def instruction(row: Mapping[str, Any], chat: bool) -> str:
+    """Get what an alpaca row asks: in Stanford's words, or bare for a chat template. A row may have no `input`."""
+    more = _text(row, "input") if "input" in row else ""
+    if chat:
+        return _text(row, "instruction") + (f"\n\n{more}" if more else "")
+    return fill(ALPACA_INPUT if more else ALPACA, row)
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    return str(filled(row[name], name))
+
+
+def _pair(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
     if chat:
         return {"prompt": [_message("user", prompt)], "completion": [_message("assistant", completion)]}
-    return {"prompt": str(prompt), "completion": str(completion)}
+    return {"prompt": prompt, "completion": completion}
 
 
 def _message(role: str, content: str) -> dict[str, str]:

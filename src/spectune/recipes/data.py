@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import random
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -198,6 +199,31 @@ def _from_hub(data: DataSection, split: str) -> list[Row]:
 def place(row: Mapping[str, Any], split: str, position: int) -> str:
     """Get where a row stands, for an error's beginning: its file and row, else its split and position."""
     return getattr(row, "where", "") or f"data.{split}, row {position + 1}"
+
+
+def is_missing(value: Any) -> bool:
+    """Ask whether a cell is null, or NaN as pandas and JSON write it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def filled(value: Any, name: str) -> Any:
+    """Get a cell that can stand in a text; `DataError` for null, lists and bytes."""
+    if is_missing(value):
+        raise DataError(f"column {name!r} is null. Fill it in, or take the row out.")
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise DataError(f"column {name!r} is a {type(value).__name__}, not a text: {str(value)[:40]!r}.")
+    return value
+
+
+def texts(rows: Sequence[Row], name: str, split: str) -> list[str]:
+    """Get one column as texts; `DataError` names the row that has none."""
+    found = []
+    for position, value in enumerate(column(rows, name, split)):
+        try:
+            found.append(str(filled(value, name)))
+        except DataError as error:
+            raise DataError(f"{place(rows[position], split, position)}: {error}") from None
+    return found
 
 
 def column(rows: Sequence[Row], name: str, split: str) -> list[Any]:

@@ -21,7 +21,7 @@ from transformers import (
 from ..errors import DataError, OptionError
 from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Loss
-from .data import Row, column, limited, load_splits, place
+from .data import Row, column, limited, load_splits, place, texts
 from .metrics import FOR_SCORES, METRICS, measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some, tokenizer_of
 
@@ -218,8 +218,8 @@ class TextClassification(Recipe):
 
     def _tokenised(self, split: str) -> list[dict[str, Any]]:
         data = self.config.data
-        texts = [[str(text) for text in column(self.splits[split], name, split)] for name in data.columns]
-        tokens = self.processing(*texts, truncation=True, max_length=data.max_tokens)
+        columns = [texts(self.splits[split], name, split) for name in data.columns]
+        tokens = self.processing(*columns, truncation=True, max_length=data.max_tokens)
         targets = self.targets(split)
         return [{**{k: v[i] for k, v in tokens.items()}, "labels": target} for i, target in enumerate(targets)]
 
@@ -239,8 +239,8 @@ class TextClassification(Recipe):
         if unknown:
             first = unknown[0]
             raise DataError(
-                f"{place(self.splits[split][first], split, first)}: the class {values[first]!r} does not occur in train ("
-                f"{len(unknown)} such rows in {split}). Correct it, or add it to train."
+                f"{place(self.splits[split][first], split, first)}: the class {values[first]!r} does not occur in "
+                f"train ({len(unknown)} such rows in {split}). Correct it, or add it to train."
             )
         return [numbers[_class_name(value)] for value in values]
 
@@ -249,7 +249,7 @@ class TextClassification(Recipe):
             return float(value)
         except (TypeError, ValueError):
             where = place(self.splits[split][i], split, i)
-            raise DataError(f"{where}: the score {value!r} is no number. Use problem: classification.") from None
+            raise DataError(f"{where}: the score {value!r} is no number. Correct it.") from None
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(self.processing)(rows))
@@ -302,8 +302,8 @@ class TextClassification(Recipe):
         places = some(self.splits[split], count, self.config.seed)
         name = (lambda value: f"{value:.2f}") if self.config.scores else (lambda value: self.labels[value])
         targets, found = self.targets(split), self.predict(model, split, places)
-        texts = [" | ".join(str(self.splits[split][i][c]) for c in self.config.data.columns) for i in places]
-        return [Answered(t, name(targets[i]), name(f)) for t, i, f in zip(texts, places, found, strict=True)]
+        shown = [" | ".join(str(self.splits[split][i][c]) for c in self.config.data.columns) for i in places]
+        return [Answered(t, name(targets[i]), name(f)) for t, i, f in zip(shown, places, found, strict=True)]
 
 
 def _class_name(value: Any) -> str:
