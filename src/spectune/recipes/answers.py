@@ -42,7 +42,7 @@ GENERATED: dict[str, Callable[[str, str], bool]] = {"exact_match": is_exact, "gs
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, batch_size: int, temperature: float = 0.0
 ) -> list[str]:
-    """Get what the model writes after each prompt (a text, or messages): greedy at temperature 0, else sampled."""
+    """Get what the model writes after each prompt (text, messages or tokens): greedy at temperature 0, else sampled."""
     model.eval()
     device = next(model.parameters()).device
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
@@ -74,12 +74,16 @@ def _neutral(model: Any) -> dict[str, Any]:
     return {"top_p": 1.0, "top_k": 50, "num_beams": 1} if getattr(model, "generation_config", None) else {}
 
 
-def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Get the tokens of a prompt, a text or messages, up to where the model goes on."""
+def prompt_ids(tokenizer: Any, prompt: Any, tools: Any = None) -> list[int]:
+    """Get the tokens of a prompt, a text or messages, up to where the model goes on; tokens are taken as they are."""
+    if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+        return list(prompt)
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    found = tokenizer.apply_chat_template(
+        prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     return list(found["input_ids"])
 
 

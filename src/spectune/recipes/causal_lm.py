@@ -6,84 +6,20 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
-from ..training.config import DataSection, PathOrName, RunConfig, Section
 from ..training.loop import Plan, checked_arguments, loop_arguments, looped
 from .answers import GENERATED, continuations, gsm8k_answer, harness_ready, harness_scores, prompt_ids
-from .conversations import PLAIN_TEMPLATE, Format, answer_of, prepared, prompt_of
+from .causal_lm_config import CausalLMConfig
+from .conversations import PLAIN_TEMPLATE, answer_of, prepared, prompt_of
 from .data import Row, limited, load_splits, place
 from .recipe import Answered, Recipe, Shown, pretrained, some, tokenizer_of
-
-IGNORED = -100  # torch's cross entropy leaves this label out
-
-
-class ConversationData(DataSection):
-    """Instructions, conversations or texts."""
-
-    format: Format = Field("prompt_completion", description="How a row is read.")
-    prompt: str | None = Field(None, description="Template over the columns: 'Question: {question}\\nAnswer:'.")
-    completion: str | None = Field(None, description="Template of what is to be written: ' {answer}'.")
-    chat: bool = Field(False, description="Render prompt and completion with the chat template, as user and assistant.")
-    chat_template: PathOrName | None = Field(
-        None, description="A .jinja file, or 'plain'; default: the tokenizer's own. Saved beside the adapter."
-    )
-    loss_on: Literal["response", "assistant", "all"] = Field(
-        "response", description="Which tokens carry loss: the last answer, every answer of the assistant, or all."
-    )
-    max_tokens: int = Field(1024, gt=1, description="Longer examples are cut at the end.")
-    packing: bool = Field(False, description="Put several examples into one row of max_tokens.")
-
-    @model_validator(mode="after")
-    def _templates_fit(self) -> ConversationData:
-        if self.completion is not None and self.format != "prompt_completion":
-            raise ValueError(f"completion is a template for format prompt_completion, not for {self.format}")
-        if self.prompt is not None and self.format not in ("prompt_completion", "text"):
-            raise ValueError(f"prompt is a template for formats prompt_completion and text, not for {self.format}")
-        if self.chat and self.format == "text":
-            raise ValueError("chat needs a prompt and a completion; format text has neither")
-        if self.loss_on == "assistant" and not self.talks:
-            raise ValueError("loss_on: assistant needs messages; use format messages or chat: true")
-        if self.chat_template is not None and not self.talks:
-            raise ValueError("chat_template is used by format messages or chat: true; leave it out")
-        return self
-
-    @property
-    def talks(self) -> bool:
-        """Whether the chat template renders the rows."""
-        return self.chat or self.format == "messages"
-
-
-class HarnessTasks(Section):
-    """Tasks of EleutherAI's lm-evaluation-harness."""
-
-    tasks: list[str] = Field(min_length=1, description="Any task that lm-eval knows, such as gsm8k or mmlu.")
-    few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
-    limit: int | None = Field(None, gt=0, description="Only so many questions of a task (for a quick look).")
-
-
-class LMEvaluation(Section):
-    """How held-out answers are scored."""
-
-    metrics: list[Literal["loss", "exact_match", "gsm8k"]] = Field(
-        ["loss"], description="loss is of the response tokens; the others generate text."
-    )
-    max_new_tokens: int = Field(256, gt=0, description="How much is written for one answer.")
-    batch_size: int = Field(8, gt=0, description="Answers that are written together.")
-    lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
-
-
-class CausalLMConfig(RunConfig):
-    """A run of the recipe causal_lm."""
-
-    data: ConversationData
-    evaluation: LMEvaluation = Field(default_factory=lambda: LMEvaluation.model_validate({}))
+from .tokens import IGNORED, Tokens
 
 
 class CausalLM(Recipe):
@@ -150,7 +86,8 @@ class CausalLM(Recipe):
             return
         for name in (name for name in self.config.evaluation.metrics if name in GENERATED):
             for i, row in enumerate(self.splits[split]):
-                prompt_of(row)
+                if isinstance(prompt_of(row), list) and row["completion"][-1].get("tool_calls"):
+                    raise DataError(f"{place(row, split, i)}: {name} compares texts, and the answer is a tool call.")
                 if name == "gsm8k" and gsm8k_answer(answer_of(row)) is None:
                     raise DataError(
                         f"{place(row, split, i)}: gsm8k looks for '#### ' and a number in the answer, and there is "
@@ -167,6 +104,10 @@ class CausalLM(Recipe):
     def _rows(self) -> dict[str, list[dict[str, Any]]]:
         return {}
 
+    def asked(self, row: Row) -> list[int]:
+        """Get the tokens that the model is given of an example, to write the answer."""
+        return prompt_ids(self.processing, prompt_of(row), row.get("tools"))
+
     def _all_tokenised(self, split: str) -> list[dict[str, Any]]:
         found = [self.tokenised(row) for row in self.splits[split]]
         kept = [row for row in found if any(label != IGNORED for label in row["labels"])]
@@ -174,38 +115,16 @@ class CausalLM(Recipe):
             raise DataError(f"data.{split}: no response fits into max_tokens={self.config.data.max_tokens}. Raise it.")
         return kept
 
+    @cached_property
+    def tokens(self) -> Tokens:
+        """What is taught and asked, as tokens."""
+        return Tokens(self.processing, self.config.data.loss_on)
+
     def tokenised(self, row: Row, whole: bool = False) -> dict[str, Any]:
         """Get an example's tokens, and labels that leave out what carries no loss; `whole` does not cut it."""
-        data, tokenizer = self.config.data, self.processing
-        if isinstance(row.get("prompt"), list):
-            found = tokenizer.apply_chat_template(
-                [*row["prompt"], *row["completion"]], return_dict=True, return_assistant_tokens_mask=self._wants_mask()
-            )
-            ids, mask = list(found["input_ids"]), found.get("assistant_masks")
-        else:
-            text = row["text"] if "text" in row else row["prompt"] + row["completion"]
-            ids, mask = list(tokenizer(text)["input_ids"]), None
-            # Some tokenizers end every text so, some none; a model that never saw the end would never stop.
-            ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
-        if data.loss_on == "all" or "prompt" not in row:
-            labels = list(ids)
-        elif data.loss_on == "assistant":
-            labels = [token if carries else IGNORED for token, carries in zip(ids, mask or [], strict=True)]
-        else:
-            start = _common(prompt_ids(tokenizer, row["prompt"]), ids)
-            labels = [IGNORED] * start + ids[start:]
-        end = None if whole else data.max_tokens
+        ids, labels = self.tokens.taught(row)
+        end = None if whole else self.config.data.max_tokens
         return {"input_ids": ids[:end], "labels": labels[:end]}
-
-    def _wants_mask(self) -> bool:
-        if self.config.data.loss_on != "assistant":
-            return False
-        if "generation" not in (self.processing.chat_template or ""):
-            raise OptionError(
-                "data.loss_on=assistant: the chat template does not mark the assistant's part with {% generation %}. "
-                "Give a data.chat_template that does (plain does), or loss_on: response (the last answer)."
-            )
-        return True
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -251,7 +170,7 @@ class CausalLM(Recipe):
         scored = [name for name in asked.metrics if name in GENERATED]
         if scored:
             rows = self.splits[split]
-            written = self.generate(model, [prompt_of(row) for row in rows])
+            written = self.generate(model, [self.asked(row) for row in rows])
             for name in scored:
                 right = [GENERATED[name](text, answer_of(row)) for text, row in zip(written, rows, strict=True)]
                 found[name] = sum(right) / len(right)
@@ -321,16 +240,9 @@ class CausalLM(Recipe):
         if not any(name in GENERATED for name in self.config.evaluation.metrics):
             return []
         rows = [self.splits[split][i] for i in some(self.splits[split], count, self.config.seed)]
-        written = self.generate(model, [prompt_of(row) for row in rows])
+        written = self.generate(model, [self.asked(row) for row in rows])
         shown = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
         return [Answered(t, answer_of(row).strip(), w.strip()) for t, row, w in zip(shown, rows, written, strict=True)]
-
-
-def _common(first: list[int], second: list[int]) -> int:
-    """Get how many tokens two rows begin with together: tokens may merge over the end of the prompt."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
 
 
 def _read_template(path: str) -> str:

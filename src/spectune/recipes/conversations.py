@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..errors import DataError, OptionError, nearest
 from .data import Row, filled, place
+from .messages import conversation
 
 Format = Literal["messages", "prompt_completion", "alpaca", "text"]
 
@@ -84,11 +85,11 @@ def _one(
     if form == "text":
         return {"text": fill(prompt, row) if prompt else _text(row, "text")}
     if form == "messages":
-        return _conversation(row["messages"] if "messages" in row else row["conversations"])
+        return conversation(row["messages"] if "messages" in row else row["conversations"], row.get("tools"))
     if form == "alpaca":
         return _pair(instruction(row, chat), _text(row, "output"), chat)
     if not prompt and not completion and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return {"prompt": row["prompt"], "completion": row["completion"]}  # already messages
+        return conversation([*row["prompt"], *row["completion"]], row.get("tools"))
     first = fill(prompt, row) if prompt else _text(row, "prompt")
     return _pair(first, fill(completion, row) if completion else _text(row, "completion"), chat)
 
@@ -113,23 +114,6 @@ def _pair(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-# ShareGPT's words for the roles.
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-
-
-def _conversation(messages: Any) -> dict[str, Any]:
-    try:
-        turns = [
-            _message(m["role"], m["content"]) if "role" in m else _message(ROLES[m["from"]], m["value"])
-            for m in messages
-        ]
-    except (KeyError, TypeError):
-        raise DataError("data.format=messages: a message needs role and content (or from and value).") from None
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise DataError("data.format=messages: a conversation must end with the assistant's answer to something.")
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
 def prompt_of(row: Mapping[str, Any]) -> Any:
