@@ -42,7 +42,7 @@ GOOD = {"text": "good", "label": "yes"}
     ("rows", "more", "line"),
     [
         ([GOOD, {"text": "w1", "label": "maybe"}], {}, r"test.jsonl, row 2: the class 'maybe' does not occur in train"),
-        ([GOOD, {"text": "w1", "label": None}], {}, r"test.jsonl, row 2: there is no label \(1 such rows in test\)"),
+        ([GOOD, {"text": "w1", "label": None}], {}, r"test.jsonl, row 2: there is no label"),
         ([GOOD, {"text": "w1"}], {}, r"test.jsonl, row 2: no column 'label'"),
         ([GOOD, {"label": "no"}], {}, r"test.jsonl, row 2: no column 'text'"),
         ([GOOD], {"metrics": ["pearson"]}, "'pearson' does not fit classes"),
@@ -74,7 +74,7 @@ def test_scores_that_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     test = write(tmp_path / "test.jsonl", {"text": "w1", "label": 1.5}, {"text": "w1", "label": "high"})
     train = write(tmp_path / "t.jsonl", {"text": "w1", "label": 1}, {"text": "w2", "label": 2})
     values = tiny.text_run(tmp_path, problem="regression", data={"train": train, "validation": None, "test": test})
-    refused(values, "test.jsonl, row 2: the score 'high' is no number", tmp_path, monkeypatch)
+    refused(values, "test.jsonl, row 2: the score .high. is no number", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Plan
 from .data import held_out, limited
 from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of
+from .labels import count, ordered, spellings, unlearned
 from .metrics import measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
 
@@ -107,11 +108,17 @@ class ImageClassification(Recipe):
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes, sorted (as numbers where all are)."""
-        values = {picture.label for picture in self.everything["train"]}
-        found = sorted(values, key=int) if all(value.isdigit() for value in values) else sorted(values)
+        found = ordered(picture.label for picture in self.everything["train"])
         if len(found) < 2:
             raise DataError(f"data.train: asked for classes, found only {found}.")
         return found
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        return count(self.labels, {s: [picture.label for picture in part] for s, part in self.splits.items()})
+
+    def warnings(self) -> list[str]:
+        labels = [picture.label for part in self.everything.values() for picture in part]
+        return [*spellings(labels), *unlearned(self.classes())]
 
     @cached_property
     def processing(self) -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor
 from ..errors import DataError, MissingExtraError
 from ..training.config import SPLITS, DataSection
 from .data import hub_split
+from .labels import class_name
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # A picture of more pixels is refused before it is unpacked: a few kilobytes can unpack to gigabytes. Chosen.
@@ -65,7 +66,7 @@ def _folder(path: Path) -> list[Picture]:
         raise DataError(f"{path}: asked for a folder with one folder of images for each class, found none.")
     classes = sorted(child for child in path.iterdir() if child.is_dir())
     found = [
-        Picture(lambda file=file: _opened(file), folder.name, str(file))  # type: ignore[misc]
+        Picture(lambda file=file: _opened(file), class_name(folder.name), str(file))  # type: ignore[misc]
         for folder in classes
         for file in sorted(folder.rglob("*"))
         if file.suffix.lower() in ENDINGS
@@ -111,10 +112,18 @@ def _from_arrays(pixels: Any, labels: Any, name: str) -> list[Picture]:
             f"{name}: pixels must be uint8 and N x H x W or N x H x W x 3, found {pixels.dtype} {pixels.shape}."
         )
     image_type = pillow()
+    names = [_named(label, f"{name} {i}") for i, label in enumerate(labels.tolist())]
     return [
-        Picture(lambda array=array: image_type.fromarray(array).convert("RGB"), str(label), f"{name} {i}")  # type: ignore[misc]
-        for i, (array, label) in enumerate(zip(pixels, labels.tolist(), strict=True))
+        Picture(lambda array=array: image_type.fromarray(array).convert("RGB"), label, f"{name} {i}")  # type: ignore[misc]
+        for i, (array, label) in enumerate(zip(pixels, names, strict=True))
     ]
+
+
+def _named(label: Any, where: str) -> str:
+    try:
+        return class_name(label)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _digits() -> dict[str, list[Picture]]:
@@ -139,7 +148,12 @@ def _hub(data: DataSection, split: str) -> list[Picture]:
         raise DataError(
             f"data.hub={data.hub}: asked for one column of images and one of classes, found {images} and {labels}."
         )
-    names = [found.features[labels[0]].int2str(place) for place in found[labels[0]]]
+    kind, places = found.features[labels[0]], found[labels[0]]
+    # A test set hides its labels behind -1.
+    names = [
+        _named(None if place is None or place < 0 else kind.int2str(place), f"{data.hub}, {split}, row {number}")
+        for number, place in enumerate(places, 1)
+    ]
     return [
         Picture(lambda i=i: found[i][images[0]].convert("RGB"), name, f"{split} {i}")  # type: ignore[misc]
         for i, name in enumerate(names)

@@ -22,6 +22,7 @@ from ..errors import DataError, OptionError
 from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Loss
 from .data import Row, column, limited, load_splits, place, texts
+from .labels import class_name, count, labels_of, ordered, spellings, unlearned
 from .metrics import FOR_SCORES, METRICS, measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some, tokenizer_of
 
@@ -155,22 +156,40 @@ class TextClassification(Recipe):
         """The names of the classes, sorted (as numbers where all are); a single one for scores."""
         if self.config.scores:
             return ["score"]
-        values = {_class_name(v) for v in column(self.everything["train"], self.config.data.label, "train")}
+        names = set(labels_of(self.everything["train"], self.config.data.label, "train", False))
         if self.config.data.labels is not None:
-            return self._given_labels(self.config.data.labels, values)
-        numbers = all(value.lstrip("-").isdigit() for value in values)
-        found = sorted(values, key=int) if numbers else sorted(values)
-        if len(found) < 2:
-            raise DataError(f"data.{self.config.data.label}: asked for classes, found only {found}.")
-        return found
+            return self._given_labels([class_name(name) for name in self.config.data.labels], names)
+        if len(names) < 2:
+            raise DataError(f"data.{self.config.data.label}: asked for classes, found only {sorted(names)}.")
+        return ordered(names)
 
-    def _given_labels(self, given: list[str], values: set[str]) -> list[str]:
-        unknown = sorted(values - set(given))
+    def _given_labels(self, given: list[str], names: set[str]) -> list[str]:
+        unknown = sorted(names - set(given))
         if unknown:
             raise DataError(f"data.labels: train has the class {unknown[0]!r}, which is not in the list. Add it.")
         if len(set(given)) < len(given):
             raise DataError("data.labels: a class stands twice in the list. Name each once.")
         return given
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        if self.config.scores:
+            return {}
+        name = self.config.data.label
+        return count(self.labels, {s: labels_of(part, name, s, False) for s, part in self.splits.items()})
+
+    def warnings(self) -> list[str]:
+        if self.config.scores:
+            return []
+        values = [value for s, part in self.everything.items() for value in column(part, self.config.data.label, s)]
+        return [*spellings(values), *unlearned(self.classes()), *self._empty_texts()]
+
+    def _empty_texts(self) -> list[str]:
+        said = []
+        for split, part in self.splits.items():
+            empty = [i for i, row in enumerate(part) if not any(str(row[c]).strip() for c in self.config.data.columns)]
+            if empty:
+                said.append(f"{len(empty):,} of {len(part):,} texts of {split} are empty (as {part[empty[0]].where})")
+        return said
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
         names = dict(enumerate(self.labels))
@@ -225,31 +244,19 @@ class TextClassification(Recipe):
 
     def targets(self, split: str) -> list[Any]:
         """Get the place of each example's class, or its score."""
-        values = column(self.splits[split], self.config.data.label, split)
-        if None in values:
-            first = values.index(None)
-            raise DataError(
-                f"{place(self.splits[split][first], split, first)}: there is no label ("
-                f"{values.count(None)} such rows in {split}). Add it, take the row out, or leave this split out."
-            )
+        found = labels_of(self.splits[split], self.config.data.label, split, self.config.scores)
         if self.config.scores:
-            return [self._score(value, split, i) for i, value in enumerate(values)]
+            return found
         numbers = {name: number for number, name in enumerate(self.labels)}
-        unknown = [i for i, value in enumerate(values) if _class_name(value) not in numbers]
+        unknown = [i for i, name in enumerate(found) if name not in numbers]
         if unknown:
-            first = unknown[0]
+            where = place(self.splits[split][unknown[0]], split, unknown[0])
+            known = "occur in train" if self.config.data.labels is None else "stand in data.labels"
             raise DataError(
-                f"{place(self.splits[split][first], split, first)}: the class {values[first]!r} does not occur in "
-                f"train ({len(unknown)} such rows in {split}). Correct it, or add it to train."
+                f"{where}: the class {found[unknown[0]]!r} does not {known} ({len(unknown)} such rows in {split}). "
+                f"Correct it, or add it there."
             )
-        return [numbers[_class_name(value)] for value in values]
-
-    def _score(self, value: Any, split: str, i: int) -> float:
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            where = place(self.splits[split][i], split, i)
-            raise DataError(f"{where}: the score {value!r} is no number. Correct it.") from None
+        return [numbers[name] for name in found]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(self.processing)(rows))
@@ -304,10 +311,6 @@ class TextClassification(Recipe):
         targets, found = self.targets(split), self.predict(model, split, places)
         shown = [" | ".join(str(self.splits[split][i][c]) for c in self.config.data.columns) for i in places]
         return [Answered(t, name(targets[i]), name(f)) for t, i, f in zip(shown, places, found, strict=True)]
-
-
-def _class_name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def sentence_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -49,6 +49,8 @@ class DryRun:
     head: int
     total: int
     examples: dict[str, int]
+    classes: dict[str, dict[str, int]]
+    """Split -> class -> number of examples; empty where there are no classes."""
     memory: Memory
     rates: dict[str, Any]
     remarks: list[str]
@@ -74,9 +76,10 @@ def dry_run(config: RunConfig) -> DryRun:
         shown=recipe.show(),
         layers=layers,
         examples=examples,
+        classes=recipe.classes(),
         memory=_memory(recipe, model, [p for group, _ in plan.rates for p in group]),
         rates=rates,
-        remarks=[*advice, *recipe.remarks()],
+        remarks=[*advice, *recipe.warnings(), *recipe.remarks()],
         **numbers(model, plan),
     )
 

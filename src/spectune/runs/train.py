@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -58,15 +59,18 @@ def train_run(
     resume: bool = False,
     on_step: OnStep | None = None,
     looks: bool = False,
+    on_warning: Callable[[str], Any] = warnings.warn,
 ) -> Trained:
     """Get a trained model with its result; the folder is as after `run`.
+
+    `on_warning` is told what may be wrong with the examples, before the first step.
 
     With `looks` the result also holds what a page shows of the model: spectra, updates, answers.
     """
     found, processes = Run(Path(output_dir)), join()
     with ExitStack() as held:
         on_main(lambda: held.enter_context(opened_folder(config, found, resume)))
-        trained = _train(config, found, on_step)
+        trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None)
         for _ in range(2 if looks else 1):
             if processes.is_main_process:
                 found.write(trained.result)
@@ -77,10 +81,12 @@ def train_run(
         return trained
 
 
-def _train(config: RunConfig, found: Run, on_step: OnStep | None) -> Trained:
+def _train(config: RunConfig, found: Run, on_step: OnStep | None, on_warning: Callable[[str], Any]) -> Trained:
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
     recipe.prepare()
+    for said in recipe.warnings():
+        on_warning(said)
     model, plan = build(recipe)
     counts = numbers(model, plan)
     if torch.cuda.is_available():
