@@ -151,3 +151,22 @@ def test_pickles_and_wrong_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(path, x_train=np.zeros((2, 4, 4)), y_train=np.zeros(2))
     with pytest.raises(DataError, match="pixels must be uint8"):
         recipe_of(tiny.image_run(tmp_path, data={"train": str(path)})).splits  # noqa: B018
+
+
+def test_what_an_operating_system_leaves_behind_is_passed_over_and_the_rest_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(folder / label / f"{i}.png")
+    values = tiny.image_run(tmp_path, data={"train": str(folder)})
+    for litter in ("cat/._0.png", ".DS_Store", "dog/Thumbs.db", ".trash/0.png", "__MACOSX/cat/0.png", "cat/.x/0.png"):
+        (folder / litter).parent.mkdir(parents=True, exist_ok=True)
+        (folder / litter).write_bytes(b"no picture")
+    found = dry_run(parse_config(values))
+    assert found.classes == {"train": {"cat": 2, "dog": 2}} and not any("not read" in said for said in found.remarks)
+    for left in ("cat/0.heic", "0.png", "fox/notes.txt"):
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).write_bytes(b"")
+    said = dry_run(parse_config(values)).remarks
+    assert any("4 files or folders in it are not read, as 0.png" in line for line in said)

@@ -167,3 +167,25 @@ def test_the_validation_loss_is_looked_at_when_asked(tmp_path: Path) -> None:
     run(parse_config(tiny.text_run(tmp_path, training={"validate_every": 3})), tmp_path / "run")
     history = saved.history(saved.checkpoints(tmp_path / "run" / "checkpoints")[-1])
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("task", "header", "labels"),
+    [
+        ("rte", "index\tsentence1\tsentence2\tlabel", ["entailment", "not_entailment"]),
+        (
+            "stsb",
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+            ["1.2", "5"],
+        ),
+    ],
+)
+def test_files_as_glue_hands_them_out_are_read(task: str, header: str, labels: list[str], tmp_path: Path) -> None:
+    width = header.count("\t") - 2
+    rows = ["\t".join([*["none"] * width, '"w1" good', 'bad "w2', labels[i % 2]]) for i in range(6)]
+    (tmp_path / "train.tsv").write_text("\n".join([header, *rows]) + "\n")
+    data = {"glue": task, "train": str(tmp_path / "train.tsv"), "validation": str(tmp_path / "train.tsv")}
+    found = dry_run(parse_config(tiny.text_run(tmp_path, data=data)))
+    assert found.examples == {"train": 6, "validation": 6}
+    recipe = recipe_of(tiny.text_run(tmp_path, data=data))
+    assert recipe.targets("train")[:2] == ([1.2, 5.0] if task == "stsb" else [0, 1])

@@ -101,14 +101,14 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def _text(path: Path) -> str:
     if not path.name.endswith(".gz"):
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # spreadsheets begin a file with a mark
     pieces, size, most = [], 0, _most_bytes(path)
     with gzip.open(path) as file:
         while piece := file.read(PIECE_BYTES):
             pieces.append(piece)
             size += len(piece)
             _refuse_bomb(size, most)
-    return b"".join(pieces).decode("utf-8")
+    return b"".join(pieces).decode("utf-8-sig")
 
 
 def _most_bytes(path: Path) -> int:
@@ -123,16 +123,32 @@ def _refuse_bomb(size: int, most: int) -> None:
         )
 
 
-def _csv(path: Path, delimiter: str = ",") -> Numbered:
-    rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True))
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise ValueError(f"row {number} has another number of columns than the first")
-        yield number, row
+def _csv(path: Path) -> Numbered:
+    text = _text(path)
+    before = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 letters unless told otherwise
+    try:
+        return _table(list(csv.reader(io.StringIO(text, newline=""), strict=True)))
+    finally:
+        csv.field_size_limit(before)
 
 
 def _tsv(path: Path) -> Numbered:
-    return _csv(path, "\t")
+    """A tab ends a column and a line ends a row, whatever stands between: quotes are letters, as in GLUE's files."""
+    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
+    return _table([line.split("\t") if line else [] for line in lines])
+
+
+def _table(lines: list[list[str]]) -> Numbered:
+    """Get the rows below the header with their numbers, the header being row 1; empty ones are passed over."""
+    header = next(iter(lines), [])
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {twice!r} stands twice in the first row")
+    found = [(number, line) for number, line in enumerate(lines, 1) if line and number > 1]
+    for number, line in found:
+        if len(line) != len(header):
+            raise ValueError(f"row {number} has another number of columns ({len(line)}) than the first ({len(header)})")
+    return [(number, dict(zip(header, line, strict=True))) for number, line in found]
 
 
 def _jsonl(path: Path) -> Numbered:

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
-from ..training.config import DataSection, RunConfig, Section
+from ..training.config import SPLITS, DataSection, RunConfig, Section
 from ..training.loop import Plan
 from .data import held_out, limited
-from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of
+from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of, unread
 from .labels import count, ordered, spellings, unlearned
 from .metrics import measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
@@ -118,7 +118,16 @@ class ImageClassification(Recipe):
 
     def warnings(self) -> list[str]:
         labels = [picture.label for part in self.everything.values() for picture in part]
-        return [*spellings(labels), *unlearned(self.classes())]
+        return [*spellings(labels), *unlearned(self.classes()), *self._unread()]
+
+    def _unread(self) -> list[str]:
+        data, said = self.config.data, []
+        for name in (getattr(data, split) for split in SPLITS if not data.hub and not data.packaged):
+            if name and Path(name).is_dir() and (left := unread(Path(name))):
+                said.append(
+                    f"{name}: {len(left):,} files or folders in it are not read, as {left[0].relative_to(name)}"
+                )
+        return said
 
     @cached_property
     def processing(self) -> Any:

@@ -64,15 +64,32 @@ def load_pictures(data: DataSection, packaged: Packaged | None) -> dict[str, lis
 def _folder(path: Path) -> list[Picture]:
     if not path.is_dir():
         raise DataError(f"{path}: asked for a folder with one folder of images for each class, found none.")
-    classes = sorted(child for child in path.iterdir() if child.is_dir())
+    classes = sorted(child for child in path.iterdir() if child.is_dir() and not is_litter(child))
     found = [
         Picture(lambda file=file: _opened(file), class_name(folder.name), str(file))  # type: ignore[misc]
         for folder in classes
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in ENDINGS
+        if file.suffix.lower() in ENDINGS and not any(map(is_litter, (file, *file.relative_to(folder).parents)))
     ]
     if not found:
         raise DataError(f"{path}: no image is in its folders. One folder for each class is read: {path}/cat/1.jpg.")
+    return found
+
+
+def is_litter(path: Path) -> bool:
+    """Ask whether an operating system left a file beside the pictures: macOS's ._x.jpg, .DS_Store, Thumbs.db."""
+    return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def unread(path: Path) -> list[Path]:
+    """Get what lies in a folder of pictures and is not read: other endings, pictures outside a class, empty classes."""
+    found = []
+    for child in sorted(path.iterdir()):
+        inside = [child] if child.is_file() else [file for file in sorted(child.rglob("*")) if file.is_file()]
+        files = [file for file in inside if not any(map(is_litter, (file, *file.relative_to(path).parents)))]
+        pictures = [file for file in files if file.suffix.lower() in ENDINGS]
+        found += [file for file in files if child.is_file() or file not in pictures]
+        found += [child] if child.is_dir() and not pictures and not is_litter(child) else []
     return found
 
 

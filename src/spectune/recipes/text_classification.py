@@ -51,7 +51,7 @@ GLUE: dict[str, GlueTask] = {
     "wnli": GlueTask(PAIR, ("accuracy",)),
 }
 # The columns of other data.
-TEXT, PAIR_TEXT, LABEL = "text", "text_pair", "label"
+TEXT, PAIR_TEXT, LABEL, RAW_SCORE = "text", "text_pair", "label", "score"
 
 
 class TextData(DataSection):
@@ -151,16 +151,22 @@ class TextClassification(Recipe):
     def splits(self) -> dict[str, list[Row]]:
         return limited(self.everything, self.config.data, self.config.seed)
 
+    @property
+    def label_column(self) -> str:
+        """The column of the label: as told, and `score` in a STS-B file as GLUE hands it out."""
+        asked, first = self.config.data.label, self.everything["train"][0]
+        return RAW_SCORE if asked == LABEL and self.config.data.glue == "stsb" and asked not in first else asked
+
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes, sorted (as numbers where all are); a single one for scores."""
         if self.config.scores:
             return ["score"]
-        names = set(labels_of(self.everything["train"], self.config.data.label, "train", False))
+        names = set(labels_of(self.everything["train"], self.label_column, "train", False))
         if self.config.data.labels is not None:
             return self._given_labels([class_name(name) for name in self.config.data.labels], names)
         if len(names) < 2:
-            raise DataError(f"data.{self.config.data.label}: asked for classes, found only {sorted(names)}.")
+            raise DataError(f"column {self.label_column!r}: asked for classes, found only {sorted(names)}.")
         return ordered(names)
 
     def _given_labels(self, given: list[str], names: set[str]) -> list[str]:
@@ -174,13 +180,12 @@ class TextClassification(Recipe):
     def classes(self) -> dict[str, dict[str, int]]:
         if self.config.scores:
             return {}
-        name = self.config.data.label
-        return count(self.labels, {s: labels_of(part, name, s, False) for s, part in self.splits.items()})
+        return count(self.labels, {s: labels_of(part, self.label_column, s, False) for s, part in self.splits.items()})
 
     def warnings(self) -> list[str]:
         if self.config.scores:
             return []
-        values = [value for s, part in self.everything.items() for value in column(part, self.config.data.label, s)]
+        values = [value for s, part in self.everything.items() for value in column(part, self.label_column, s)]
         return [*spellings(values), *unlearned(self.classes()), *self._empty_texts()]
 
     def _empty_texts(self) -> list[str]:
@@ -244,7 +249,7 @@ class TextClassification(Recipe):
 
     def targets(self, split: str) -> list[Any]:
         """Get the place of each example's class, or its score."""
-        found = labels_of(self.splits[split], self.config.data.label, split, self.config.scores)
+        found = labels_of(self.splits[split], self.label_column, split, self.config.scores)
         if self.config.scores:
             return found
         numbers = {name: number for number, name in enumerate(self.labels)}
