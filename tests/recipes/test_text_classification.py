@@ -16,7 +16,7 @@ from spectune.recipes import parse_config
 from spectune.recipes.metrics import measure
 from spectune.recipes.recipe import Recipe
 from spectune.recipes.table import recipe_class
-from spectune.recipes.text_classification import GLUE
+from spectune.recipes.text_classification_config import GLUE
 from spectune.runs import dry_run, load_run, run
 from spectune.runs.building import build
 

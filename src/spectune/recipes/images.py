@@ -96,14 +96,37 @@ def unread(path: Path) -> list[Path]:
 def _opened(file: Path) -> Any:
     image_type = pillow()
     try:
-        image = image_type.open(file)
-        if image.width * image.height > MOST_PIXELS:
-            raise DataError(f"{file}: {image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed.")
-        return image.convert("RGB")
-    except (OSError, ValueError, image_type.DecompressionBombError) as error:
+        with image_type.open(file) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed.")
+            return upright_rgb(image)
+    except (OSError, ValueError, SyntaxError, image_type.DecompressionBombError) as error:
         if isinstance(error, DataError):
-            raise
+            raise DataError(f"{file}: {error}") from None
         raise DataError(f"{file}: this is no image that pillow reads: {error}") from error
+
+
+def upright_rgb(image: Any) -> Any:
+    """Get a picture of pillow as eight bits of red, green and blue, turned as its EXIF orientation says.
+
+    Sixteen bits are scaled: 65,535 becomes 255. `DataError` for 32-bit pixels, which do not say what is white.
+    """
+    if image.mode in ("I", "F") and getattr(image, "format", None) != "PNG":  # older pillows open a 16-bit PNG as I
+        raise DataError(f"pixels of mode {image.mode} (32 bits) do not say what is white. Save it in 8 or 16 bits.")
+    if image.mode.startswith("I"):
+        # As many steps of 257 as fit, rounded: 65,535 / 257 = 255.
+        exif = image.getexif()
+        image = pillow().fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+        image.getexif().update(exif)
+    return image_ops().exif_transpose(image).convert("RGB")
+
+
+def image_ops() -> Any:
+    """Get PIL.ImageOps."""
+    pillow()
+    from PIL import ImageOps
+
+    return ImageOps
 
 
 def _npz(path: Path) -> dict[str, list[Picture]]:
@@ -124,7 +147,7 @@ def _npz(path: Path) -> dict[str, list[Picture]]:
 
 
 def _from_arrays(pixels: Any, labels: Any, name: str) -> list[Picture]:
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+    if pixels.dtype != np.uint8 or (pixels.ndim != 3 and pixels.shape[3:] != (3,)):
         raise DataError(
             f"{name}: pixels must be uint8 and N x H x W or N x H x W x 3, found {pixels.dtype} {pixels.shape}."
         )
@@ -172,9 +195,19 @@ def _hub(data: DataSection, split: str) -> list[Picture]:
         for number, place in enumerate(places, 1)
     ]
     return [
-        Picture(lambda i=i: found[i][images[0]].convert("RGB"), name, f"{split} {i}")  # type: ignore[misc]
+        Picture(lambda i=i: _of_hub(found, images[0], i, f"{data.hub}, {split}, row {i + 1}"), name, f"{split} {i}")  # type: ignore[misc]
         for i, name in enumerate(names)
     ]
+
+
+def _of_hub(found: Any, column: str, i: int, where: str) -> Any:
+    try:
+        image = found[i][column]
+        if image is None:
+            raise DataError("there is no picture.")
+        return upright_rgb(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
