@@ -10,16 +10,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
 from ..training.loop import Plan, checked_arguments, loop_arguments, looped
-from .answers import GENERATED, continuations, gsm8k_answer, harness_ready, harness_scores, prompt_ids
+from .answers import (
+    GENERATED,
+    begins_texts,
+    continuations,
+    end_ids,
+    gsm8k_answer,
+    harness_ready,
+    harness_scores,
+)
 from .causal_lm_config import CausalLMConfig
-from .conversations import PLAIN_TEMPLATE, answer_of, prepared, prompt_of
+from .conversations import PLAIN_TEMPLATE, answer_of, as_asked, prepared, prompt_of
 from .data import Row, limited, load_splits, place
 from .recipe import Answered, Recipe, Shown, pretrained, some, tokenizer_of
 from .tokens import IGNORED, Tokens
+from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, losses
 
 
 class CausalLM(Recipe):
@@ -55,11 +64,16 @@ class CausalLM(Recipe):
         tokenizer = tokenizer_of(self.config)
         asked = self.config.data.chat_template
         if asked is not None:
-            tokenizer.chat_template = PLAIN_TEMPLATE if asked == "plain" else _read_template(asked)
+            tokenizer.chat_template = _plain_template(tokenizer) if asked == "plain" else _read_template(asked)
         if self.config.data.talks and tokenizer.chat_template is None:
             raise OptionError(
                 f"data: the rows are conversations, and the tokenizer of {self.config.model} has no chat template. "
                 f"Give data.chat_template: a .jinja file, or plain."
+            )
+        if tokenizer.eos_token is None:
+            raise OptionError(
+                f"model: the tokenizer of {self.config.model} has no end token, and an answer without one never ends. "
+                f"Give it an eos_token in its tokenizer_config.json."
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -106,7 +120,8 @@ class CausalLM(Recipe):
 
     def asked(self, row: Row) -> list[int]:
         """Get the tokens that the model is given of an example, to write the answer."""
-        return prompt_ids(self.processing, prompt_of(row), row.get("tools"))
+        prompt_of(row)
+        return self.tokens.asked(row)
 
     def _all_tokenised(self, split: str) -> list[dict[str, Any]]:
         found = [self.tokenised(row) for row in self.splits[split]]
@@ -215,17 +230,30 @@ class CausalLM(Recipe):
         pieces = [str(p).translate(marks) for p in self.processing.convert_ids_to_tokens(row["input_ids"])]
         return Shown([(piece, label != IGNORED) for piece, label in zip(pieces, row["labels"], strict=True)])
 
+    def warnings(self) -> list[str]:
+        """Get what is cut and lost, and where the model would be asked otherwise than it is taught."""
+        limit = self.config.data.max_tokens
+        said = []
+        for split, rows in self.splits.items():
+            said += losses([self.tokens.taught(row) for row in rows], limit, split)
+        rows = self.splits["train"][:LOOKED_AT]
+        return said + ends_and_beginnings(self.tokens, rows, self._ends()) + disagreements(self.tokens, rows)
+
     def remarks(self) -> list[str]:
-        """Get what a user should know about the examples: how many are cut or left out."""
-        limit, rows = self.config.data.max_tokens, self.splits["train"]
-        found = [self.tokenised(row, whole=True) for row in rows]
-        long = [row for row in found if len(row["input_ids"]) > limit]
-        lost = sum(all(label == IGNORED for label in row["labels"][:limit]) for row in found)
-        longest = max(len(row["input_ids"]) for row in found)
-        said = [f"the longest example has {longest:,} tokens, max_tokens is {limit:,}"]
-        said += [f"{len(long):,} of {len(rows):,} examples are cut at {limit:,} tokens"] if long else []
-        said += [f"{lost:,} of them lose their whole response and are left out"] if lost else []
+        rows = self.splits["train"]
+        longest = max(len(self.tokens.taught(row)[0]) for row in rows)
+        said = [f"the longest example has {longest:,} tokens, max_tokens is {self.config.data.max_tokens:,}"]
+        looked = [row for row in rows[:LOOKED_AT] if "prompt" in row]
+        if looked and all(map(self.tokens.agrees, looked)):
+            said.append(f"the model is asked as it is taught, token by token ({len(looked)} examples looked at)")
         return said
+
+    def _ends(self) -> list[int]:
+        try:
+            settings: Any = GenerationConfig.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        except OSError:  # there is none: generation then goes by the model's config
+            settings = pretrained(AutoConfig, self.config, None)
+        return end_ids(self.processing, settings)
 
     def generate(self, model: nn.Module, prompts: Sequence[Any], **options: Any) -> list[str]:
         asked = self.config.evaluation
@@ -233,8 +261,13 @@ class CausalLM(Recipe):
         return continuations(model, self.processing, prompts, **given)
 
     def as_prompt(self, text: str) -> Any:
-        """Get a user's words as this model was taught to read them: through the chat template if it was."""
-        return [{"role": "user", "content": text}] if self.config.data.talks else text
+        """Get a user's words as this model was taught to read them: through the run's prompt and chat template.
+
+        A prompt of several columns takes a JSON object with a value for each.
+        """
+        data = self.config.data
+        words = as_asked(text, data.format, data.prompt, data.chat)
+        return [{"role": "user", "content": words}] if data.talks else words
 
     def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
         if not any(name in GENERATED for name in self.config.evaluation.metrics):
@@ -243,6 +276,11 @@ class CausalLM(Recipe):
         written = self.generate(model, [self.asked(row) for row in rows])
         shown = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
         return [Answered(t, answer_of(row).strip(), w.strip()) for t, row, w in zip(shown, rows, written, strict=True)]
+
+
+def _plain_template(tokenizer: Any) -> str:
+    """Get the plain template; conversations begin as the tokenizer begins a text."""
+    return ("{{ bos_token }}" if begins_texts(tokenizer) else "") + PLAIN_TEMPLATE
 
 
 def _read_template(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -31,7 +32,7 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}Assistant: {% generation %}{{ message['content'] }}{{ eos_token }}"
     "{% endgeneration %}\n"
     "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
@@ -52,6 +53,11 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
         if isinstance(error, DataError):
             raise
         raise OptionError(f"data: {template!r} is no template: {error}. Write {{{{ for a brace.") from None
+
+
+def columns_of(template: str) -> list[str]:
+    """Get the names of the columns that a template asks for, in their order."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
 
 
 def prepared(
@@ -114,6 +120,30 @@ def _pair(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def as_asked(text: str, form: Format, prompt: str | None, chat: bool) -> str:
+    """Get a user's words in the prompt that the rows were put into; several columns are given as a JSON object."""
+    if form == "alpaca":
+        found = _object(text)
+        return instruction(found if found and "instruction" in found else {"instruction": text}, chat)
+    if form != "prompt_completion" or not prompt:
+        return text
+    names = columns_of(prompt)
+    if len(names) == 1:
+        return fill(prompt, {names[0]: text})
+    found = _object(text)
+    if found is None:
+        raise OptionError(f"the prompt of this run is made of {', '.join(names)}. Give a JSON object with these keys.")
+    return fill(prompt, found)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def prompt_of(row: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError
-from .answers import prompt_ids
+from .answers import SPACES, prompt_ids
 from .messages import Message, refuse_what_is_lost
 
 IGNORED = -100  # torch's cross entropy leaves this label out
@@ -23,12 +23,40 @@ class Tokens:
     def taught(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Get the tokens of a prepared row, and its labels, which leave out what carries no loss."""
         ids, mask = self._conversation(row) if isinstance(row.get("prompt"), list) else (self._text(row), None)
-        if self.loss_on == "all" or "prompt" not in row:
+        if "prompt" not in row:
+            return ids, list(ids)
+        asked = self.asked(row)
+        if ids[: len(asked)] != asked and self.loss_on != "assistant":
+            ids = self._apart(row, asked) or ids
+        if self.loss_on == "all":
             return ids, list(ids)
         if self.loss_on == "assistant":
             return ids, [token if carries else IGNORED for token, carries in zip(ids, mask or [], strict=True)]
-        start = _common(prompt_ids(self.tokenizer, row["prompt"], row.get("tools")), ids)
+        start = _common(asked, ids)
         return ids, [IGNORED] * start + ids[start:]
+
+    def asked(self, row: Mapping[str, Any]) -> list[int]:
+        """Get the tokens that the model is given of a prepared row, to write the answer."""
+        return prompt_ids(self.tokenizer, row["prompt"], row.get("tools"))
+
+    def agrees(self, row: Mapping[str, Any]) -> bool:
+        """Ask whether what the model is asked is a beginning of what it is taught, token by token."""
+        asked = self.asked(row)
+        return self.taught(row)[0][: len(asked)] == asked
+
+    def _apart(self, row: Mapping[str, Any], asked: list[int]) -> list[int] | None:
+        """Get prompt and answer as tokens that do not merge; None where the template asks in other words."""
+        if isinstance(row["prompt"], str):
+            head, whole, end = row["prompt"], row["prompt"] + row["completion"], [self.tokenizer.eos_token_id]
+        else:
+            render, tools = self.tokenizer.apply_chat_template, row.get("tools")
+            head = render(row["prompt"], tools=tools, add_generation_prompt=True, tokenize=False)
+            whole, end = render([*row["prompt"], *row["completion"]], tools=tools, tokenize=False), []
+        head = head.rstrip(SPACES)
+        if not whole.startswith(head):
+            return None
+        rest = list(self.tokenizer(whole[len(head) :], add_special_tokens=False)["input_ids"])
+        return [*asked, *rest, *end]
 
     def _text(self, row: Mapping[str, Any]) -> list[int]:
         ids = list(self.tokenizer(row["text"] if "text" in row else row["prompt"] + row["completion"])["input_ids"])
