@@ -143,7 +143,7 @@ def test_every_form_of_data_becomes_prompt_and_completion() -> None:
 
 def test_examples_that_are_cut_are_counted(tmp_path: Path) -> None:
     found = dry_run(parse_config(tiny.lm_run(tmp_path, data={"max_tokens": 8})))
-    assert any("16 of 16 examples are cut at 8 tokens" in remark for remark in found.remarks)
+    assert any("16 of 16 examples of train are cut at 8 tokens" in remark for remark in found.remarks)
     with pytest.raises(DataError, match="no response fits into max_tokens=5"):
         dry_run(parse_config(tiny.lm_run(tmp_path, data={"max_tokens": 5})))
 

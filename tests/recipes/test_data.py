@@ -26,11 +26,10 @@ def write_all(folder: Path) -> list[Path]:
     (folder / "a.jsonl").write_text(lines)
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (folder / "a.json").write_text(json.dumps(ROWS))
-    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
-        with (folder / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(ROWS)
+    with (folder / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -136,3 +135,58 @@ def test_a_share_is_not_held_out_beside_examples_that_came_with_the_data() -> No
     data = DataSection(train="a", validation_share=0.5)
     with pytest.raises(DataError, match=r"data\.validation_share: the data bring validation examples of their own"):
         held_out({"train": [1, 2], "validation": [3]}, data, seed=0)
+
+
+QUOTED = [
+    '"Yes," he said.\tA man speaks.\tentailment',
+    'He said "no\tA "man" speaks."\tnot_entailment',
+    '"\t"\tentailment',
+    '"open\tshut"\tnot_entailment',
+    'plain\t""\tentailment',
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_of_a_tsv_are_letters(end: str, tmp_path: Path) -> None:
+    lines = [f"{i}\t{line}" for i, line in enumerate(QUOTED)]
+    (tmp_path / "a.tsv").write_bytes(end.join(["index\tsentence1\tsentence2\tlabel", *lines, ""]).encode())
+    found = read_rows(tmp_path / "a.tsv")
+    assert ["\t".join([row["sentence1"], row["sentence2"], row["label"]]) for row in found] == QUOTED
+    assert found[4].where.endswith("a.tsv, row 6")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.csv.gz"])
+def test_a_mark_at_the_beginning_of_a_file_is_no_letter(name: str, tmp_path: Path) -> None:
+    text = {"csv": "a\n1\n", "tsv": "a\n1\n", "jsonl": '{"a": "1"}\n', "json": '[{"a": "1"}]'}[name.split(".")[1]]
+    content = text.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert read_rows(tmp_path / name) == [{"a": "1"}]
+
+
+def test_fields_of_a_table_may_be_long(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        (tmp_path / name).write_text(f"text{mark}label\n{'x' * 200_000}{mark}1\n")
+        assert len(read_rows(tmp_path / name)[0]["text"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_tables_that_do_not_add_up_are_refused(name: str, tmp_path: Path) -> None:
+    mark = "," if name == "a.csv" else "\t"
+    (tmp_path / name).write_text(f"a{mark}b{mark}a\n1{mark}2{mark}3\n")
+    with pytest.raises(DataError, match="the column 'a' stands twice in the first row"):
+        read_rows(tmp_path / name)
+    (tmp_path / name).write_text(f"a{mark}b\n\n1{mark}2\n1\n")
+    with pytest.raises(DataError, match=r"row 4 has another number of columns \(1\) than the first \(2\)"):
+        read_rows(tmp_path / name)
+
+
+def test_every_row_knows_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    assert [row.where for row in read_rows(tmp_path / "a.jsonl")] == [
+        f"{tmp_path}/a.jsonl, row {number}" for number in (1, 3)
+    ]
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2\n')
+    with pytest.raises(DataError, match="this is no jsonl file: row 3: Expecting"):
+        read_rows(tmp_path / "a.jsonl")

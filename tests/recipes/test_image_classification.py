@@ -151,3 +151,63 @@ def test_pickles_and_wrong_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(path, x_train=np.zeros((2, 4, 4)), y_train=np.zeros(2))
     with pytest.raises(DataError, match="pixels must be uint8"):
         recipe_of(tiny.image_run(tmp_path, data={"train": str(path)})).splits  # noqa: B018
+
+
+def test_what_an_operating_system_leaves_behind_is_passed_over_and_the_rest_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(folder / label / f"{i}.png")
+    values = tiny.image_run(tmp_path, data={"train": str(folder)})
+    for litter in ("cat/._0.png", ".DS_Store", "dog/Thumbs.db", ".trash/0.png", "__MACOSX/cat/0.png", "cat/.x/0.png"):
+        (folder / litter).parent.mkdir(parents=True, exist_ok=True)
+        (folder / litter).write_bytes(b"no picture")
+    found = dry_run(parse_config(values))
+    assert found.classes == {"train": {"cat": 2, "dog": 2}} and not any("not read" in said for said in found.remarks)
+    for left in ("cat/0.heic", "0.png", "fox/notes.txt"):
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).write_bytes(b"")
+    said = dry_run(parse_config(values)).remarks
+    assert any("4 files or folders in it are not read, as 0.png" in line for line in said)
+
+
+def test_a_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
+    array = np.zeros((8, 16, 3), np.uint8)
+    array[:, :8] = 255  # the left half is white
+    for orientation, edge in ((1, "left"), (3, "right"), (6, "top"), (8, "bottom")):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(array).save(tmp_path / f"{edge}.png", exif=exif)
+        found = np.asarray(images._opened(tmp_path / f"{edge}.png"))[..., 0]
+        assert found.shape == ((8, 16) if orientation in (1, 3) else (16, 8))
+        edges = {"left": found[:, 0], "right": found[:, -1], "top": found[0], "bottom": found[-1]}
+        assert [name for name, line in edges.items() if line.min() == 255] == [edge]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled_and_not_cut(ending: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65_535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{ending}")
+    found = np.asarray(images._opened(tmp_path / f"ramp.{ending}"))
+    assert found.shape == (16, 16, 3) and (found[..., 0].reshape(-1) == np.arange(256)).all()
+
+
+def test_sixteen_bits_are_turned_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((8, 16), np.uint16)).save(tmp_path / "a.png", exif=exif)
+    assert images._opened(tmp_path / "a.png").size == (8, 16)
+
+
+def test_pixels_that_do_not_say_what_is_white_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a.tif: pixels of mode F \(32 bits\) do not say what is white"):
+        images._opened(tmp_path / "a.tif")
+
+
+def test_arrays_of_other_channels_are_refused(tmp_path: Path) -> None:
+    values = tiny.image_run(tmp_path)
+    np.savez(tmp_path / "squares.npz", x_train=np.zeros((2, 8, 8, 1), np.uint8), y_train=[0, 1])
+    with pytest.raises(DataError, match="pixels must be uint8 and N x H x W or N x H x W x 3"):
+        dry_run(parse_config(values))

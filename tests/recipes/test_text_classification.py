@@ -17,7 +17,7 @@ from spectune.recipes import parse_config
 from spectune.recipes.metrics import measure
 from spectune.recipes.recipe import Recipe
 from spectune.recipes.table import recipe_class
-from spectune.recipes.text_classification import GLUE
+from spectune.recipes.text_classification_config import GLUE
 from spectune.runs import dry_run, load_run, run
 from spectune.runs.building import build
 
@@ -183,3 +183,25 @@ def test_dropout_reaches_layers_that_read_it_in_the_config(tmp_path: Path) -> No
     model = recipe.build_model().train()
     batch = recipe.collate([recipe.rows("train")[i] for i in range(3)])
     assert torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "header", "labels"),
+    [
+        ("rte", "index\tsentence1\tsentence2\tlabel", ["entailment", "not_entailment"]),
+        (
+            "stsb",
+            "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+            ["1.2", "5"],
+        ),
+    ],
+)
+def test_files_as_glue_hands_them_out_are_read(task: str, header: str, labels: list[str], tmp_path: Path) -> None:
+    width = header.count("\t") - 2
+    rows = ["\t".join([*["none"] * width, '"w1" good', 'bad "w2', labels[i % 2]]) for i in range(6)]
+    (tmp_path / "train.tsv").write_text("\n".join([header, *rows]) + "\n")
+    data = {"glue": task, "train": str(tmp_path / "train.tsv"), "validation": str(tmp_path / "train.tsv")}
+    found = dry_run(parse_config(tiny.text_run(tmp_path, data=data)))
+    assert found.examples == {"train": 6, "validation": 6}
+    recipe = recipe_of(tiny.text_run(tmp_path, data=data))
+    assert recipe.targets("train")[:2] == ([1.2, 5.0] if task == "stsb" else [0, 1])

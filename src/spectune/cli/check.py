@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..runs import DryRun
     from .terminal import Console
 
-MOST_LAYERS = 12
+MOST_LAYERS, MOST_CLASSES = 12, 12
 
 
 def check(
@@ -54,6 +54,8 @@ def _print(found: DryRun, console: Console) -> None:
     head = f", and {found.head:,} of the head in full" if found.head else ""
     console.print(f"{found.trainable:,} numbers trained{head}; the model has {found.total:,} ({share:.3%})")
     console.print("examples: " + ", ".join(f"{count:,} {split}" for split, count in found.examples.items()))
+    for split, counts in found.classes.items():
+        console.print(f"classes of {split}: {_counted(counts)}", markup=False, highlight=False)
     parts = {name: getattr(found.memory, name) for name in ("weights", "gradients", "optimizer", "activations")}
     sizes = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
     console.print(f"memory: about {readable_bytes(found.memory.total)} ({sizes})")
@@ -63,6 +65,11 @@ def _print(found: DryRun, console: Console) -> None:
     console.print(f"learning rate {found.rates['learning_rate']:g}{head_rate}{span}", markup=False)
     for remark in found.remarks:
         console.print(f"note: {remark}", markup=False)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:MOST_CLASSES])
+    return shown if len(counts) <= MOST_CLASSES else f"{shown}, … {len(counts)} in all (--json lists them)"
 
 
 def _example(found: DryRun) -> Text:

@@ -1,4 +1,4 @@
-"""`spectune generate`: let a trained language model write, through the chat template that it was trained with."""
+"""`spectune generate`: let a trained language model write, through the template that it was trained with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ def generate(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a causal_lm run.")],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", help="What to continue or answer; default: each line of stdin."),
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="What to answer (JSON for a prompt of several columns); default: each line of stdin.",
+        ),
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="How much to write; default: the run's.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,

@@ -36,8 +36,12 @@ def train(
     main = join().is_main_process
     console = Console(stderr=True, quiet=as_json or not main)
     warning = advice(method_of(asked), learning_rate(asked))
+
+    def warn(said: str) -> None:
+        Console(stderr=True).print(f"warning: {said}", markup=False, soft_wrap=True)
+
     if warning and main:
-        Console(stderr=True).print(f"warning: {warning}", markup=False, soft_wrap=True)
+        warn(warning)
     finished = resume and Run(folder).is_finished
     step: Any = None
     with Stages(console) as stages:
@@ -51,7 +55,7 @@ def train(
             if finished:
                 result: RunResult = run(asked, folder, resume=True)
             else:
-                result = train_run(asked, folder, resume=resume, on_step=on_step, looks=True).result
+                result = train_run(asked, folder, resume=resume, on_step=on_step, looks=True, on_warning=warn).result
                 if main:
                     write_run_page(result, Run(folder).page, console)
         except Interrupted as stop:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import MissingExtraError, OptionError
+from ..errors import DataError, MissingExtraError, OptionError, nearest
 
 # openai/grade-school-math, dataset.py: the number after "#### ", its commas taken out; the texts must be equal. A
 # full stop right after the number belongs to it there, so "#### 42." is wrong; kept, so that figures compare.
@@ -37,14 +38,20 @@ GENERATED: dict[str, Callable[[str, str], bool]] = {"exact_match": is_exact, "gs
 """Name -> whether a written text is right, given the reference."""
 
 
+# Tokens hold the space before a word: one at a prompt's end belongs to the answer's first token.
+SPACES = " \t"
+
+
 @torch.no_grad()
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, batch_size: int, temperature: float = 0.0
 ) -> list[str]:
-    """Get what the model writes after each prompt (a text, or messages): greedy at temperature 0, else sampled."""
+    """Get what the model writes after each prompt (text, messages or tokens): greedy at temperature 0, else sampled."""
     model.eval()
     device = next(model.parameters()).device
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if not all(rows):
+        raise DataError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: there is no token to continue.")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     written: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -60,6 +67,7 @@ def continuations(
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
+            eos_token_id=end_ids(tokenizer, getattr(model, "generation_config", None)) or None,
             **_neutral(model),
             **sampling,
         )
@@ -68,18 +76,52 @@ def continuations(
     return [written[i] for i in range(len(rows))]
 
 
+def end_ids(tokenizer: Any, settings: Any) -> list[int]:
+    """Get the tokens that end an answer: the tokenizer's, which answers are taught with, and the model's own."""
+    own = getattr(settings, "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in found if token is not None})
+
+
 def _neutral(model: Any) -> dict[str, Any]:
     """A base's generation_config may bring sampling settings, which greedy decoding would complain about."""
     return {"top_p": 1.0, "top_k": 50, "num_beams": 1} if getattr(model, "generation_config", None) else {}
 
 
-def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
-    """Get the tokens of a prompt, a text or messages, up to where the model goes on."""
+def prompt_ids(tokenizer: Any, prompt: Any, tools: Any = None) -> list[int]:
+    """Get the tokens of a prompt, a text or messages, up to where the model goes on; tokens are taken as they are.
+
+    Without the spaces at its end: see SPACES.
+    """
+    if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+        return list(prompt)
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = list(tokenizer(prompt.rstrip(SPACES))["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(found["input_ids"])
+    text = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text.rstrip(SPACES), add_special_tokens=False)["input_ids"])
+
+
+def begins_texts(tokenizer: Any) -> bool:
+    """Ask whether a tokenizer puts its beginning token before a text."""
+    first = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id is not None and list(first) == [tokenizer.bos_token_id]
+
+
+def harness_ready(tasks: Sequence[str]) -> None:
+    """See that lm-eval is there and knows every task, before anything is trained."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise _no_harness(error) from None
+    known = TaskManager().all_tasks
+    for name in tasks:
+        if name not in known and not Path(name).exists():  # a task may also be a YAML file
+            raise OptionError(f"evaluation.lm_eval: task {name!r} does not exist. {nearest(name, known)}")
+
+
+def _no_harness(error: ImportError) -> MissingExtraError:
+    return MissingExtraError(f"evaluation.lm_eval: lm-eval cannot be imported ({error}). pip install 'spectune[llm]'")
 
 
 def harness_scores(
@@ -91,13 +133,17 @@ def harness_scores(
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise MissingExtraError(
-            f"evaluation.lm_eval: lm-eval cannot be imported ({error}). pip install 'spectune[llm]'"
-        ) from None
+        raise _no_harness(error) from None
     model.eval()
     try:
         found = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                # Left alone, lm-eval would leave it out; a chat template writes its own.
+                add_bos_token=begins_texts(tokenizer) and not chat,
+            ),
             tasks=list(tasks),
             num_fewshot=few_shot,
             limit=limit,

@@ -6,85 +6,30 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from ..checkpoint import load_tokenizer
 from ..errors import DataError, MissingExtraError, OptionError
-from ..training.config import DataSection, PathOrName, RunConfig, Section
 from ..training.loop import Plan, checked_arguments, loop_arguments, looped
-from .answers import GENERATED, continuations, harness_scores, prompt_ids
-from .conversations import PLAIN_TEMPLATE, Format, answer_of, prepared, prompt_of
-from .data import Row, limited, load_splits
+from .answers import (
+    GENERATED,
+    begins_texts,
+    continuations,
+    end_ids,
+    gsm8k_answer,
+    harness_ready,
+    harness_scores,
+)
+from .causal_lm_config import CausalLMConfig
+from .conversations import PLAIN_TEMPLATE, answer_of, as_asked, prepared, prompt_of
+from .data import Row, limited, load_splits, place
 from .recipe import Answered, Recipe, Shown, pretrained, some
-
-IGNORED = -100  # torch's cross entropy leaves this label out
-
-
-class ConversationData(DataSection):
-    """Instructions, conversations or texts."""
-
-    format: Format = Field("prompt_completion", description="How a row is read.")
-    prompt: str | None = Field(None, description="Template over the columns: 'Question: {question}\\nAnswer:'.")
-    completion: str | None = Field(None, description="Template of what is to be written: ' {answer}'.")
-    chat: bool = Field(False, description="Render prompt and completion with the chat template, as user and assistant.")
-    chat_template: PathOrName | None = Field(
-        None, description="A .jinja file, or 'plain'; default: the tokenizer's own. Saved beside the adapter."
-    )
-    loss_on: Literal["response", "assistant", "all"] = Field(
-        "response", description="Which tokens carry loss: the last answer, every answer of the assistant, or all."
-    )
-    max_tokens: int = Field(1024, gt=1, description="Longer examples are cut at the end.")
-    packing: bool = Field(False, description="Put several examples into one row of max_tokens.")
-
-    @model_validator(mode="after")
-    def _templates_fit(self) -> ConversationData:
-        if self.completion is not None and self.format != "prompt_completion":
-            raise ValueError(f"completion is a template for format prompt_completion, not for {self.format}")
-        if self.prompt is not None and self.format not in ("prompt_completion", "text"):
-            raise ValueError(f"prompt is a template for formats prompt_completion and text, not for {self.format}")
-        if self.chat and self.format == "text":
-            raise ValueError("chat needs a prompt and a completion; format text has neither")
-        if self.loss_on == "assistant" and not self.talks:
-            raise ValueError("loss_on: assistant needs messages; use format messages or chat: true")
-        if self.chat_template is not None and not self.talks:
-            raise ValueError("chat_template is used by format messages or chat: true; leave it out")
-        return self
-
-    @property
-    def talks(self) -> bool:
-        """Whether the chat template renders the rows."""
-        return self.chat or self.format == "messages"
-
-
-class HarnessTasks(Section):
-    """Tasks of EleutherAI's lm-evaluation-harness."""
-
-    tasks: list[str] = Field(min_length=1, description="Any task that lm-eval knows, such as gsm8k or mmlu.")
-    few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
-    limit: int | None = Field(None, gt=0, description="Only so many questions of a task (for a quick look).")
-
-
-class LMEvaluation(Section):
-    """How held-out answers are scored."""
-
-    metrics: list[Literal["loss", "exact_match", "gsm8k"]] = Field(
-        ["loss"], description="loss is of the response tokens; the others generate text."
-    )
-    max_new_tokens: int = Field(256, gt=0, description="How much is written for one answer.")
-    batch_size: int = Field(8, gt=0, description="Answers that are written together.")
-    lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
-
-
-class CausalLMConfig(RunConfig):
-    """A run of the recipe causal_lm."""
-
-    data: ConversationData
-    evaluation: LMEvaluation = Field(default_factory=lambda: LMEvaluation.model_validate({}))
+from .tokens import IGNORED, Tokens
+from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, losses
 
 
 class CausalLM(Recipe):
@@ -120,11 +65,16 @@ class CausalLM(Recipe):
         tokenizer = load_tokenizer(self.config.model, self.config.revision)
         asked = self.config.data.chat_template
         if asked is not None:
-            tokenizer.chat_template = PLAIN_TEMPLATE if asked == "plain" else _read_template(asked)
+            tokenizer.chat_template = _plain_template(tokenizer) if asked == "plain" else _read_template(asked)
         if self.config.data.talks and tokenizer.chat_template is None:
             raise OptionError(
                 f"data: the rows are conversations, and the tokenizer of {self.config.model} has no chat template. "
                 f"Give data.chat_template: a .jinja file, or plain."
+            )
+        if tokenizer.eos_token is None:
+            raise OptionError(
+                f"model: the tokenizer of {self.config.model} has no end token, and an answer without one never ends. "
+                f"Give it an eos_token in its tokenizer_config.json."
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -134,51 +84,63 @@ class CausalLM(Recipe):
     def splits(self) -> dict[str, list[Row]]:
         data = self.config.data
         rows = limited(load_splits(data, self.config.seed), data, self.config.seed)
-        return {s: prepared(part, data.format, data.prompt, data.completion, data.chat) for s, part in rows.items()}
+        return {s: prepared(part, data.format, data.prompt, data.completion, data.chat, s) for s, part in rows.items()}
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
         return pretrained(AutoModelForCausalLM, self.config, weights)
 
+    def prepare(self) -> None:
+        super().prepare()
+        asked = self.config.evaluation.lm_eval
+        if asked is not None:
+            harness_ready(asked.tasks)
+
+    def ready(self, split: str) -> None:
+        self.rows(split)
+        if split == "train":
+            return
+        for name in (name for name in self.config.evaluation.metrics if name in GENERATED):
+            for i, row in enumerate(self.splits[split]):
+                if isinstance(prompt_of(row), list) and row["completion"][-1].get("tool_calls"):
+                    raise DataError(f"{place(row, split, i)}: {name} compares texts, and the answer is a tool call.")
+                if name == "gsm8k" and gsm8k_answer(answer_of(row)) is None:
+                    raise DataError(
+                        f"{place(row, split, i)}: gsm8k looks for '#### ' and a number in the answer, and there is "
+                        f"none. Use exact_match."
+                    )
+
     def rows(self, split: str) -> list[dict[str, Any]]:
         """Get tokens and labels of each example; one whose response is cut off whole is left out."""
+        if split not in self._rows:
+            self._rows[split] = self._all_tokenised(split)
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+    def asked(self, row: Row) -> list[int]:
+        """Get the tokens that the model is given of an example, to write the answer."""
+        prompt_of(row)
+        return self.tokens.asked(row)
+
+    def _all_tokenised(self, split: str) -> list[dict[str, Any]]:
         found = [self.tokenised(row) for row in self.splits[split]]
         kept = [row for row in found if any(label != IGNORED for label in row["labels"])]
         if not kept:
             raise DataError(f"data.{split}: no response fits into max_tokens={self.config.data.max_tokens}. Raise it.")
         return kept
 
+    @cached_property
+    def tokens(self) -> Tokens:
+        """What is taught and asked, as tokens."""
+        return Tokens(self.processing, self.config.data.loss_on)
+
     def tokenised(self, row: Row, whole: bool = False) -> dict[str, Any]:
         """Get an example's tokens, and labels that leave out what carries no loss; `whole` does not cut it."""
-        data, tokenizer = self.config.data, self.processing
-        if isinstance(row.get("prompt"), list):
-            found = tokenizer.apply_chat_template(
-                [*row["prompt"], *row["completion"]], return_dict=True, return_assistant_tokens_mask=self._wants_mask()
-            )
-            ids, mask = list(found["input_ids"]), found.get("assistant_masks")
-        else:
-            text = row["text"] if "text" in row else row["prompt"] + row["completion"]
-            ids, mask = list(tokenizer(text)["input_ids"]), None
-            # Some tokenizers end every text so, some none; a model that never saw the end would never stop.
-            ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
-        if data.loss_on == "all" or "prompt" not in row:
-            labels = list(ids)
-        elif data.loss_on == "assistant":
-            labels = [token if carries else IGNORED for token, carries in zip(ids, mask or [], strict=True)]
-        else:
-            start = _common(prompt_ids(tokenizer, row["prompt"]), ids)
-            labels = [IGNORED] * start + ids[start:]
-        end = None if whole else data.max_tokens
+        ids, labels = self.tokens.taught(row)
+        end = None if whole else self.config.data.max_tokens
         return {"input_ids": ids[:end], "labels": labels[:end]}
-
-    def _wants_mask(self) -> bool:
-        if self.config.data.loss_on != "assistant":
-            return False
-        if "generation" not in (self.processing.chat_template or ""):
-            raise OptionError(
-                "data.loss_on=assistant: the chat template does not mark the assistant's part with {% generation %}. "
-                "Give a data.chat_template that does (plain does), or loss_on: response (the last answer)."
-            )
-        return True
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -224,7 +186,7 @@ class CausalLM(Recipe):
         scored = [name for name in asked.metrics if name in GENERATED]
         if scored:
             rows = self.splits[split]
-            written = self.generate(model, [prompt_of(row) for row in rows])
+            written = self.generate(model, [self.asked(row) for row in rows])
             for name in scored:
                 right = [GENERATED[name](text, answer_of(row)) for text, row in zip(written, rows, strict=True)]
                 found[name] = sum(right) / len(right)
@@ -269,17 +231,30 @@ class CausalLM(Recipe):
         pieces = [str(p).translate(marks) for p in self.processing.convert_ids_to_tokens(row["input_ids"])]
         return Shown([(piece, label != IGNORED) for piece, label in zip(pieces, row["labels"], strict=True)])
 
+    def warnings(self) -> list[str]:
+        """Get what is cut and lost, and where the model would be asked otherwise than it is taught."""
+        limit = self.config.data.max_tokens
+        said = []
+        for split, rows in self.splits.items():
+            said += losses([self.tokens.taught(row) for row in rows], limit, split)
+        rows = self.splits["train"][:LOOKED_AT]
+        return said + ends_and_beginnings(self.tokens, rows, self._ends()) + disagreements(self.tokens, rows)
+
     def remarks(self) -> list[str]:
-        """Get what a user should know about the examples: how many are cut or left out."""
-        limit, rows = self.config.data.max_tokens, self.splits["train"]
-        found = [self.tokenised(row, whole=True) for row in rows]
-        long = [row for row in found if len(row["input_ids"]) > limit]
-        lost = sum(all(label == IGNORED for label in row["labels"][:limit]) for row in found)
-        longest = max(len(row["input_ids"]) for row in found)
-        said = [f"the longest example has {longest:,} tokens, max_tokens is {limit:,}"]
-        said += [f"{len(long):,} of {len(rows):,} examples are cut at {limit:,} tokens"] if long else []
-        said += [f"{lost:,} of them lose their whole response and are left out"] if lost else []
+        rows = self.splits["train"]
+        longest = max(len(self.tokens.taught(row)[0]) for row in rows)
+        said = [f"the longest example has {longest:,} tokens, max_tokens is {self.config.data.max_tokens:,}"]
+        looked = [row for row in rows[:LOOKED_AT] if "prompt" in row]
+        if looked and all(map(self.tokens.agrees, looked)):
+            said.append(f"the model is asked as it is taught, token by token ({len(looked)} examples looked at)")
         return said
+
+    def _ends(self) -> list[int]:
+        try:
+            settings: Any = GenerationConfig.from_pretrained(self.config.model, revision=self.config.revision or "main")
+        except OSError:  # there is none: generation then goes by the model's config
+            settings = pretrained(AutoConfig, self.config, None)
+        return end_ids(self.processing, settings)
 
     def generate(self, model: nn.Module, prompts: Sequence[Any], **options: Any) -> list[str]:
         asked = self.config.evaluation
@@ -287,23 +262,26 @@ class CausalLM(Recipe):
         return continuations(model, self.processing, prompts, **given)
 
     def as_prompt(self, text: str) -> Any:
-        """Get a user's words as this model was taught to read them: through the chat template if it was."""
-        return [{"role": "user", "content": text}] if self.config.data.talks else text
+        """Get a user's words as this model was taught to read them: through the run's prompt and chat template.
+
+        A prompt of several columns takes a JSON object with a value for each.
+        """
+        data = self.config.data
+        words = as_asked(text, data.format, data.prompt, data.chat)
+        return [{"role": "user", "content": words}] if data.talks else words
 
     def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
         if not any(name in GENERATED for name in self.config.evaluation.metrics):
             return []
         rows = [self.splits[split][i] for i in some(self.splits[split], count, self.config.seed)]
-        written = self.generate(model, [prompt_of(row) for row in rows])
+        written = self.generate(model, [self.asked(row) for row in rows])
         shown = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
         return [Answered(t, answer_of(row).strip(), w.strip()) for t, row, w in zip(shown, rows, written, strict=True)]
 
 
-def _common(first: list[int], second: list[int]) -> int:
-    """Get how many tokens two rows begin with together: tokens may merge over the end of the prompt."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+def _plain_template(tokenizer: Any) -> str:
+    """Get the plain template; conversations begin as the tokenizer begins a text."""
+    return ("{{ bos_token }}" if begins_texts(tokenizer) else "") + PLAIN_TEMPLATE
 
 
 def _read_template(path: str) -> str:

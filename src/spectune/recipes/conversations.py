@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError, nearest
-from .data import Row
+from .data import Row, filled, place
+from .messages import conversation
 
 Format = Literal["messages", "prompt_completion", "alpaca", "text"]
 
@@ -30,7 +32,7 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}Assistant: {% generation %}{{ message['content'] }}{{ eos_token }}"
     "{% endgeneration %}\n"
     "{% else %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
@@ -40,7 +42,7 @@ class _Columns(string.Formatter):
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if field_name not in kwargs:
             raise DataError(f"a template asks for the column {field_name!r}. {nearest(field_name, list(kwargs))}")
-        return kwargs[field_name], field_name
+        return filled(kwargs[field_name], field_name), field_name
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
@@ -53,61 +55,98 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
         raise OptionError(f"data: {template!r} is no template: {error}. Write {{{{ for a brace.") from None
 
 
-def prepared(rows: Sequence[Row], form: Format, prompt: str | None, completion: str | None, chat: bool) -> list[Row]:
+def columns_of(template: str) -> list[str]:
+    """Get the names of the columns that a template asks for, in their order."""
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
+
+
+def prepared(
+    rows: Sequence[Mapping[str, Any]],
+    form: Format,
+    prompt: str | None,
+    completion: str | None,
+    chat: bool,
+    split: str = "train",
+) -> list[Row]:
     """Get rows as trl reads them: `text`, or `prompt` and `completion` (texts, or messages where `chat`).
 
     messages: everything before the last answer is the prompt, the last answer the completion.
     """
-    try:
-        return [_one(row, form, prompt, completion, chat) for row in rows]
-    except KeyError as error:
-        found = list(rows[0])
-        raise DataError(f"data.format={form}: no column {error.args[0]!r}. {nearest(error.args[0], found)}") from None
+    found = []
+    for i, row in enumerate(rows):
+        where = place(row, split, i)
+        try:
+            found.append(Row(_one(row, form, prompt, completion, chat), where))
+        except KeyError as error:
+            name = str(error.args[0])
+            raise DataError(f"{where}: format {form} needs the column {name!r}. {nearest(name, list(row))}") from None
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    return found
 
 
-def _one(row: Row, form: Format, prompt: str | None, completion: str | None, chat: bool) -> Row:
+def _one(
+    row: Mapping[str, Any], form: Format, prompt: str | None, completion: str | None, chat: bool
+) -> dict[str, Any]:
     if form == "text":
-        return {"text": fill(prompt, row) if prompt else str(row["text"])}
+        return {"text": fill(prompt, row) if prompt else _text(row, "text")}
     if form == "messages":
-        return _conversation(row["messages"] if "messages" in row else row["conversations"])
+        return conversation(row["messages"] if "messages" in row else row["conversations"], row.get("tools"))
     if form == "alpaca":
-        asked = ALPACA_INPUT if row.get("input") else ALPACA
-        plain = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        return _pair(plain if chat else fill(asked, row), row["output"], chat)
-    first = fill(prompt, row) if prompt else row["prompt"]
-    return _pair(first, fill(completion, row) if completion else row["completion"], chat)
+        return _pair(instruction(row, chat), _text(row, "output"), chat)
+    if not prompt and not completion and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return conversation([*row["prompt"], *row["completion"]], row.get("tools"))
+    first = fill(prompt, row) if prompt else _text(row, "prompt")
+    return _pair(first, fill(completion, row) if completion else _text(row, "completion"), chat)
 
 
-def _pair(prompt: Any, completion: Any, chat: bool) -> Row:
-    if isinstance(prompt, list) and isinstance(completion, list):  # already messages
-        return {"prompt": prompt, "completion": completion}
+def instruction(row: Mapping[str, Any], chat: bool) -> str:
+    """Get what an alpaca row asks: in Stanford's words, or bare for a chat template. A row may have no `input`."""
+    more = _text(row, "input") if "input" in row else ""
+    if chat:
+        return _text(row, "instruction") + (f"\n\n{more}" if more else "")
+    return fill(ALPACA_INPUT if more else ALPACA, row)
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    return str(filled(row[name], name))
+
+
+def _pair(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
     if chat:
         return {"prompt": [_message("user", prompt)], "completion": [_message("assistant", completion)]}
-    return {"prompt": str(prompt), "completion": str(completion)}
+    return {"prompt": prompt, "completion": completion}
 
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-# ShareGPT's words for the roles.
-ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+def as_asked(text: str, form: Format, prompt: str | None, chat: bool) -> str:
+    """Get a user's words in the prompt that the rows were put into; several columns are given as a JSON object."""
+    if form == "alpaca":
+        found = _object(text)
+        return instruction(found if found and "instruction" in found else {"instruction": text}, chat)
+    if form != "prompt_completion" or not prompt:
+        return text
+    names = columns_of(prompt)
+    if len(names) == 1:
+        return fill(prompt, {names[0]: text})
+    found = _object(text)
+    if found is None:
+        raise OptionError(f"the prompt of this run is made of {', '.join(names)}. Give a JSON object with these keys.")
+    return fill(prompt, found)
 
 
-def _conversation(messages: Any) -> Row:
+def _object(text: str) -> dict[str, Any] | None:
     try:
-        turns = [
-            _message(m["role"], m["content"]) if "role" in m else _message(ROLES[m["from"]], m["value"])
-            for m in messages
-        ]
-    except (KeyError, TypeError):
-        raise DataError("data.format=messages: a message needs role and content (or from and value).") from None
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise DataError("data.format=messages: a conversation must end with the assistant's answer to something.")
-    return {"prompt": turns[:-1], "completion": turns[-1:]}
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def prompt_of(row: Row) -> Any:
+def prompt_of(row: Mapping[str, Any]) -> Any:
     """Get what the model is given of a prepared row."""
     if "prompt" not in row:
         raise OptionError(
@@ -116,7 +155,7 @@ def prompt_of(row: Row) -> Any:
     return row["prompt"]
 
 
-def answer_of(row: Row) -> str:
+def answer_of(row: Mapping[str, Any]) -> str:
     """Get the text that the model should write for a prepared row."""
     completion = row["completion"]
     return str(completion[-1]["content"] if isinstance(completion, list) else completion)

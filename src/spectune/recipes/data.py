@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import random
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,18 @@ from typing import Any
 from ..errors import DataError, MissingExtraError, nearest
 from ..training.config import SPLITS, DataSection
 
-Row = dict[str, Any]
+
+class Row(dict[str, Any]):
+    """The columns of one example, and where it stands: `train.csv, row 7` (a table's header is row 1)."""
+
+    __slots__ = ("where",)
+
+    def __init__(self, columns: Mapping[str, Any], where: str = "") -> None:
+        super().__init__(columns)
+        self.where = where
+
+
+Numbered = Iterable[tuple[int, Any]]
 # A small file may unfold to gigabytes. Deflate writes at most 1,032 equal bytes as one, text comes to 3 to 30, rows
 # that repeat a prompt to about 100: what lies above is no data. Small files may unfold to 16 MiB at least. Chosen.
 MOST_UNFOLDING, FREE_BYTES = 200, 2**24
@@ -78,24 +90,25 @@ def read_rows(path: str | Path) -> list[Row]:
     if ending not in readers:
         raise DataError(f"{path}: rows are not read from .{ending} files. There are: {', '.join(readers)}.")
     try:
-        rows = readers[ending](path)
+        rows = list(readers[ending](path))
     except (ValueError, OSError, csv.Error, EOFError, zlib.error, RecursionError) as error:
         raise DataError(f"{path}: this is no {ending} file: {' '.join(str(error).split())}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: every row must have named columns.")
-    return rows
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: every row must have named columns, found {str(row)[:40]!r}.")
+    return [Row(row, f"{path}, row {number}") for number, row in rows]
 
 
 def _text(path: Path) -> str:
     if not path.name.endswith(".gz"):
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # spreadsheets begin a file with a mark
     pieces, size, most = [], 0, _most_bytes(path)
     with gzip.open(path) as file:
         while piece := file.read(PIECE_BYTES):
             pieces.append(piece)
             size += len(piece)
             _refuse_bomb(size, most)
-    return b"".join(pieces).decode("utf-8")
+    return b"".join(pieces).decode("utf-8-sig")
 
 
 def _most_bytes(path: Path) -> int:
@@ -110,37 +123,58 @@ def _refuse_bomb(size: int, most: int) -> None:
         )
 
 
-def _csv(path: Path, delimiter: str = ",") -> list[Row]:
-    rows = list(csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True))
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise ValueError(f"row {number} has another number of columns than the first")
-    return rows
+def _csv(path: Path) -> Numbered:
+    text = _text(path)
+    before = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 letters unless told otherwise
+    try:
+        return _table(list(csv.reader(io.StringIO(text, newline=""), strict=True)))
+    finally:
+        csv.field_size_limit(before)
 
 
-def _tsv(path: Path) -> list[Row]:
-    return _csv(path, "\t")
+def _tsv(path: Path) -> Numbered:
+    """A tab ends a column and a line ends a row, whatever stands between: quotes are letters, as in GLUE's files."""
+    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
+    return _table([line.split("\t") if line else [] for line in lines])
 
 
-def _jsonl(path: Path) -> list[Row]:
-    return [json.loads(line) for line in _text(path).split("\n") if line.strip()]
+def _table(lines: list[list[str]]) -> Numbered:
+    """Get the rows below the header with their numbers, the header being row 1; empty ones are passed over."""
+    header = next(iter(lines), [])
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {twice!r} stands twice in the first row")
+    found = [(number, line) for number, line in enumerate(lines, 1) if line and number > 1]
+    for number, line in found:
+        if len(line) != len(header):
+            raise ValueError(f"row {number} has another number of columns ({len(line)}) than the first ({len(header)})")
+    return [(number, dict(zip(header, line, strict=True))) for number, line in found]
 
 
-def _json(path: Path) -> list[Row]:
+def _jsonl(path: Path) -> Numbered:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"row {number}: {error.msg}") from error
+
+
+def _json(path: Path) -> Numbered:
     read = json.loads(_text(path))
     if not isinstance(read, list):
         raise ValueError("a list of rows was expected")
-    return read
+    return enumerate(read, 1)
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> Numbered:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped]
     except ImportError:
         raise MissingExtraError(
             f"{path}: pyarrow, which reads it, is not installed. pip install 'spectune[train]'"
         ) from None
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     size, most = 0, _most_bytes(path)
     try:
         with parquet.ParquetFile(path) as file:
@@ -150,7 +184,7 @@ def _parquet(path: Path) -> list[Row]:
                 rows += piece.to_pylist()
     except Exception as error:  # a parser of its own: what it raises is of every kind, OverflowError for a date
         raise ValueError(str(error) or type(error).__name__) from error
-    return rows
+    return enumerate(rows, 1)
 
 
 def hub_split(data: DataSection, split: str) -> Any:
@@ -169,15 +203,48 @@ def hub_split(data: DataSection, split: str) -> Any:
 
 def _from_hub(data: DataSection, split: str) -> list[Row]:
     found = hub_split(data, split)
-    rows: list[Row] = found.to_list()
+    rows: list[dict[str, Any]] = found.to_list()
     # Classes stay numbers: their order is the task's (F1 is of class 1). A test set hides its labels behind -1.
     labels = [name for name, feature in found.features.items() if hasattr(feature, "int2str")]
-    return [row | {name: None for name in labels if row[name] == -1} for row in rows]
+    return [
+        Row(row | {name: None for name in labels if row[name] == -1}, f"{data.hub}, {split}, row {number}")
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def place(row: Mapping[str, Any], split: str, position: int) -> str:
+    """Get where a row stands, for an error's beginning: its file and row, else its split and position."""
+    return getattr(row, "where", "") or f"data.{split}, row {position + 1}"
+
+
+def is_missing(value: Any) -> bool:
+    """Ask whether a cell is null, or NaN as pandas and JSON write it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def filled(value: Any, name: str) -> Any:
+    """Get a cell that can stand in a text; `DataError` for null, lists and bytes."""
+    if is_missing(value):
+        raise DataError(f"column {name!r} is null. Fill it in, or take the row out.")
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise DataError(f"column {name!r} is a {type(value).__name__}, not a text: {str(value)[:40]!r}.")
+    return value
+
+
+def texts(rows: Sequence[Row], name: str, split: str) -> list[str]:
+    """Get one column as texts; `DataError` names the row that has none."""
+    found = []
+    for position, value in enumerate(column(rows, name, split)):
+        try:
+            found.append(str(filled(value, name)))
+        except DataError as error:
+            raise DataError(f"{place(rows[position], split, position)}: {error}") from None
+    return found
 
 
 def column(rows: Sequence[Row], name: str, split: str) -> list[Any]:
     """Get one column; `DataError` with the near misses where a row lacks it."""
-    for number, row in enumerate(rows):
+    for position, row in enumerate(rows):
         if name not in row:
-            raise DataError(f"data.{split}, row {number}: no column {name!r}. {nearest(name, list(row))}")
+            raise DataError(f"{place(row, split, position)}: no column {name!r}. {nearest(name, list(row))}")
     return [row[name] for row in rows]

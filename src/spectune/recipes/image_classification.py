@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback
 
 from ..errors import DataError, MissingExtraError, OptionError
-from ..training.config import DataSection, RunConfig, Section
+from ..training.config import SPLITS, DataSection, RunConfig, Section
 from ..training.loop import Plan
 from .data import held_out, limited
-from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of
-from .metrics import measure
+from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of, unread
+from .labels import count, ordered, spellings, unlearned
+from .metrics import measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
 
 ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
@@ -107,11 +108,26 @@ class ImageClassification(Recipe):
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes, sorted (as numbers where all are)."""
-        values = {picture.label for picture in self.everything["train"]}
-        found = sorted(values, key=int) if all(value.isdigit() for value in values) else sorted(values)
+        found = ordered(picture.label for picture in self.everything["train"])
         if len(found) < 2:
             raise DataError(f"data.train: asked for classes, found only {found}.")
         return found
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        return count(self.labels, {s: [picture.label for picture in part] for s, part in self.splits.items()})
+
+    def warnings(self) -> list[str]:
+        labels = [picture.label for part in self.everything.values() for picture in part]
+        return [*spellings(labels), *unlearned(self.classes()), *self._unread()]
+
+    def _unread(self) -> list[str]:
+        data, said = self.config.data, []
+        for name in (getattr(data, split) for split in SPLITS if not data.hub and not data.packaged):
+            if name and Path(name).is_dir() and (left := unread(Path(name))):
+                said.append(
+                    f"{name}: {len(left):,} files or folders in it are not read, as {left[0].relative_to(name)}"
+                )
+        return said
 
     @cached_property
     def processing(self) -> Any:
@@ -155,6 +171,12 @@ class ImageClassification(Recipe):
             raise OptionError(f"model: {type(model).__name__} has no head called classifier, fc or head.")
         return names
 
+    def ready(self, split: str) -> None:
+        targets = self.targets(split)
+        try_metrics(self.config.evaluation.metrics, targets, len(self.labels))
+        for picture in self.splits[split]:  # a damaged one would end the training whenever it comes up
+            picture.open()
+
     def rows(self, split: str) -> Any:
         augments = split == "train" and self.config.data.augment
         return _Images(self.splits[split], self.targets(split), self.pixels, self.config.seed if augments else None)
@@ -168,7 +190,10 @@ class ImageClassification(Recipe):
         places = {name: place for place, name in enumerate(self.labels)}
         unknown = [picture for picture in self.splits[split] if picture.label not in places]
         if unknown:
-            raise DataError(f"{unknown[0].name}: the class {unknown[0].label!r} does not occur in train.")
+            raise DataError(
+                f"{unknown[0].name}: the class {unknown[0].label!r} does not occur in train ("
+                f"{len(unknown)} such pictures in {split}). Correct it, or add it to train."
+            )
         return [places[picture.label] for picture in self.splits[split]]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from ..checkpoint import load_auto
 from ..errors import DataError, MissingExtraError
 from ..training.config import SPLITS, DataSection
 from .data import hub_split
+from .labels import class_name
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # A picture of more pixels is refused before it is unpacked: a few kilobytes can unpack to gigabytes. Chosen.
@@ -64,29 +65,69 @@ def load_pictures(data: DataSection, packaged: Packaged | None) -> dict[str, lis
 def _folder(path: Path) -> list[Picture]:
     if not path.is_dir():
         raise DataError(f"{path}: asked for a folder with one folder of images for each class, found none.")
-    classes = sorted(child for child in path.iterdir() if child.is_dir())
+    classes = sorted(child for child in path.iterdir() if child.is_dir() and not is_litter(child))
     found = [
-        Picture(lambda file=file: _opened(file), folder.name, str(file))  # type: ignore[misc]
+        Picture(lambda file=file: _opened(file), class_name(folder.name), str(file))  # type: ignore[misc]
         for folder in classes
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in ENDINGS
+        if file.suffix.lower() in ENDINGS and not any(map(is_litter, (file, *file.relative_to(folder).parents)))
     ]
     if not found:
         raise DataError(f"{path}: no image is in its folders. One folder for each class is read: {path}/cat/1.jpg.")
     return found
 
 
+def is_litter(path: Path) -> bool:
+    """Ask whether an operating system left a file beside the pictures: macOS's ._x.jpg, .DS_Store, Thumbs.db."""
+    return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def unread(path: Path) -> list[Path]:
+    """Get what lies in a folder of pictures and is not read: other endings, pictures outside a class, empty classes."""
+    found = []
+    for child in sorted(path.iterdir()):
+        inside = [child] if child.is_file() else [file for file in sorted(child.rglob("*")) if file.is_file()]
+        files = [file for file in inside if not any(map(is_litter, (file, *file.relative_to(path).parents)))]
+        pictures = [file for file in files if file.suffix.lower() in ENDINGS]
+        found += [file for file in files if child.is_file() or file not in pictures]
+        found += [child] if child.is_dir() and not pictures and not is_litter(child) else []
+    return found
+
+
 def _opened(file: Path) -> Any:
     image_type = pillow()
     try:
-        image = image_type.open(file)
-        if image.width * image.height > MOST_PIXELS:
-            raise DataError(f"{file}: {image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed.")
-        return image.convert("RGB")
-    except (OSError, ValueError, image_type.DecompressionBombError) as error:
+        with image_type.open(file) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed.")
+            return upright_rgb(image)
+    except (OSError, ValueError, SyntaxError, image_type.DecompressionBombError) as error:
         if isinstance(error, DataError):
-            raise
+            raise DataError(f"{file}: {error}") from None
         raise DataError(f"{file}: this is no image that pillow reads: {error}") from error
+
+
+def upright_rgb(image: Any) -> Any:
+    """Get a picture of pillow as eight bits of red, green and blue, turned as its EXIF orientation says.
+
+    Sixteen bits are scaled: 65,535 becomes 255. `DataError` for 32-bit pixels, which do not say what is white.
+    """
+    if image.mode in ("I", "F") and getattr(image, "format", None) != "PNG":  # older pillows open a 16-bit PNG as I
+        raise DataError(f"pixels of mode {image.mode} (32 bits) do not say what is white. Save it in 8 or 16 bits.")
+    if image.mode.startswith("I"):
+        # As many steps of 257 as fit, rounded: 65,535 / 257 = 255.
+        exif = image.getexif()
+        image = pillow().fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+        image.getexif().update(exif)
+    return image_ops().exif_transpose(image).convert("RGB")
+
+
+def image_ops() -> Any:
+    """Get PIL.ImageOps."""
+    pillow()
+    from PIL import ImageOps
+
+    return ImageOps
 
 
 def _npz(path: Path) -> dict[str, list[Picture]]:
@@ -107,15 +148,23 @@ def _npz(path: Path) -> dict[str, list[Picture]]:
 
 
 def _from_arrays(pixels: Any, labels: Any, name: str) -> list[Picture]:
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+    if pixels.dtype != np.uint8 or (pixels.ndim != 3 and pixels.shape[3:] != (3,)):
         raise DataError(
             f"{name}: pixels must be uint8 and N x H x W or N x H x W x 3, found {pixels.dtype} {pixels.shape}."
         )
     image_type = pillow()
+    names = [_named(label, f"{name} {i}") for i, label in enumerate(labels.tolist())]
     return [
-        Picture(lambda array=array: image_type.fromarray(array).convert("RGB"), str(label), f"{name} {i}")  # type: ignore[misc]
-        for i, (array, label) in enumerate(zip(pixels, labels.tolist(), strict=True))
+        Picture(lambda array=array: image_type.fromarray(array).convert("RGB"), label, f"{name} {i}")  # type: ignore[misc]
+        for i, (array, label) in enumerate(zip(pixels, names, strict=True))
     ]
+
+
+def _named(label: Any, where: str) -> str:
+    try:
+        return class_name(label)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _digits() -> dict[str, list[Picture]]:
@@ -140,11 +189,26 @@ def _hub(data: DataSection, split: str) -> list[Picture]:
         raise DataError(
             f"data.hub={data.hub}: asked for one column of images and one of classes, found {images} and {labels}."
         )
-    names = [found.features[labels[0]].int2str(place) for place in found[labels[0]]]
+    kind, places = found.features[labels[0]], found[labels[0]]
+    # A test set hides its labels behind -1.
+    names = [
+        _named(None if place is None or place < 0 else kind.int2str(place), f"{data.hub}, {split}, row {number}")
+        for number, place in enumerate(places, 1)
+    ]
     return [
-        Picture(lambda i=i: found[i][images[0]].convert("RGB"), name, f"{split} {i}")  # type: ignore[misc]
+        Picture(lambda i=i: _of_hub(found, images[0], i, f"{data.hub}, {split}, row {i + 1}"), name, f"{split} {i}")  # type: ignore[misc]
         for i, name in enumerate(names)
     ]
+
+
+def _of_hub(found: Any, column: str, i: int, where: str) -> Any:
+    try:
+        image = found[i][column]
+        if image is None:
+            raise DataError("there is no picture.")
+        return upright_rgb(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

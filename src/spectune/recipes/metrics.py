@@ -66,6 +66,13 @@ METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
 FOR_SCORES = ("pearson", "spearman")
 
 
+def try_metrics(names: Sequence[str], right: Sequence[Any], classes: int | None) -> None:
+    """Compute each metric of the right answers, to see that it can be; `classes` is None for scores."""
+    if "f1" in names and classes is not None and classes != 2:
+        raise DataError(f"evaluation.metrics: 'f1' is of two classes, the data have {classes}. Use macro_f1.")
+    measure(names, right, right)
+
+
 def measure(names: Sequence[str], found: Sequence[Any], right: Sequence[Any]) -> dict[str, float]:
     """Get each named metric of the answers against the right ones; places of classes, or scores."""
     for name in names:

@@ -120,8 +120,28 @@ class Recipe:
         """Get the first training example as the model sees it."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """Read, label and tokenise every split whole and try every metric on it: what cannot be done is said now.
+
+        Called before the model is built, so that no training is lost to its last minute.
+        """
+        for split in self.splits:
+            self.ready(split)
+
+    def ready(self, split: str) -> None:
+        """Read the examples of a split as training and evaluation will, and try the metrics; raises where they will."""
+        raise NotImplementedError
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        """Get split -> class -> number of examples; nothing where there are no classes."""
+        return {}
+
+    def warnings(self) -> list[str]:
+        """Get what may be wrong with the examples, one sentence each; `check` and `train` say it."""
+        return []
+
     def remarks(self) -> list[str]:
-        """Get what a user should know about the examples before training, one sentence each."""
+        """Get what else `check` says of the examples, one sentence each."""
         return []
 
     def harness(self, model: nn.Module) -> dict[str, float]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,101 +18,12 @@ from transformers import (
 
 from ..checkpoint import load_tokenizer
 from ..errors import DataError, OptionError
-from ..training.config import DataSection, RunConfig, Section
 from ..training.loop import Loss
-from .data import Row, column, limited, load_splits
-from .metrics import FOR_SCORES, METRICS, measure
+from .data import Row, column, limited, load_splits, place, texts
+from .labels import class_name, count, labels_of, ordered, spellings, unlearned
+from .metrics import FOR_SCORES, METRICS, measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
-
-
-@dataclass(frozen=True)
-class GlueTask:
-    """Where a GLUE task keeps its texts, and how it is scored."""
-
-    columns: tuple[str, ...]
-    metrics: tuple[str, ...]
-    scores: bool = False
-    validation: str = "validation"
-
-
-PAIR = ("sentence1", "sentence2")
-# Columns as the hub's nyu-mll/glue names them; metrics as Wang et al. (GLUE, arXiv 1804.07461), table 1.
-GLUE: dict[str, GlueTask] = {
-    "cola": GlueTask(("sentence",), ("matthews", "accuracy")),
-    "sst2": GlueTask(("sentence",), ("accuracy",)),
-    "mrpc": GlueTask(PAIR, ("accuracy", "f1")),
-    "qqp": GlueTask(("question1", "question2"), ("accuracy", "f1")),
-    "stsb": GlueTask(PAIR, ("pearson", "spearman"), scores=True),
-    "mnli": GlueTask(("premise", "hypothesis"), ("accuracy",), validation="validation_matched"),
-    "qnli": GlueTask(("question", "sentence"), ("accuracy",)),
-    "rte": GlueTask(PAIR, ("accuracy",)),
-    "wnli": GlueTask(PAIR, ("accuracy",)),
-}
-# The columns of other data.
-TEXT, PAIR_TEXT, LABEL = "text", "text_pair", "label"
-
-
-class TextData(DataSection):
-    """Texts with labels."""
-
-    glue: Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"] | None = Field(
-        None, description="A GLUE task: columns and metrics, and the data from the hub unless files are given."
-    )
-    text: str | None = Field(None, description="Column of the text; default: text, or the GLUE task's.")
-    text_pair: str | None = Field(None, description="Column of the second text, for tasks on pairs.")
-    label: str = Field(LABEL, description="Column of the label or score.")
-    labels: list[str] | None = Field(
-        None, min_length=2, description="The classes in their order; default: those of train, sorted."
-    )
-    max_tokens: int = Field(128, gt=0, description="Longer texts are cut.")
-
-    @model_validator(mode="after")
-    def _where_from(self) -> TextData:
-        if self.glue is not None and self.train is None and self.hub is None:
-            task = GLUE[self.glue]
-            defaults = {"hub": "nyu-mll/glue", "hub_config": self.glue, "train": "train", "validation": task.validation}
-            if self.validation_share is not None:
-                defaults.pop("validation")
-            for name, value in defaults.items():
-                object.__setattr__(self, name, getattr(self, name) or value)
-        return self
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the text and, for pairs, of the second one."""
-        default = GLUE[self.glue].columns if self.glue else (TEXT,)
-        first, *rest = default
-        second = self.text_pair or (rest[0] if rest else None)
-        return [self.text or first, *([second] if second else [])]
-
-
-class TextEvaluation(Section):
-    """How the answers are scored."""
-
-    metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] = Field(
-        default_factory=list,
-        description="Default: the GLUE task's, accuracy for classes, both correlations for scores.",
-    )
-
-
-class TextClassificationConfig(RunConfig):
-    """A run of the recipe text_classification."""
-
-    data: TextData
-    evaluation: TextEvaluation = TextEvaluation()
-    problem: Literal["classification", "regression"] | None = Field(
-        None, description="Classes or scores; default: what the GLUE task is, else classification."
-    )
-    pooling: Literal["model", "mean"] = Field(
-        "model", description="The architecture's own head, or a linear head on the mean token (sentence encoders)."
-    )
-    dropout: float | None = Field(None, ge=0, lt=1, description="In place of every dropout of the model's config.")
-
-    @property
-    def scores(self) -> bool:
-        """Whether numbers are predicted, not classes."""
-        asked = self.problem or ("regression" if self.data.glue and GLUE[self.data.glue].scores else "classification")
-        return asked == "regression"
+from .text_classification_config import GLUE, LABEL, RAW_SCORE, TextClassificationConfig
 
 
 class TextClassification(Recipe):
@@ -151,27 +60,50 @@ class TextClassification(Recipe):
     def splits(self) -> dict[str, list[Row]]:
         return limited(self.everything, self.config.data, self.config.seed)
 
+    @property
+    def label_column(self) -> str:
+        """The column of the label: as told, and `score` in a STS-B file as GLUE hands it out."""
+        asked, first = self.config.data.label, self.everything["train"][0]
+        return RAW_SCORE if asked == LABEL and self.config.data.glue == "stsb" and asked not in first else asked
+
     @cached_property
     def labels(self) -> list[str]:
         """The names of the classes, sorted (as numbers where all are); a single one for scores."""
         if self.config.scores:
             return ["score"]
-        values = {_class_name(v) for v in column(self.everything["train"], self.config.data.label, "train")}
+        names = set(labels_of(self.everything["train"], self.label_column, "train", False))
         if self.config.data.labels is not None:
-            return self._given_labels(self.config.data.labels, values)
-        numbers = all(value.lstrip("-").isdigit() for value in values)
-        found = sorted(values, key=int) if numbers else sorted(values)
-        if len(found) < 2:
-            raise DataError(f"data.{self.config.data.label}: asked for classes, found only {found}.")
-        return found
+            return self._given_labels([class_name(name) for name in self.config.data.labels], names)
+        if len(names) < 2:
+            raise DataError(f"column {self.label_column!r}: asked for classes, found only {sorted(names)}.")
+        return ordered(names)
 
-    def _given_labels(self, given: list[str], values: set[str]) -> list[str]:
-        unknown = sorted(values - set(given))
+    def _given_labels(self, given: list[str], names: set[str]) -> list[str]:
+        unknown = sorted(names - set(given))
         if unknown:
             raise DataError(f"data.labels: train has the class {unknown[0]!r}, which is not in the list. Add it.")
         if len(set(given)) < len(given):
             raise DataError("data.labels: a class stands twice in the list. Name each once.")
         return given
+
+    def classes(self) -> dict[str, dict[str, int]]:
+        if self.config.scores:
+            return {}
+        return count(self.labels, {s: labels_of(part, self.label_column, s, False) for s, part in self.splits.items()})
+
+    def warnings(self) -> list[str]:
+        if self.config.scores:
+            return []
+        values = [value for s, part in self.everything.items() for value in column(part, self.label_column, s)]
+        return [*spellings(values), *unlearned(self.classes()), *self._empty_texts()]
+
+    def _empty_texts(self) -> list[str]:
+        said = []
+        for split, part in self.splits.items():
+            empty = [i for i, row in enumerate(part) if not any(str(row[c]).strip() for c in self.config.data.columns)]
+            if empty:
+                said.append(f"{len(empty):,} of {len(part):,} texts of {split} are empty (as {part[empty[0]].where})")
+        return said
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
         names = dict(enumerate(self.labels))
@@ -204,30 +136,41 @@ class TextClassification(Recipe):
             raise OptionError(f"model: {type(model).__name__} has no head called classifier or score.")
         return names
 
+    def ready(self, split: str) -> None:
+        self.rows(split)
+        try_metrics(self.metrics, self.targets(split), None if self.config.scores else len(self.labels))
+
     def rows(self, split: str) -> list[dict[str, Any]]:
+        if split not in self._rows:
+            self._rows[split] = self._tokenised(split)
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+    def _tokenised(self, split: str) -> list[dict[str, Any]]:
         data = self.config.data
-        texts = [[str(text) for text in column(self.splits[split], name, split)] for name in data.columns]
-        tokens = self.processing(*texts, truncation=True, max_length=data.max_tokens)
+        columns = [texts(self.splits[split], name, split) for name in data.columns]
+        tokens = self.processing(*columns, truncation=True, max_length=data.max_tokens)
         targets = self.targets(split)
         return [{**{k: v[i] for k, v in tokens.items()}, "labels": target} for i, target in enumerate(targets)]
 
     def targets(self, split: str) -> list[Any]:
         """Get the place of each example's class, or its score."""
-        values = column(self.splits[split], self.config.data.label, split)
-        if None in values:
-            raise DataError(f"data.{split}: {values.count(None)} examples have no label. Leave this split out.")
+        found = labels_of(self.splits[split], self.label_column, split, self.config.scores)
         if self.config.scores:
-            try:
-                return [float(value) for value in values]
-            except (TypeError, ValueError):
-                raise DataError(f"data.{split}: a score is no number. Use problem: classification.") from None
-        places = {name: place for place, name in enumerate(self.labels)}
-        unknown = [value for value in values if _class_name(value) not in places]
+            return found
+        numbers = {name: number for number, name in enumerate(self.labels)}
+        unknown = [i for i, name in enumerate(found) if name not in numbers]
         if unknown:
+            where = place(self.splits[split][unknown[0]], split, unknown[0])
+            known = "occur in train" if self.config.data.labels is None else "stand in data.labels"
             raise DataError(
-                f"data.{split}: the class {unknown[0]!r} does not occur in train ({len(unknown)} examples)."
+                f"{where}: the class {found[unknown[0]]!r} does not {known} ({len(unknown)} such rows in {split}). "
+                f"Correct it, or add it there."
             )
-        return [places[_class_name(value)] for value in values]
+        return [numbers[name] for name in found]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return dict(DataCollatorWithPadding(self.processing)(rows))
@@ -280,12 +223,8 @@ class TextClassification(Recipe):
         places = some(self.splits[split], count, self.config.seed)
         name = (lambda value: f"{value:.2f}") if self.config.scores else (lambda value: self.labels[value])
         targets, found = self.targets(split), self.predict(model, split, places)
-        texts = [" | ".join(str(self.splits[split][i][c]) for c in self.config.data.columns) for i in places]
-        return [Answered(t, name(targets[i]), name(f)) for t, i, f in zip(texts, places, found, strict=True)]
-
-
-def _class_name(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
+        shown = [" | ".join(str(self.splits[split][i][c]) for c in self.config.data.columns) for i in places]
+        return [Answered(t, name(targets[i]), name(f)) for t, i, f in zip(shown, places, found, strict=True)]
 
 
 def sentence_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

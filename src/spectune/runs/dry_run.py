@@ -49,6 +49,8 @@ class DryRun:
     head: int
     total: int
     examples: dict[str, int]
+    classes: dict[str, dict[str, int]]
+    """Split -> class -> number of examples; empty where there are no classes."""
     memory: Memory
     rates: dict[str, Any]
     remarks: list[str]
@@ -58,6 +60,7 @@ def dry_run(config: RunConfig) -> DryRun:
     """Get what a run would do; everything that `train` refuses is refused here too."""
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
+    recipe.prepare()
     examples = {split: len(rows) for split, rows in recipe.splits.items()}
     if config.training.validate_every is not None:
         recipe.validation_split()
@@ -73,9 +76,10 @@ def dry_run(config: RunConfig) -> DryRun:
         shown=recipe.show(),
         layers=layers,
         examples=examples,
+        classes=recipe.classes(),
         memory=_memory(recipe, model, [p for group, _ in plan.rates for p in group]),
         rates=rates,
-        remarks=[*advice, *recipe.remarks()],
+        remarks=[*advice, *recipe.warnings(), *recipe.remarks()],
         **numbers(model, plan),
     )
 

@@ -59,8 +59,8 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its result is written."""
-        return (self.folder / RESULT_FILE).is_file()
+        """Whether its result is written, with the metrics that it asks for."""
+        return (self.folder / RESULT_FILE).is_file() and not self.result.unmeasured
 
     @property
     def result(self) -> RunResult:

@@ -110,6 +110,8 @@ class RunResult(Record):
     """The configuration, defaults included."""
     metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Split (validation, test; lm_eval for its tasks) -> metric -> figure. Empty without held-out examples."""
+    unmeasured: dict[str, str] = Field(default_factory=dict)
+    """Split -> why its metrics could not be computed after training. Such a run is not finished: --resume measures."""
     compared: list[Metric] = Field(default_factory=list)
     """What the run is compared with: baselines, on the same examples."""
     losses: list[float]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import fresh_folder
-from ..errors import OutputError
+from ..errors import DataError, OutputError
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.checkpoints import Interrupted, StopWhenAsked, history, steps_done, stop_on_signal
@@ -57,27 +59,34 @@ def train_run(
     resume: bool = False,
     on_step: OnStep | None = None,
     looks: bool = False,
+    on_warning: Callable[[str], Any] = warnings.warn,
 ) -> Trained:
     """Get a trained model with its result; the folder is as after `run`.
+
+    `on_warning` is told what may be wrong with the examples, before the first step.
 
     With `looks` the result also holds what a page shows of the model: spectra, updates, answers.
     """
     found, processes = Run(Path(output_dir)), join()
     with ExitStack() as held:
         on_main(lambda: held.enter_context(opened_folder(config, found, resume)))
-        trained = _train(config, found, on_step)
+        trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None)
         for _ in range(2 if looks else 1):
             if processes.is_main_process:
                 found.write(trained.result)
             processes.wait_for_everyone()
+            _refuse_unmeasured(trained.result)
             if looks and not trained.result.looked_at:  # the figures are safe by now
                 trained = Trained(look(trained.result, trained.recipe, trained.model), trained.model, trained.recipe)
         return trained
 
 
-def _train(config: RunConfig, found: Run, on_step: OnStep | None) -> Trained:
+def _train(config: RunConfig, found: Run, on_step: OnStep | None, on_warning: Callable[[str], Any]) -> Trained:
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
+    recipe.prepare()
+    for said in recipe.warnings():
+        on_warning(said)
     model, plan = build(recipe)
     counts = numbers(model, plan)
     if torch.cuda.is_available():
@@ -94,12 +103,14 @@ def _train(config: RunConfig, found: Run, on_step: OnStep | None) -> Trained:
         raise Interrupted(found.checkpoints, trainer.state.global_step)
     size = _save(recipe, trainer, found)
     peak, device = _memory()
+    metrics, unmeasured = _measured(recipe, model)
     result = RunResult(
         title=f"{recipe.title}: {found.folder.resolve().name}",
         task=f"{config.recipe} on {Path(config.model).name}",
         method=method_of(config),
         config=config.plain(),
-        metrics=measure(recipe, model),
+        metrics=metrics,
+        unmeasured=unmeasured,
         losses=watch.losses,
         validation_losses=watch.validation,
         learning_rate=learning_rate(config),
@@ -143,9 +154,34 @@ def _all_steps(trainer: Any) -> int:
 
 def measure(recipe: Recipe, model: nn.Module) -> dict[str, dict[str, float]]:
     """Get the metrics of every held-out split, and lm-eval's where the run asks for it."""
-    found = {split: recipe.evaluate(model, split) for split in ("validation", "test") if split in recipe.splits}
-    figures = recipe.harness(model)
-    return found | ({"lm_eval": figures} if figures else {})
+    return {name: figures for name, get in _measurements(recipe, model) if (figures := get())}
+
+
+def _measurements(recipe: Recipe, model: nn.Module) -> list[tuple[str, Callable[[], dict[str, float]]]]:
+    splits = [split for split in ("validation", "test") if split in recipe.splits]
+    found: list[tuple[str, Callable[[], dict[str, float]]]]
+    found = [(split, lambda split=split: recipe.evaluate(model, split)) for split in splits]  # type: ignore[misc]
+    return [*found, ("lm_eval", lambda: recipe.harness(model))]
+
+
+def _measured(recipe: Recipe, model: nn.Module) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Get what `measure` gets as far as it can be had, and the error of each split where it cannot."""
+    found: dict[str, dict[str, float]] = {}
+    failed: dict[str, str] = {}
+    for name, get in _measurements(recipe, model):
+        try:
+            found |= {name: figures} if (figures := get()) else {}
+        except Exception as error:  # of any kind: the training before it must not be lost
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return found, failed
+
+
+def _refuse_unmeasured(result: RunResult) -> None:
+    for name, why in result.unmeasured.items():
+        raise DataError(
+            f"{result.folder}: training is done and saved, the metrics of {name} failed: {why}. Mend that and "
+            f"train with --resume: only the metrics are computed again."
+        )
 
 
 def _save(recipe: Recipe, trainer: Any, found: Run) -> int:

@@ -1,0 +1,72 @@
+"""What a run of the recipe causal_lm is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..training.config import DataSection, PathOrName, RunConfig, Section
+from .conversations import Format
+
+
+class ConversationData(DataSection):
+    """Instructions, conversations or texts."""
+
+    format: Format = Field("prompt_completion", description="How a row is read.")
+    prompt: str | None = Field(None, description="Template over the columns: 'Question: {question}\\nAnswer:'.")
+    completion: str | None = Field(None, description="Template of what is to be written: ' {answer}'.")
+    chat: bool = Field(False, description="Render prompt and completion with the chat template, as user and assistant.")
+    chat_template: PathOrName | None = Field(
+        None, description="A .jinja file, or 'plain'; default: the tokenizer's own. Saved beside the adapter."
+    )
+    loss_on: Literal["response", "assistant", "all"] = Field(
+        "response", description="Which tokens carry loss: the last answer, every answer of the assistant, or all."
+    )
+    max_tokens: int = Field(1024, gt=1, description="Longer examples are cut at the end.")
+    packing: bool = Field(False, description="Put several examples into one row of max_tokens.")
+
+    @model_validator(mode="after")
+    def _templates_fit(self) -> ConversationData:
+        if self.completion is not None and self.format != "prompt_completion":
+            raise ValueError(f"completion is a template for format prompt_completion, not for {self.format}")
+        if self.prompt is not None and self.format not in ("prompt_completion", "text"):
+            raise ValueError(f"prompt is a template for formats prompt_completion and text, not for {self.format}")
+        if self.chat and self.format == "text":
+            raise ValueError("chat needs a prompt and a completion; format text has neither")
+        if self.loss_on == "assistant" and not self.talks:
+            raise ValueError("loss_on: assistant needs messages; use format messages or chat: true")
+        if self.chat_template is not None and not self.talks:
+            raise ValueError("chat_template is used by format messages or chat: true; leave it out")
+        return self
+
+    @property
+    def talks(self) -> bool:
+        """Whether the chat template renders the rows."""
+        return self.chat or self.format == "messages"
+
+
+class HarnessTasks(Section):
+    """Tasks of EleutherAI's lm-evaluation-harness."""
+
+    tasks: list[str] = Field(min_length=1, description="Any task that lm-eval knows, such as gsm8k or mmlu.")
+    few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
+    limit: int | None = Field(None, gt=0, description="Only so many questions of a task (for a quick look).")
+
+
+class LMEvaluation(Section):
+    """How held-out answers are scored."""
+
+    metrics: list[Literal["loss", "exact_match", "gsm8k"]] = Field(
+        ["loss"], description="loss is of the response tokens; the others generate text."
+    )
+    max_new_tokens: int = Field(256, gt=0, description="How much is written for one answer.")
+    batch_size: int = Field(8, gt=0, description="Answers that are written together.")
+    lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
+
+
+class CausalLMConfig(RunConfig):
+    """A run of the recipe causal_lm."""
+
+    data: ConversationData
+    evaluation: LMEvaluation = Field(default_factory=lambda: LMEvaluation.model_validate({}))

@@ -1,0 +1,98 @@
+"""What a language model is taught, as tokens and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import DataError, OptionError
+from .answers import SPACES, prompt_ids
+from .messages import Message, refuse_what_is_lost
+
+IGNORED = -100  # torch's cross entropy leaves this label out
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer with its chat template, and which tokens carry loss."""
+
+    tokenizer: Any
+    loss_on: Literal["response", "assistant", "all"]
+
+    def taught(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Get the tokens of a prepared row, and its labels, which leave out what carries no loss."""
+        ids, mask = self._conversation(row) if isinstance(row.get("prompt"), list) else (self._text(row), None)
+        if "prompt" not in row:
+            return ids, list(ids)
+        asked = self.asked(row)
+        if ids[: len(asked)] != asked and self.loss_on != "assistant":
+            ids = self._apart(row, asked) or ids
+        if self.loss_on == "all":
+            return ids, list(ids)
+        if self.loss_on == "assistant":
+            return ids, [token if carries else IGNORED for token, carries in zip(ids, mask or [], strict=True)]
+        start = _common(asked, ids)
+        return ids, [IGNORED] * start + ids[start:]
+
+    def asked(self, row: Mapping[str, Any]) -> list[int]:
+        """Get the tokens that the model is given of a prepared row, to write the answer."""
+        return prompt_ids(self.tokenizer, row["prompt"], row.get("tools"))
+
+    def agrees(self, row: Mapping[str, Any]) -> bool:
+        """Ask whether what the model is asked is a beginning of what it is taught, token by token."""
+        asked = self.asked(row)
+        return self.taught(row)[0][: len(asked)] == asked
+
+    def _apart(self, row: Mapping[str, Any], asked: list[int]) -> list[int] | None:
+        """Get prompt and answer as tokens that do not merge; None where the template asks in other words."""
+        if isinstance(row["prompt"], str):
+            head, whole, end = row["prompt"], row["prompt"] + row["completion"], [self.tokenizer.eos_token_id]
+        else:
+            render, tools = self.tokenizer.apply_chat_template, row.get("tools")
+            head = render(row["prompt"], tools=tools, add_generation_prompt=True, tokenize=False)
+            whole, end = render([*row["prompt"], *row["completion"]], tools=tools, tokenize=False), []
+        head = head.rstrip(SPACES)
+        if not whole.startswith(head):
+            return None
+        rest = list(self.tokenizer(whole[len(head) :], add_special_tokens=False)["input_ids"])
+        return [*asked, *rest, *end]
+
+    def _text(self, row: Mapping[str, Any]) -> list[int]:
+        ids = list(self.tokenizer(row["text"] if "text" in row else row["prompt"] + row["completion"])["input_ids"])
+        # Some tokenizers end every text so, some none; a model that never saw the end would never stop.
+        return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
+
+    def _conversation(self, row: Mapping[str, Any]) -> tuple[list[int], list[int] | None]:
+        messages, tools = [*row["prompt"], *row["completion"]], row.get("tools")
+        template = str(self.tokenizer.chat_template or "")
+        try:
+            refuse_what_is_lost(messages, tools, template, self._rendered)
+            found = self._rendered(messages, tools, return_assistant_tokens_mask=self._wants_mask())
+        except DataError as error:
+            where = getattr(row, "where", "")
+            raise DataError(f"{where}: {error}" if where else str(error)) from None
+        return list(found["input_ids"]), found.get("assistant_masks")
+
+    def _rendered(self, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tools=tools, return_dict=True, **options)
+        except Exception as error:  # a template raises what it likes, and the way there what jinja does
+            raise DataError(f"the chat template does not take it: {' '.join(str(error).split())[:200]}") from error
+
+    def _wants_mask(self) -> bool:
+        if self.loss_on != "assistant":
+            return False
+        if "generation" not in (self.tokenizer.chat_template or ""):
+            raise OptionError(
+                "data.loss_on=assistant: the chat template does not mark the assistant's part with {% generation %}. "
+                "Give a data.chat_template that does (plain does), or loss_on: response (the last answer)."
+            )
+        return True
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Get how many tokens two rows begin with together: tokens may merge over the end of the prompt."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
