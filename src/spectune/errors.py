@@ -57,10 +57,11 @@ class MissingExtraError(SpectuneError, ImportError):
     """An optional dependency that is not installed; the message names the extra."""
 
 
-def nearest(asked: str, known: list[str] | tuple[str, ...]) -> str:
+def nearest(asked: object, known: list[str] | tuple[str, ...]) -> str:
     """Get the end of an error message that lists what exists, the near misses first."""
     import difflib
 
+    asked = str(asked)  # a config may hold anything where a word belongs
     compared = [name for name in known[:MOST_COMPARED] if len(name) <= LONGEST_COMPARED]
     close = difflib.get_close_matches(asked[:LONGEST_COMPARED], compared, n=3, cutoff=0.5)
     if close:

@@ -91,10 +91,10 @@ def outcome(path: Path) -> str:
 
 
 def test_a_tensor_that_stands_twice_is_not_half_believed(tmp_path: Path) -> None:
-    """Python takes the last of two equal keys, and another parser may take the first."""
+    """Python would take the last of two equal keys, and another parser may take the first."""
     one, other = (json.dumps({"a": entry(shape=shape)}).encode() for shape in ([2, 3], [6]))
     words = outcome(written(tmp_path / "a.safetensors", one[:-1] + b"," + other[1:], b"\0" * 24))
-    assert words == "read" or "is not what the header said" in words or "cannot be read" in words
+    assert "no safetensors file" in words
 
 
 def test_a_file_exchanged_after_opening_is_noticed(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_file_exchanged_after_opening_is_noticed(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 3)}, path)
     file = TensorFile.open(path)
     save_file({"a": torch.ones(7)}, path)
-    with pytest.raises(AdapterError, match="is not what the header said"):
+    with pytest.raises(AdapterError, match="was exchanged or cut since it was opened"):
         file.tensor("a")
 
 

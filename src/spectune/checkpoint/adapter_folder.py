@@ -20,6 +20,8 @@ TENSOR_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 # A config of an adapter or a model is a few kilobytes; a longer one is no config. Chosen, not measured.
 CONFIG_LIMIT = 2**20
+# Of one part of a model an adapter holds ten tensors at most (basis, sketch, pattern, numbers). Chosen above it.
+MOST_PER_PART = 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,17 @@ class AdapterFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor; `AdapterError` with the near misses where there is none of that name."""
         return self.file.tensor(name)
+
+    def refuse_surplus(self, parts: int, base: object) -> None:
+        """Raise `AdapterError` where there are far more tensors than a base of so many modules or tensors has places.
+
+        Other packages walk, and print, every tensor that has no place.
+        """
+        if len(self.shapes) > MOST_PER_PART * max(parts, 1):
+            raise AdapterError(
+                f"{self.path}: found {len(self.shapes):,} tensors, {base} has {parts:,} parts that they could belong "
+                f"to. Load the adapter on the base that it was trained on."
+            )
 
     def require(self, *peft_types: str) -> AdapterFolder:
         """Get this folder if it is of one of these kinds; `AdapterError` says which kind it is."""

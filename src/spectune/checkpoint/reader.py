@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -43,17 +44,17 @@ class Checkpoint:
     files: dict[str, LazyFile] = field(repr=False)
     """Tensor name -> the file that holds it."""
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of the tensors, sorted."""
         return tuple(sorted(self.files))
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape, without reading the tensors."""
         return {name: file.shapes[name] for name, file in self.files.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Tensor name -> dtype, without reading the tensors."""
         return {name: file.dtypes[name] for name, file in self.files.items()}

@@ -14,7 +14,7 @@ from ..checkpoint import save_tensors
 from ..errors import AdapterError, MissingExtraError, OptionError, one_line
 from ..recipes.pipeline_index import refuse_foreign_code
 from ..training.loop import quiet_libraries
-from ..tuner import load_attached
+from ..tuner import load_attached, load_beside
 from .config import ADAPTED
 
 try:
@@ -152,7 +152,7 @@ def _with_adapters(model: Any, folders: Sequence[Path]) -> Any:
     names = ["default"]
     for i, folder in enumerate(folders[1:], 1):
         names.append(f"concept_{i}")
-        tuned.load_adapter(str(folder), adapter_name=names[-1])
+        load_beside(tuned, folder, names[-1])
     tuned.base_model.set_adapter(names)
     return tuned.get_base_model().eval()
 

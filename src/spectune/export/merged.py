@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -94,6 +95,7 @@ def merge_checkpoint(
     base, checkpoint = found.path, found.checkpoint
     refuse_to_replace(output_dir, base, folder.path, *{file.path for file in checkpoint.files.values()})
     _refuse_quantised(base, checkpoint)
+    folder.refuse_surplus(len(checkpoint.files), base)
     checkpoint, apart = untied(base, checkpoint, folder)
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         report, merged = [], partial / ".merged"
@@ -162,7 +164,8 @@ def _trained_in_full(folder: AdapterFolder, checkpoint: Checkpoint, front: str) 
         if ".spectune_adapter." not in key:
             # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
             name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-            shorter = [known for known in checkpoint.files if name == known or name.endswith("." + known)]
+            starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+            shorter = [known for start in starts if (known := name[start:]) in checkpoint.files]
             longer = [known for known in (front + name,) if known in checkpoint.files]
             found[max(shorter or longer or [name], key=len)] = key
     return found

@@ -13,7 +13,8 @@ import transformers
 from torch import nn
 
 from ..adapter import SpectralModule, spectral_modules
-from ..checkpoint import PEFT_PREFIX, AdapterFolder, Base, find_base, load_auto, read_adapter_folder
+from ..adapter.saved import tensors_by_layer
+from ..checkpoint import AdapterFolder, Base, find_base, load_auto, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError
 from .layers import base_path, choose_adapter, fully_trained
 
@@ -150,11 +151,16 @@ def _label_count(folder: AdapterFolder) -> int | None:
 
 
 def _load(model: nn.Module, folder: AdapterFolder) -> None:
-    from ..tuner import SpectralConfig  # here, because it imports PEFT
+    from ..tuner import SpectralConfig, bounded_config  # here, because it imports PEFT
 
+    folder.refuse_surplus(sum(1 for _ in model.modules()), type(model).__name__)
     try:
-        # Read here, so that the config knows its folder: transformers passes on the config alone.
-        config = SpectralConfig.from_pretrained(str(folder.path)) if folder.peft_type == "SPECTUNE" else None
+        # Read here, so that the config knows its folder: transformers passes on the config alone. A spectral one is
+        # bounded where it is injected, whoever reads it.
+        spectral = folder.peft_type == "SPECTUNE"
+        config: Any = (
+            SpectralConfig.from_pretrained(str(folder.path)) if spectral else bounded_config(folder.path, model)
+        )
         model.load_adapter(str(folder.path), adapter_name=ADAPTER_NAME, peft_config=config)  # type: ignore[operator]
     except SpectuneError:
         raise
@@ -162,10 +168,11 @@ def _load(model: nn.Module, folder: AdapterFolder) -> None:
         raise AdapterError(
             f"{folder.path}: the adapter does not fit {type(model).__name__}: {_first_line(error)} Check base_model."
         ) from error
-    left = {name for name in folder.names if ".spectune_adapter." in name}
+    layers = tensors_by_layer(folder)
+    left = {name for names in layers.values() for name in names.values()}
     for path, name, module in spectral_modules(model):
         if name == ADAPTER_NAME:
-            left -= _load_unrounded(module, folder, f"{PEFT_PREFIX}{base_path(model, path)}.spectune_adapter.")
+            left -= _load_unrounded(module, folder, layers.get(base_path(model, path), {}))
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise AdapterError(
@@ -173,13 +180,12 @@ def _load(model: nn.Module, folder: AdapterFolder) -> None:
         )
 
 
-def _load_unrounded(module: SpectralModule, folder: AdapterFolder, stem: str) -> set[str]:
-    """Put the tensors of the file into one module as they are; get the names of those that were used.
+def _load_unrounded(module: SpectralModule, folder: AdapterFolder, names: dict[str, str]) -> set[str]:
+    """Put the tensors of one layer (name -> key in the file) into its module as they are; get the keys.
 
     transformers has loaded them already, but rounds them where the base is in half precision.
     """
-    used = {name for name in folder.names if name.startswith(stem)}
-    part = {name.removeprefix(stem): folder.tensor(name).to(module.S_R.device) for name in used}
+    part = {name: folder.tensor(key).to(module.S_R.device) for name, key in names.items()}
     module.embed_basis("U_OR" in part)
     try:
         module.load_state_dict(part, assign=True)
@@ -187,7 +193,7 @@ def _load_unrounded(module: SpectralModule, folder: AdapterFolder, stem: str) ->
         raise AdapterError(
             f"{module.name}: the adapter file does not fit this layer: {' '.join(str(error).split())} Check base_model."
         ) from error
-    return used
+    return set(names.values())
 
 
 def _first_line(error: BaseException) -> str:

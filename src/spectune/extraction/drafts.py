@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ..adapter import SpectralModule
-from ..adapter.saved import LayerRanks, saved_method
+from ..adapter.saved import LayerRanks, saved_method, tensors_by_layer
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder, save_tensors, write_atomically
 from ..errors import ExportError
@@ -156,10 +156,9 @@ class SpectralDraft:
 
     def updates(self, folder: Path, base_matrix: BaseMatrix) -> Iterator[tuple[str, torch.Tensor]]:
         saved = read_adapter_folder(folder).require("SPECTUNE")
-        ranks = LayerRanks(saved.config.get("rank_pattern"))
+        ranks, layers = LayerRanks(saved.config.get("rank_pattern")), tensors_by_layer(saved)
         for layer in self.ranks:
-            stem = f"{PEFT_PREFIX}{layer}.spectune_adapter."
-            tensors = {name.removeprefix(stem): saved.tensor(name) for name in saved.names if name.startswith(stem)}
+            tensors = {name: saved.tensor(key) for name, key in layers[layer].items()}
             method = saved_method(saved.config, layer, ranks)
             rank, columns = method.basis(0, 0)
             spectrum = decompose(Weight(layer, base_matrix(layer)), rank, columns=columns)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError, MissingExtraError, OptionError, nearest
+from .chat_rendering import rendered
 
 # openai/grade-school-math, dataset.py: the number after "#### ", its commas taken out; the texts must be equal. A
 # full stop right after the number belongs to it there, so "#### 42." is wrong; kept, so that figures compare.
@@ -98,7 +99,7 @@ def prompt_ids(tokenizer: Any, prompt: Any, tools: Any = None) -> list[int]:
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt.rstrip(SPACES))["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    text = tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=False)
+    text = rendered(tokenizer, prompt, tools=tools, add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text.rstrip(SPACES), add_special_tokens=False)["input_ids"])
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..errors import DataError, OptionError
 from .answers import SPACES, prompt_ids
+from .chat_rendering import in_time, rendered
 from .messages import Message, refuse_what_is_lost
 
 IGNORED = -100  # torch's cross entropy leaves this label out
@@ -49,9 +50,9 @@ class Tokens:
         if isinstance(row["prompt"], str):
             head, whole, end = row["prompt"], row["prompt"] + row["completion"], [self.tokenizer.eos_token_id]
         else:
-            render, tools = self.tokenizer.apply_chat_template, row.get("tools")
-            head = render(row["prompt"], tools=tools, add_generation_prompt=True, tokenize=False)
-            whole, end = render([*row["prompt"], *row["completion"]], tools=tools, tokenize=False), []
+            tools, talk = row.get("tools"), [*row["prompt"], *row["completion"]]
+            head = rendered(self.tokenizer, row["prompt"], tools=tools, add_generation_prompt=True, tokenize=False)
+            whole, end = rendered(self.tokenizer, talk, tools=tools, tokenize=False), []
         head = head.rstrip(SPACES)
         if not whole.startswith(head):
             return None
@@ -76,7 +77,9 @@ class Tokens:
 
     def _rendered(self, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=tools, return_dict=True, **options)
+            return in_time(self.tokenizer, messages, tools=tools, **options)
+        except OptionError:
+            raise
         except Exception as error:  # a template raises what it likes, and the way there what jinja does
             raise DataError(f"the chat template does not take it: {' '.join(str(error).split())[:200]}") from error
 

@@ -87,11 +87,15 @@ def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSou
     folder = read_adapter_folder(path) if path.is_dir() and (path / CONFIG_FILE).exists() else None
     if folder is None or folder.peft_type == "LORA":
         lora = read_lora(path)
-        size = lora.file.path.stat().st_size
-        return AdapterSource(path, "lora", len(lora.layers), lora.trained_count, size, _lora_base(folder, base), lora)
+        size, found = lora.file.path.stat().st_size, _lora_base(folder, base)
+        if folder is not None and found is not None:
+            folder.refuse_surplus(len(found.checkpoint.files), found.name)
+        return AdapterSource(path, "lora", len(lora.layers), lora.trained_count, size, found, lora)
     folder.require("SPECTUNE", "LORA")
     method = str(folder.config.get("method"))
-    return AdapterSource(path, method, *_spectral_size(folder.file), find_base(base, folder), None)
+    known = find_base(base, folder)
+    folder.refuse_surplus(len(known.checkpoint.files), known.name)
+    return AdapterSource(path, method, *_spectral_size(folder.file), known, None)
 
 
 def _lora_base(folder: AdapterFolder | None, base: str | Path | None) -> Base | None:

@@ -4,9 +4,11 @@ from . import register as register
 from .any_method import build_adapter_config as build_adapter_config
 from .attach import attach as attach
 from .attach import load_attached as load_attached
+from .attach import load_beside as load_beside
 from .attach import swap_adapter as swap_adapter
 from .config import SpectralConfig as SpectralConfig
 from .config import SVDOptions as SVDOptions
+from .foreign_file import bounded_config as bounded_config
 from .kinds import SpectralLinear as SpectralLinear
 from .layer import SpectralLayer as SpectralLayer
 from .model import SpectralTuner as SpectralTuner

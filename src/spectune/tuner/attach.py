@@ -16,6 +16,7 @@ from ..adapter import ADAPTERS_ATTRIBUTE, SpectralModule, spectral_modules
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
 from ..errors import AdapterError, nearest
 from .config import SpectralConfig
+from .foreign_file import bounded_config
 from .layer import SpectralLayer
 
 
@@ -25,8 +26,23 @@ def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 
 def load_attached(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
-    """Get the model with a saved adapter of any PEFT method."""
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    """Get the model with a saved adapter of any PEFT method; its config is a stranger's, and is bounded first."""
+    config = bounded_config(folder, model)
+    if isinstance(config, SpectralConfig):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+
+
+def load_beside(model: Any, folder: str | Path, adapter_name: str) -> None:
+    """Put one more saved adapter onto a model that has one, in place, under another name."""
+    config = bounded_config(folder, model.get_base_model())
+    if isinstance(config, SpectralConfig):
+        model.load_adapter(str(folder), adapter_name=adapter_name)
+        return
+    config.inference_mode = True
+    model.add_adapter(adapter_name, config)
+    saved = read_adapter_folder(folder)
+    set_peft_model_state_dict(model, {name: saved.tensor(name) for name in saved.names}, adapter_name)
 
 
 def swap_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> None:

@@ -13,8 +13,9 @@ from peft.config import PeftConfig
 
 from ..adapter.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
 from ..checkpoint import TENSOR_FILE, read_adapter_folder
-from ..errors import OptionError, UnknownOptionError, nearest
+from ..errors import OptionError, UnknownOptionError, nearest, one_line
 from ..methods import METHODS, Method, build_method
+from .config_types import check_plain_types, check_types
 from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
 from .peft_type import PEFT_TYPE
@@ -105,11 +106,17 @@ class SpectralConfig(MethodOptions, PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        super().__post_init__()
+        check_types(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:  # PEFT's word on task_type
+            raise OptionError(f"task_type: {one_line(error)} Correct it.") from None
         self.peft_type = PEFT_TYPE
         if isinstance(self.svd, dict):
             self.svd = _svd_options(self.svd)
+        if not isinstance(self.svd, SVDOptions):
+            raise OptionError(f"svd={self.svd!r}: found {type(self.svd).__name__}, which it cannot be. Correct it.")
+        check_plain_types(self.svd, "svd.")
         if isinstance(self.columns, (list, tuple)):
             self.columns = list(self.columns)
         if isinstance(self.target_modules, list):
@@ -194,35 +201,6 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 values[name] = sorted(value)
         del values["svd"]["cache_dir"]  # a place on this machine is nothing to send with a file
         return values
-
-
-# What a config file may hold in the fields that are used before anybody looks at them. JSON knows no sets.
-NAMES = (str, list, tuple, set, type(None))
-TYPES: dict[str, tuple[type, ...]] = {
-    "method": (str,),
-    "singular_decay": (int, float),
-    "svd": (SVDOptions, dict),
-    "target_modules": NAMES,
-    "exclude_modules": NAMES,
-    "modules_to_save": (list, tuple, set, type(None)),
-    "layers_pattern": NAMES,
-    "layers_to_transform": (int, list, tuple, type(None)),
-    "rank_pattern": (dict,),
-    "save_basis": (str,),
-    "grad_norm": (str, type(None)),
-    "bias": (str,),
-    "origin": (Origin, type(None)),
-}
-
-
-def _check_types(config: SpectralConfig) -> None:
-    for name, kinds in TYPES.items():
-        value: Any = getattr(config, name)
-        if not isinstance(value, kinds):
-            raise OptionError(f"{name}={value!r}: found {type(value).__name__}, which it cannot be. Correct it.")
-        words: Any = [] if value is None or isinstance(value, str) else value
-        if kinds is NAMES and not all(isinstance(word, str) for word in words):
-            raise OptionError(f"{name}={value!r}: only names can stand in this list. Correct it.")
 
 
 def _svd_options(given: dict[str, Any]) -> SVDOptions:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -55,11 +56,11 @@ def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[fr
             setattr(config, name, value)
 
 
-def chosen_layers(config: SpectralConfig, model: nn.Module) -> frozenset[str]:
+def chosen_layers(config: PeftConfig, model: nn.Module) -> frozenset[str]:
     """Get the paths of the modules that a config targets, as PEFT's check_target_module_exists chooses them."""
     clock = Clock()
-    targeted, excluded = _Names(config.target_modules, clock), _Names(config.exclude_modules, clock)
-    saved = [Expression(name, INSIDE, clock) for name in config.modules_to_save or ()]
+    targeted, excluded = (_Names(getattr(config, name, None), clock) for name in ("target_modules", "exclude_modules"))
+    saved = [Expression(name, INSIDE, clock) for name in getattr(config, "modules_to_save", None) or ()]
     counted = _Counted(config, clock)
     # A second adapter meets the layers that the first has adapted; their insides are no targets.
     paths = [
@@ -91,8 +92,8 @@ class _Names:
 class _Counted:
     """layers_to_transform, with layers_pattern."""
 
-    def __init__(self, config: SpectralConfig, clock: Clock) -> None:
-        asked, words = config.layers_to_transform, config.layers_pattern
+    def __init__(self, config: PeftConfig, clock: Clock) -> None:
+        asked, words = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
         indices = [asked] if isinstance(asked, int) else asked
         # What is no number is no index, and a file may hold anything.
         self.indices = {index for index in indices if isinstance(index, (int, float))} if indices else None
@@ -117,8 +118,9 @@ def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[
     origin = config.origin
     if origin is None or origin.folder is None:
         return
-    brought = read_adapter_folder(origin.folder).shapes
-    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in brought.items()}
+    read = read_adapter_folder(origin.folder)
+    read.refuse_surplus(sum(1 for _ in model.modules()), type(model).__name__)
+    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in read.shapes.items()}
     left = Counter((key.rpartition(".")[2], shape) for key, shape in saved.items() if f".{ADAPTERS_ATTRIBUTE}." in key)
     made = list(_made(config, model, chosen))
     by_name = {made_ for made_ in made if saved.get(f"{made_[0]}.{ADAPTERS_ATTRIBUTE}.{made_[1]}") == made_[2]}

@@ -45,6 +45,15 @@ class SpectralTuner(BaseTuner):
         with nullcontext() if config.origin is None else self._bounded(config, model):
             self._inject(model, adapter_name, *args, **kwargs)
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        try:
+            return super()._prepare_adapter_config(peft_config, model_config)
+        except ValueError as error:  # PEFT knows no usual layers for this model
+            found = model_config.get("model_type") or "this model"
+            raise OptionError(
+                f"target_modules: asked for the usual layers of {found}, found none in PEFT's table. Name the layers."
+            ) from error
+
     @contextmanager
     def _bounded(self, config: SpectralConfig, model: nn.Module) -> Iterator[None]:
         """Hold a config from a file to bounded time and to the memory that the file backs."""

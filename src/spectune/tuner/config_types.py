@@ -1,0 +1,72 @@
+"""What kinds of values the fields of a configuration can hold: checked before anybody uses them."""
+
+from __future__ import annotations
+
+import numbers
+import re
+from dataclasses import fields
+from typing import Any
+
+from ..errors import OptionError, one_line
+
+# What a config file may hold in the fields that are used before anybody looks at them. JSON knows no sets.
+NAMES = (str, list, tuple, set, type(None))
+PLAIN: dict[str, type] = {
+    "int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str, "None": type(None),
+}  # fmt: skip
+TYPES: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "singular_decay": (int, float),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "modules_to_save": (list, tuple, set, type(None)),
+    "layers_pattern": NAMES,
+    "layers_to_transform": (int, list, tuple, type(None)),
+    "rank_pattern": (dict,),
+    "save_basis": (str,),
+    "grad_norm": (str, type(None)),
+    "bias": (str,),
+}
+
+
+def check_types(config: Any) -> None:
+    """Raise `OptionError` for a field of the configuration that holds another kind of value than it can."""
+    check_plain_types(config)
+    for name, kinds in TYPES.items():
+        value: Any = getattr(config, name)
+        if not isinstance(value, kinds):
+            raise _wrong_type(name, value)
+        words: Any = [] if value is None or isinstance(value, (str, int)) else value
+        if (kinds is NAMES or name == "modules_to_save") and not all(isinstance(word, str) for word in words):
+            raise OptionError(f"{name}={value!r}: only names can stand in this list. Correct it.")
+        if name == "target_modules" and value is not None and not value:
+            raise OptionError(
+                f"target_modules={value!r}: no layer is named. Name some, or leave it out for the usual ones."
+            )
+        if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
+            _check_pattern(name, value)
+
+
+def check_plain_types(options: Any, where: str = "") -> None:
+    """Hold the fields of a dataclass that are annotated with plain words (`int | None`) to them.
+
+    A truth is no number here.
+    """
+    for option in fields(options):
+        kinds = [PLAIN.get(word) for word in option.type.split(" | ")] if isinstance(option.type, str) else [None]
+        value = getattr(options, option.name)
+        if None in kinds or (isinstance(value, bool) and bool in kinds):
+            continue
+        if isinstance(value, bool) or not isinstance(value, tuple(kind for kind in kinds if kind is not None)):
+            raise _wrong_type(where + option.name, value)
+
+
+def _wrong_type(name: str, value: Any) -> OptionError:
+    return OptionError(f"{name}={value!r}: found {type(value).__name__}, which it cannot be. Correct it.")
+
+
+def _check_pattern(name: str, words: str) -> None:
+    try:
+        re.compile(words)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise OptionError(f"{name}={words!r} is no regular expression: {one_line(error)}. Correct it.") from None
