@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from spectune.checkpoint import load_auto, load_tokenizer
 from spectune.recipes.text_classification import sentence_logits
-from spectune.training.loop import Loss, OnStep, Plan, Watch, looped, one_device
+from spectune.training.arguments import one_device
+from spectune.training.loop import Loss, OnStep, Plan, Watch, looped
 from spectune.tuner import attach
 
 WARMUP_STEPS = 10  # Chosen: enough for Adam's second moments to settle.

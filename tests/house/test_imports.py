@@ -42,7 +42,7 @@ DOORS: dict[str, set[str]] = {
     "django": set(),
 }
 FORBIDDEN_FILES = {"utils.py", "common.py", "other.py", "helpers.py", "misc.py"}
-LONGEST_FILE = 400
+LONGEST_FILE = 300
 
 
 def imports_of(path: Path, source: Path) -> set[str]:

@@ -17,8 +17,8 @@ from spectune.errors import OutputError
 from spectune.recipes import parse_config
 from spectune.runs import RunResult, run
 from spectune.training import Interrupted
+from spectune.training.arguments import checked_arguments
 from spectune.training.checkpoints import checkpoints
-from spectune.training.loop import checked_arguments
 
 from ..recipes import tiny
 

@@ -20,7 +20,7 @@ from spectune.recipes.table import recipe_class
 from spectune.runs import RunResult, run
 from spectune.runs.building import build
 from spectune.training.checkpoints import checkpoints, history
-from spectune.training.loop import refuse_deepspeed_options, refuse_fsdp_options
+from spectune.training.engines import refuse_deepspeed_options, refuse_fsdp_options
 
 from ..abilities import RESUMES_ON_SEVERAL_CPUS, needs_fsdp2_on_a_cpu
 from ..effort import PATIENCE

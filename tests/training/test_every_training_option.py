@@ -11,8 +11,8 @@ from spectune.errors import OptionError
 from spectune.recipes import RECIPES, parse_config
 from spectune.recipes.table import recipe_class
 from spectune.runs.building import build
+from spectune.training.arguments import loop_arguments
 from spectune.training.config import RunConfig, Training
-from spectune.training.loop import loop_arguments
 from tests.recipes import tiny
 from tests.recipes.other_values import other_values
 

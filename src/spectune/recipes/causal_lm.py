@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Tra
 
 from ..checkpoint import load_tokenizer
 from ..errors import DataError, MissingExtraError, OptionError
-from ..training.loop import Plan, checked_arguments, loop_arguments, looped
+from ..training.arguments import checked_arguments, loop_arguments
+from ..training.loop import Plan, looped
 from .answers import (
     GENERATED,
     begins_texts,

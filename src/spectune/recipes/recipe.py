@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..checkpoint import load_auto
 from ..errors import DataError, OptionError, SpectuneError
+from ..training.arguments import checked_arguments, loop_arguments
 from ..training.config import RunConfig
-from ..training.loop import Loss, Plan, checked_arguments, loop_arguments, looped
+from ..training.loop import Loss, Plan, looped
 from ..tuner import load_attached
 
 

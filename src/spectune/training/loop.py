@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..adapter import SpectralModule, bases_as_parameters, spectral_modules
-from ..errors import OptionError
+from ..adapter import bases_as_parameters, spectral_modules
 from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
 from .checkpoints import PARTIAL, OwnCheckpoints, save_whole, write_examples_a_step
-from .config import RunConfig
+from .engines import refuse_deepspeed_options, refuse_fsdp_options
 
 OnStep = Callable[[int, int, float], None]
 """Called with (step, steps, loss) after each optimizer step."""
@@ -170,44 +169,6 @@ class Loop:
         """trl writes one beside every checkpoint; the run's report is the card."""
 
 
-def refuse_fsdp_options(plugin: Any) -> None:
-    """Raise `OptionError` for what FSDP can be told and an adapted model cannot do."""
-    told = {
-        f"fsdp_version={plugin.fsdp_version}": (plugin.fsdp_version != 2, "fsdp_version: 2"),
-        "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
-        f"state_dict_type={plugin.state_dict_type}": (
-            "FULL" not in str(plugin.state_dict_type),
-            "fsdp_state_dict_type: FULL_STATE_DICT",
-        ),
-    }
-    for asked, (refused, instead) in told.items():
-        if refused:
-            raise OptionError(
-                f"accelerate: asked for FSDP with {asked}, with which bases are not sharded or checkpoints not whole. "
-                f"Set {instead} (examples/accelerate/fsdp2.yaml)."
-            )
-
-
-def refuse_deepspeed_options(plugin: Any, modules: Sequence[SpectralModule]) -> None:
-    """Raise `OptionError` for what DeepSpeed can be told and a run cannot do."""
-    if plugin.zero_stage == 3:
-        raise OptionError(
-            "accelerate: asked for DeepSpeed ZeRO-3, which leaves bases whole on every process and no process with an "
-            "adapter to save. Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
-        )
-    if plugin.hf_ds_config.mismatches:
-        told = "; ".join(line.strip("- ").replace("ds ", "DeepSpeed ", 1) for line in plugin.hf_ds_config.mismatches)
-        raise OptionError(
-            f"accelerate: DeepSpeed was told otherwise than the run: {told}. Leave that out of accelerate's file, the "
-            f"run's own values then hold (examples/accelerate/zero2.yaml)."
-        )
-    if any(module.dynamics for module in modules):
-        raise OptionError(
-            "adapter: asked for singular_decay or grad_norm under DeepSpeed, whose optimizer holds other tensors than "
-            "the adapter's, so that neither would act. Leave them out, or use DDP or FSDP2."
-        )
-
-
 @contextmanager
 def same_bases(model: nn.Module) -> Iterator[None]:
     """Keep the bases of spectral adapters bit for bit while they are saved or loaded.
@@ -226,61 +187,6 @@ def same_bases(model: nn.Module) -> Iterator[None]:
 def looped(base: type[Trainer]) -> type[Any]:
     """Get a Trainer class (transformers', trl's) with this loop's ways."""
     return type(f"Run{base.__name__}", (Loop, base), {})
-
-
-def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -> dict[str, Any]:
-    """Get what transformers' TrainingArguments and trl's SFTConfig are told for a run."""
-    asked = config.training
-    return {
-        "output_dir": str(folder),
-        "max_steps": asked.steps or -1,
-        "num_train_epochs": asked.epochs or 1,
-        "per_device_train_batch_size": asked.batch_size,
-        "per_device_eval_batch_size": asked.batch_size,
-        "gradient_accumulation_steps": asked.gradient_accumulation,
-        "weight_decay": asked.weight_decay,
-        "warmup_steps": asked.warmup,
-        "lr_scheduler_type": asked.schedule,
-        "max_grad_norm": asked.max_grad_norm,
-        "optim": asked.optimizer,
-        # Else transformers refuses bfloat16 on a CPU, which torch autocasts to as well.
-        "use_cpu": not torch.accelerator.is_available(),
-        "bf16": asked.precision == "bfloat16",
-        "fp16": asked.precision == "float16",
-        "gradient_checkpointing": asked.gradient_checkpointing,
-        "save_strategy": "steps",
-        "save_steps": asked.save_every,
-        "save_total_limit": asked.keep_checkpoints,
-        "eval_strategy": "no" if asked.validate_every is None else "steps",
-        "eval_steps": asked.validate_every,
-        "prediction_loss_only": True,
-        "report_to": list(asked.report_to),
-        "dataloader_num_workers": asked.workers,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "seed": config.seed,
-        "logging_steps": 1,
-        # Otherwise the Trainer replaces NaN by the mean of the losses before it, and a run that diverged looks well.
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
-
-
-def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
-    """Get transformers' (or trl's) arguments; what they refuse, such as an optimizer's name, is an `OptionError`."""
-    try:
-        return one_device(kind(**values))
-    except (ValueError, ImportError) as error:
-        raise OptionError(f"training: {' '.join(str(error).split())[:300]}") from error
-
-
-def one_device(arguments: Any) -> Any:
-    """Get the arguments with one device a process: else transformers trains on all that it sees with nn.DataParallel,
-    and a step has so many times the examples that were asked for. `accelerate launch` is the way to several.
-    """
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments
 
 
 class Watch(TrainerCallback):

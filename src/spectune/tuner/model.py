@@ -17,7 +17,7 @@ from ..adapter import SpectralModule, spectral_modules
 from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
-from ..errors import AdapterError, OptionError, SpectuneError, WeightError, nearest
+from ..errors import AdapterError, OptionError, SpectuneError, nearest
 from ..records import Spectrum
 from .base_weight import backend_of, layout_of
 from .bases import find_bases
@@ -27,6 +27,7 @@ from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
 from .origin import Origin
 from .progress import decomposing
+from .targets import refuse_output_of_attention, refuse_unmatched_targets
 
 
 class SpectralTuner(BaseTuner):
@@ -260,30 +261,6 @@ def _pass_adapter_names(
     """Give a layer the names of its rows: an encoder sees the rows as they were given, a decoder with their copies."""
     as_given = args and isinstance(args[0], torch.Tensor) and len(args[0]) == len(names)
     return args, {**kwargs, "adapter_names": names if as_given else repeated}
-
-
-def refuse_output_of_attention(parent: nn.Module, target_name: str, key: str) -> None:
-    """Raise `WeightError` for the out_proj of torch's MultiheadAttention, whose forward torch never calls."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise WeightError(
-            f"{key}: torch's MultiheadAttention reads the weight of its {target_name} and never calls it, so an "
-            f"adapter there would do nothing. Target the attention module itself."
-        )
-
-
-def refuse_unmatched_targets(config: SpectralConfig, model: nn.Module) -> None:
-    """Raise `OptionError` for a name in target_modules that is the end of no module's path."""
-    if not isinstance(config.target_modules, set):
-        return
-    paths = [name.replace(".base_layer", "") for name, _ in model.named_modules() if ".spectune_" not in name]
-    for target in sorted(config.target_modules):
-        if not any(path == target or path.endswith("." + target) for path in paths):
-            leaves = sorted(
-                {path.rpartition(".")[2] for path in paths if path and not path.rpartition(".")[2].isdigit()}
-            )
-            raise OptionError(
-                f"target_modules: no module of {type(model).__name__} is called {target!r}. {nearest(target, leaves)}"
-            )
 
 
 def _refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,67 @@
+"""A run's configuration as the arguments of transformers' Trainer and of trl's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import OptionError
+from .config import RunConfig
+
+
+def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -> dict[str, Any]:
+    """Get what transformers' TrainingArguments and trl's SFTConfig are told for a run."""
+    asked = config.training
+    return {
+        "output_dir": str(folder),
+        "max_steps": asked.steps or -1,
+        "num_train_epochs": asked.epochs or 1,
+        "per_device_train_batch_size": asked.batch_size,
+        "per_device_eval_batch_size": asked.batch_size,
+        "gradient_accumulation_steps": asked.gradient_accumulation,
+        "weight_decay": asked.weight_decay,
+        "warmup_steps": asked.warmup,
+        "lr_scheduler_type": asked.schedule,
+        "max_grad_norm": asked.max_grad_norm,
+        "optim": asked.optimizer,
+        # Else transformers refuses bfloat16 on a CPU, which torch autocasts to as well.
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": asked.precision == "bfloat16",
+        "fp16": asked.precision == "float16",
+        "gradient_checkpointing": asked.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_steps": asked.save_every,
+        "save_total_limit": asked.keep_checkpoints,
+        "eval_strategy": "no" if asked.validate_every is None else "steps",
+        "eval_steps": asked.validate_every,
+        "prediction_loss_only": True,
+        "report_to": list(asked.report_to),
+        "dataloader_num_workers": asked.workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": config.seed,
+        "logging_steps": 1,
+        # Otherwise the Trainer replaces NaN by the mean of the losses before it, and a run that diverged looks well.
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
+    """Get transformers' (or trl's) arguments; what they refuse, such as an optimizer's name, is an `OptionError`."""
+    try:
+        return one_device(kind(**values))
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"training: {' '.join(str(error).split())[:300]}") from error
+
+
+def one_device(arguments: Any) -> Any:
+    """Get the arguments with one device a process: else transformers trains on all that it sees with nn.DataParallel,
+    and a step has so many times the examples that were asked for. `accelerate launch` is the way to several.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
