@@ -175,7 +175,8 @@ CONCEPT: Entries = {f"training.{name}": COMMON[f"training.{name}"] for name in S
     "training.text_encoder_learning_rate": Told(
         "training.text_encoder_learning_rate=0.5", rates, [USUAL, WORD, 0.5], given=(TEXT,)
     ),
-    "training.weight_decay": Told("training.weight_decay=0.1", decays, {True: {0.0}, False: {0.1}}),
+    # The word is a row of a matrix.
+    "training.weight_decay": Told("training.weight_decay=0.1", decays, {True: {0.1}, False: {0.1}}),
     "training.validate_every": Told(LOOKS[1], logged, [1, 2], given=LOOKS[:1]),
     "training.snr_gamma": Told("training.snr_gamma=5.0", loss, Different),
     "data.train": Told("data.train={here}/few", counts, {"train": 2}),
