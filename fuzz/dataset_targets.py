@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 
-from targets import PLACE, Target
+from target import PLACE, Target
 
 from spectune.recipes.data import read_rows
 

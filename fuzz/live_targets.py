@@ -7,7 +7,7 @@ import traceback
 from typing import Any
 
 import torch
-from targets import Target, folder, header_of, spectral_config, tensor_bytes
+from target import Target, folder, header_of, spectral_config, tensor_bytes
 from torch import nn
 
 from spectune import SpectralConfig

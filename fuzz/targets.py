@@ -6,16 +6,14 @@ no single line, more time or memory than the limits below) is a finding.
 
 from __future__ import annotations
 
-import json
 import struct
-import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from dataset_targets import dataset_targets
+from live_targets import live_targets
+from target import PLACE, Target, folder, header_of, spectral_config, tensor_bytes
 
 from spectune.adapter.saved import saved_method, saved_modules
 from spectune.checkpoint import open_checkpoint, read_adapter_folder, read_lora
@@ -28,37 +26,6 @@ from spectune.fusion.adapters import open_adapters
 from spectune.records import Weight
 from spectune.spectrum import BasisCache, Key, Request, decompose
 from spectune.spectrum.entry import entry_name
-
-# On memory-backed disk where there is one: thousands of small files are written each second.
-SHARED_MEMORY = Path("/dev/shm")
-PLACE = Path(tempfile.mkdtemp(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
-
-
-@dataclass(frozen=True)
-class Target:
-    """One door: `run` takes the bytes of one input, `seeds` are valid ones to start from."""
-
-    name: str
-    run: Callable[[bytes], object]
-    seeds: tuple[bytes, ...]
-    seconds: float = 2.0
-    """Longest time that one input may take; a shared machine is allowed for."""
-
-
-def tensor_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    from safetensors.torch import save
-
-    return save(tensors, metadata)
-
-
-def folder(name: str, **files: bytes) -> Path:
-    """Get a folder with these files; a double underscore in a name is a point."""
-    place = PLACE / name
-    place.mkdir(exist_ok=True)
-    for file, content in files.items():
-        (place / file.replace("__", ".")).write_bytes(content)
-    return place
-
 
 # --- one file of tensors ----------------------------------------------------------------------------------------
 
@@ -115,12 +82,6 @@ INDEXES = (
 W_OI = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 BASE = folder("base", model__safetensors=tensor_bytes({"layer.weight": W_OI}))
 SPECTRUM = decompose(Weight("layer", W_OI), 2)
-
-
-def spectral_config(**options: Any) -> bytes:
-    return json.dumps(
-        {"peft_type": "SPECTUNE", "method": "spectral_a", "r": 2, "format_version": 1, **options}
-    ).encode()
 
 
 STEM = "base_model.model.layer.spectune_adapter."
@@ -305,10 +266,6 @@ def yaml_file(data: bytes) -> None:
     config.plain()
 
 
-def header_of(data: bytes) -> bytes:
-    return data[8 : 8 + int.from_bytes(data[:8], "little")]
-
-
 def all_targets() -> dict[str, Target]:
     targets = [
         Target("tensor_file", tensor_file, (SMALL,)),
@@ -329,9 +286,6 @@ def all_targets() -> dict[str, Target]:
     seed = gguf_bytes()
     # transformers builds a model class for each whole GGUF file, on a machine that does other things.
     targets += [Target("gguf_header", gguf_header, (seed,)), Target("gguf_file", gguf_file, (seed,), seconds=20.0)]
-    from dataset_targets import dataset_targets  # which imports this module
-    from live_targets import live_targets
-
     targets += [*dataset_targets(), *live_targets()]
     return {target.name: target for target in targets}
 
