@@ -51,3 +51,12 @@ def run_values(home: Path, **told: Any) -> dict[str, Any]:
 def config_of(home: Path, **told: Any) -> Any:
     """Get the checked configuration of `run_values`."""
     return parse_config(run_values(home, **told))
+
+
+def concept_run(folder: Path, **more: Any) -> dict[str, Any]:
+    """The values of a small run with held-out pictures, as `tests.recipes.tiny` has them for other recipes."""
+    home, data = concept_home(folder), more.pop("data", {})
+    pictures = {"validation": str(home / "dax"), "test": str(home / "dax")}
+    known = {name: value for name, value in data.items() if name in ("validation", "test", "masks") and value}
+    prior = {"prompts": ["a shape"], "images": 2}
+    return run_values(home, data=pictures | known, prior=prior, **more)

@@ -100,7 +100,7 @@ def test_wrong_shapes_scaling_and_missing_layers_are_found(exported):
     with pytest.raises(ExportError, match="it lacks"):
         verify_lora(model, "default", folder)
     edit(folder, lambda tensors: tensors.update({STEM + "A.weight": torch.ones(1), "x.lora_A.weight": torch.ones(1)}))
-    with pytest.raises(ExportError, match="the file also has"):
+    with pytest.raises(ExportError, match="it also has"):
         verify_lora(model, "default", folder)
 
 

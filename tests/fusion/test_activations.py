@@ -76,7 +76,7 @@ def test_what_cannot_be_collected_is_refused() -> None:
     model = MODELS["mlp"].fresh()
     with pytest.raises(OptionError, match="MLP: the model has no adapter"):
         collect_grams(model, [torch.ones(2, 10)])
-    with pytest.raises(OptionError, match=r"'lin2' is no layer of MLP. Did you mean"):
+    with pytest.raises(OptionError, match=r"'lin2' is not a layer of MLP. Did you mean"):
         collect_grams(model, [torch.ones(2, 10)], layers=["lin2"])
     with pytest.raises(OptionError, match="lin0: no batch went through this layer"):
         collect_grams(model, [], layers=["lin0"])

@@ -65,7 +65,7 @@ BAD: dict[str, tuple[str, Change, str]] = {
     "another r": ("spectral_a", with_config(r=3), "do not fit the base weight"),
     "d of a trillion": ("svft", with_config(off_diagonals=10**12), "off_diagonals=1000000000000"),
     "seed of 40 bits": ("lidb", with_config(basis_seed=2**40), "basis_seed"),
-    "columns of texts": ("spectral_a", with_config(columns=["0", "1"]), "a list of columns may contain only integers"),
+    "columns of texts": ("spectral_a", with_config(columns=["0", "1"]), "a list of columns holds integers only"),
     "a column 100,000 times": ("spectral_a", with_config(r=100_000, columns=[1] * 100_000), "stands there twice"),
     "columns is a fraction": ("spectral_a", with_config(columns=0.5), "a word, a start index or a list"),
     "rank_pattern is a list": ("spectral_a", with_config(rank_pattern=["lin0"]), "no map from layers to ranks"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -18,6 +19,7 @@ from spectune.sweeps import parse_sweep, run_sweep, summarise, to_markdown
 from spectune.sweeps.config import SweepConfig
 from spectune.sweeps.workers import Workers
 from spectune.training.config import Section
+from tests.concepts.concepts import concept_run
 from tests.recipes import tiny
 from tests.sweeps.sweeps import in_this_process
 
@@ -29,6 +31,7 @@ RUNS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "text_classification": (tiny.text_run, [{}, {"data": FROM_HUB}]),
     "causal_lm": (tiny.lm_run, [{"evaluation": HARNESS}, {"data": FROM_HUB | {"test": None}}]),
     "image_classification": (tiny.image_run, [{}, {"data": FROM_HUB}]),
+    "text_to_image": (concept_run, [{}]),
 }
 
 
@@ -95,7 +98,10 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     harness, wrapper = type(sys)("lm_eval"), type(sys)("lm_eval.models.huggingface")
     vars(harness)["simple_evaluate"] = lambda **told: {"results": {"arc": {"acc,none": 0.5}}}
     vars(wrapper)["HFLM"] = lambda **told: None
-    for name, module in (("lm_eval", harness), ("lm_eval.models", harness), ("lm_eval.models.huggingface", wrapper)):
+    tasks = type(sys)("lm_eval.tasks")
+    vars(tasks)["TaskManager"] = lambda: SimpleNamespace(all_tasks=["arc"])
+    parts = {"": harness, ".models": harness, ".models.huggingface": wrapper, ".tasks": tasks}
+    for name, module in ((f"lm_eval{part}", module) for part, module in parts.items()):
         monkeypatch.setitem(sys.modules, name, module)
 
 

@@ -13,12 +13,16 @@ from spectune.recipes.table import recipe_class
 from spectune.runs.building import build
 from spectune.training.arguments import loop_arguments
 from spectune.training.config import RunConfig, Training
+from tests.concepts.concepts import concept_run
 from tests.recipes import tiny
 from tests.recipes.other_values import other_values
 
 # An option is tried on each of them that allows it: one is as long as a number of steps, the other as one of epochs.
 BASES: tuple[dict[str, Any], ...] = ({"steps": 4}, {"epochs": 7.0})
-RUNS = {"text_classification": tiny.text_run, "causal_lm": tiny.lm_run, "image_classification": tiny.image_run}
+RUNS = {
+    "text_classification": tiny.text_run, "causal_lm": tiny.lm_run, "image_classification": tiny.image_run,
+    "text_to_image": concept_run,
+}  # fmt: skip
 # What a recipe has its own mind about: trl names the columns itself.
 OWN = {"causal_lm": {"remove_unused_columns"}}
 

@@ -80,6 +80,6 @@ def test_the_exported_lora_loads_in_diffusers(tmp_path: Path) -> None:
 
 def test_an_unknown_part_is_refused_and_a_convolution_has_no_exact_lora_here(tmp_path: Path) -> None:
     model = get_peft_model(unet(), SpectralConfig(target_modules=["to_q"], r=2))
-    with pytest.raises(SpectuneError, match="diffusers='unett' is no part of a pipeline. Did you mean 'unet'"):
+    with pytest.raises(SpectuneError, match="diffusers='unett' is not a part of a pipeline. Did you mean 'unet'"):
         export_lora(model, tmp_path / "lora", diffusers="unett")
     assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ class Word(Section):
         return self
 
 
-class Prior(Section):
+class ClassPrior(Section):
     """Pictures of the concept's class, drawn by the base and learned beside the concept (DreamBooth)."""
 
     prompts: list[str] = Field(default_factory=list, description="What the base draws before training.")
@@ -94,7 +94,7 @@ class ConceptConfig(RunConfig):
     training: ConceptTraining
     data: Pictures
     word: Word = Field(default_factory=lambda: Word.model_validate({}))
-    prior: Prior = Field(default_factory=lambda: Prior.model_validate({}))
+    prior: ClassPrior = Field(default_factory=lambda: ClassPrior.model_validate({}))
     drawings: Drawings = Field(default_factory=lambda: Drawings.model_validate({}))
 
     @model_validator(mode="after")

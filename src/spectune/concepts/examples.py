@@ -17,7 +17,7 @@ from .loss import with_fixed_noise
 from .model import ConceptModel
 from .pipeline import sample, side_of
 
-Row = dict[str, Any]
+PictureRow = dict[str, Any]
 
 
 class Examples:
@@ -25,18 +25,18 @@ class Examples:
 
     def __init__(self, config: ConceptConfig, model: ConceptModel) -> None:
         self.config, self.model = config, model
-        self._prior: list[Row] | None = None
+        self._prior: list[PictureRow] | None = None
         self._read = cache(self._read_split)
 
-    def pictures(self, split: str) -> list[Row]:
+    def pictures(self, split: str) -> list[PictureRow]:
         """Get latents, tokens and weights of each picture."""
         return self._read(split)
 
-    def held_out(self, split: str) -> list[Row]:
+    def held_out(self, split: str) -> list[PictureRow]:
         """Get the rows that a split is measured on."""
         return with_fixed_noise(self.pictures(split), self.model.noise_levels)
 
-    def to_train(self) -> list[Row]:
+    def to_train(self) -> list[PictureRow]:
         """Get an example for each place in each batch: a picture of the concept and, with a prior, one of the class."""
         told, chance, pictures = self.config.training, random.Random(self.config.seed), self.pictures("train")
         if told.epochs is None:
@@ -79,13 +79,13 @@ class Examples:
         count = asked.images if asked.prompts and asked.weight else 0
         return [asked.prompts[i % len(asked.prompts)] for i in range(count)]
 
-    def _prior_or_blank(self, like: torch.Tensor) -> list[Row]:
+    def _prior_or_blank(self, like: torch.Tensor) -> list[PictureRow]:
         """Get the pictures of the class; before they are drawn, as `check` has it, blank ones of the same size."""
         if self._prior is not None:
             return self._prior
         return [{"latents": torch.zeros_like(like), "tokens": self._tokens(prompt)} for prompt in self._prior_prompts]
 
-    def _read_split(self, split: str) -> list[Row]:
+    def _read_split(self, split: str) -> list[PictureRow]:
         data, pipeline = self.config.data, self.model.pipeline
         masks = Path(data.masks) if data.masks is not None and split == "train" else None
         shots = read_shots(Path(getattr(data, split)), data.caption, side_of(pipeline), masks)

@@ -115,6 +115,9 @@ class TextToImage(Recipe):
     def parts(self, model: Any) -> dict[str, int]:
         return dict(model.trainable())
 
+    def ready(self, split: str) -> None:
+        """Pictures and captions are read in `attach`, still before the first step: they take the pipeline's size."""
+
     def rows(self, split: str) -> Sequence[dict[str, Any]]:
         return self.examples.to_train() if split == "train" else self.examples.held_out(split)
 

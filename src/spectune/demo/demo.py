@@ -148,7 +148,9 @@ def run_demo(
     files: dict[str, Any] = written | {"labels": list(LANGUAGES.values())}
     config, baseline = options.config(files), options.baseline(files)
     steps = int(config.training.steps or 0)
-    frozen = run(baseline, folder / FROZEN, resume=True, on_step=stage("only the head (the baseline)", steps))
+    frozen = run(
+        baseline, folder / FROZEN, resume=True, on_step=stage("only the head (the baseline)", steps), on_warning=say
+    )
     recipe, untrained = load_base(folder / FROZEN)
     counts = {split: len(rows) for split, rows in recipe.splits.items()}
     say(f"{counts['train']:,} sentences in {len(LANGUAGES)} languages to learn from, {counts['test']:,} held out")
@@ -157,7 +159,7 @@ def run_demo(
 
     method = str(config.plain()["adapter"]["method"])
     bar = stage(f"{method} on {len(config.plain()['adapter']['target_modules'])} kinds of layers", steps)
-    trained = train_run(config, folder / TUNED, resume=True, on_step=bar, looks=True)
+    trained = train_run(config, folder / TUNED, resume=True, on_step=bar, looks=True, on_warning=say)
     say(f"held-out accuracy: with {method} {trained.result.metrics['test']['accuracy']:.1%}")
 
     predicted, adapter = trained.recipe.predict(trained.model, "test"), Run(folder / TUNED).tuned(config)  # type: ignore[attr-defined]

@@ -79,10 +79,10 @@ def open_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[n
 
 def _copied_base(model: nn.Module) -> nn.Module:
     if getattr(model, "peft_config", None) or not hasattr(model, "load_adapter"):
-        found = "adapters on it already" if getattr(model, "peft_config", None) else "no load_adapter"
+        found = "adapters already" if getattr(model, "peft_config", None) else "no load_adapter"
         raise ExportError(
-            f"base_model: asked for a plain transformers model, this {type(model).__name__} has "
-            f"{found}. Load the adapter onto the model and pass that model instead of the folder."
+            f"base_model: a plain transformers model is needed, but this {type(model).__name__} has {found}. "
+            f"Load the adapter onto the model and pass that model instead of the folder."
         )
     return copy.deepcopy(model)
 
@@ -117,7 +117,7 @@ def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
         dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
         if not issubclass(loader, transformers.PreTrainedModel):  # an Auto class, which takes no tensors
             with torch.device("meta"):
-                loader = type(loader.from_config(config))
+                loader = type(loader.from_config(config, trust_remote_code=False))
         model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False)
     return model
 

@@ -186,8 +186,8 @@ def common_base(adapters: Sequence[Adapter], base: str | Path | None) -> Base | 
     if len(named) > 1:
         first, second = [*named.values()][:2]
         raise AdapterError(
-            f"{second.name}: trained on the base {second.base_label!r}, {first.name} on {first.base_label!r}: updates "
-            f"of different bases do not belong together. If they are copies of one, pass --base to have it checked."
+            f"{second.name} was trained on the base {second.base_label!r} and {first.name} on {first.base_label!r}, and "
+            f"updates of different bases cannot be fused. If they are copies of one model, pass --base to have that checked."
         )
     owner = next(iter(named.values()), None)
     for adapter in adapters:

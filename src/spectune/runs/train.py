@@ -38,18 +38,26 @@ class Trained:
     recipe: Recipe = field(repr=False)
 
 
-def run(config: RunConfig, output_dir: str | Path, *, resume: bool = False, on_step: OnStep | None = None) -> RunResult:
+def run(
+    config: RunConfig,
+    output_dir: str | Path,
+    *,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+    on_warning: Callable[[str], Any] = warnings.warn,
+) -> RunResult:
     """Get the result of a run, trained into `output_dir`.
 
     With `resume` a finished run is read and not repeated, one that was stopped goes on from its last checkpoint, and
     one that does not exist is begun: call it again and again until it returns. Without, the folder must be new or
-    empty. Raises `OutputError` where the folder holds a run of another configuration, `Interrupted` after Ctrl-C.
+    empty. `on_warning` is told what may be wrong with the examples, before the first step. Raises `OutputError` where the
+    folder holds a run of another configuration, `Interrupted` after Ctrl-C.
     """
     found = Run(Path(output_dir))
     if resume and found.is_finished:
         refuse_other_run(config, found)
         return found.result
-    return train_run(config, output_dir, resume=resume, on_step=on_step).result
+    return train_run(config, output_dir, resume=resume, on_step=on_step, on_warning=on_warning).result
 
 
 def train_run(

@@ -62,9 +62,7 @@ def claim(folder: Path) -> None:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(
-            f"{folder}: the cache cannot be written: {error.strerror}. Name another folder for it."
-        ) from error
+        raise OutputError(f"{folder}: cannot write to the cache: {error.strerror}. Choose another folder.") from error
 
 
 def make_shelf(shelf: Path) -> None:
@@ -75,7 +73,7 @@ def make_shelf(shelf: Path) -> None:
     except OSError as error:
         why = error.strerror
     if why is not None:
-        raise OutputError(f"{shelf}: the cache cannot be written: {why}. Name another folder for it.")
+        raise OutputError(f"{shelf}: cannot write to the cache: {why}. Choose another folder.")
 
 
 def is_marked(folder: Path) -> bool:
