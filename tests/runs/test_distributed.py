@@ -114,9 +114,7 @@ def test_a_run_goes_on_with_fewer_and_with_more_processes(runs: Path) -> None:
 
 def test_a_step_of_other_examples_is_refused(runs: Path) -> None:
     halved = config_of("spectral_a", runs, 2)
-    with pytest.raises(
-        OutputError, match="4 x 1 examples on each of 1 processes are 4 a step, and the run in it has 8"
-    ):
+    with pytest.raises(OutputError, match="4 x 1 examples on each of 1 processes are 4 a step, and the run in it has"):
         run(halved, runs / "one" / "spectral_a", resume=True)
 
 

@@ -186,8 +186,9 @@ def common_base(adapters: Sequence[Adapter], base: str | Path | None) -> Base | 
     if len(named) > 1:
         first, second = [*named.values()][:2]
         raise AdapterError(
-            f"{second.name} was trained on the base {second.base_label!r} and {first.name} on {first.base_label!r}, and "
-            f"updates of different bases cannot be fused. If they are copies of one model, pass --base to have that checked."
+            f"{second.name} was trained on the base {second.base_label!r} and {first.name} on {first.base_label!r}, "
+            f"and updates of different bases cannot be fused. If they are copies of one model, pass --base to have "
+            f"that checked."
         )
     owner = next(iter(named.values()), None)
     for adapter in adapters:

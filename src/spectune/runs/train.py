@@ -50,8 +50,8 @@ def run(
 
     With `resume` a finished run is read and not repeated, one that was stopped goes on from its last checkpoint, and
     one that does not exist is begun: call it again and again until it returns. Without, the folder must be new or
-    empty. `on_warning` is told what may be wrong with the examples, before the first step. Raises `OutputError` where the
-    folder holds a run of another configuration, `Interrupted` after Ctrl-C.
+    empty. `on_warning` is told what may be wrong with the examples, before the first step. Raises `OutputError` where
+    the folder holds a run of another configuration, `Interrupted` after Ctrl-C.
     """
     found = Run(Path(output_dir))
     if resume and found.is_finished:
