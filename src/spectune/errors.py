@@ -67,7 +67,7 @@ def nearest(asked: object, known: list[str] | tuple[str, ...]) -> str:
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
     shown = ", ".join(name[:LONGEST_COMPARED] for name in sorted(known)[:12])
-    return f"There are: {shown}{', …' if len(known) > 12 else ''}."
+    return f"Choose from: {shown}{', …' if len(known) > 12 else ''}." if known else "There are none."
 
 
 def printable(words: object, keep: str = "") -> str:
