@@ -109,6 +109,28 @@ def test_sharegpt_speakers_have_roles(word: str, role: str) -> None:
     assert read_messages([{"from": word.capitalize(), "value": "a"}]) == [{"role": role, "content": "a"}]
 
 
+def test_a_sharegpt_file_is_read_with_its_column_of_the_system(tmp_path: Path) -> None:
+    said = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
+    row = {"id": 1, "system": "w9", "conversations": said}
+    assert shown(talk(tmp_path, row)) == "[UNK] : w9 User : w1 Assistant : w2 [SEP]"
+    row["conversations"] = [{"from": "system", "value": "w8"}, *said]
+    with pytest.raises(DataError, match="row 2: there is a system message and a column system"):
+        shown(talk(tmp_path, row))
+
+
+def test_a_row_without_messages_is_named() -> None:
+    with pytest.raises(DataError, match="^a.json, row 3: format messages needs the column 'messages'. Did you mean"):
+        prepared([Row({"mesages": []}, "a.json, row 3")], "messages", None, None, False)
+
+
+@pytest.mark.parametrize("name", ["history", "system"])
+def test_columns_that_alpaca_has_no_place_for_are_refused(name: str) -> None:
+    row = {"instruction": "a", "output": "b", name: ""}
+    assert prepared([row], "alpaca", None, None, False)
+    with pytest.raises(DataError, match=f"data.train, row 1: the column '{name}' has no place in alpaca's prompt"):
+        prepared([row | {name: "c"}], "alpaca", None, None, False)
+
+
 def test_prompt_and_completion_may_be_messages() -> None:
     row = {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "b"}]}
     assert prepared([row], "prompt_completion", None, None, False) == [row]

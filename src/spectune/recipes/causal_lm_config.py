@@ -13,7 +13,10 @@ from .conversations import Format
 class ConversationData(DataSection):
     """Instructions, conversations or texts."""
 
-    format: Format = Field("prompt_completion", description="How a row is read.")
+    format: Format = Field(
+        "prompt_completion",
+        description="How a row is read; messages reads OpenAI's (role, content) and ShareGPT's (from, value).",
+    )
     prompt: str | None = Field(None, description="Template over the columns: 'Question: {question}\\nAnswer:'.")
     completion: str | None = Field(None, description="Template of what is to be written: ' {answer}'.")
     chat: bool = Field(False, description="Render prompt and completion with the chat template, as user and assistant.")

@@ -91,7 +91,8 @@ def _one(
     if form == "text":
         return {"text": fill(prompt, row) if prompt else _text(row, "text")}
     if form == "messages":
-        return conversation(row["messages"] if "messages" in row else row["conversations"], row.get("tools"))
+        messages = row["messages"] if "messages" in row or "conversations" not in row else row["conversations"]
+        return conversation(messages, row.get("tools"), row.get("system"))
     if form == "alpaca":
         return _pair(instruction(row, chat), _text(row, "output"), chat)
     if not prompt and not completion and isinstance(row["prompt"], list) and isinstance(row["completion"], list):
@@ -102,6 +103,9 @@ def _one(
 
 def instruction(row: Mapping[str, Any], chat: bool) -> str:
     """Get what an alpaca row asks: in Stanford's words, or bare for a chat template. A row may have no `input`."""
+    for name in ("history", "system"):
+        if row.get(name):
+            raise DataError(f"the column {name!r} has no place in alpaca's prompt. Write messages, or drop it.")
     more = _text(row, "input") if "input" in row else ""
     if chat:
         return _text(row, "instruction") + (f"\n\n{more}" if more else "")

@@ -28,9 +28,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 CARRYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight")
 
 
-def conversation(messages: Any, tools: Any = None) -> dict[str, Any]:
-    """Get prompt (everything before the last answer), completion (the last answer) and, where there are any, tools."""
+def conversation(messages: Any, tools: Any = None, system: Any = None) -> dict[str, Any]:
+    """Get prompt (everything before the last answer), completion (the last answer) and, where there are any, tools.
+
+    `system` is the column of that name, which becomes the first message.
+    """
     turns = read_messages(messages)
+    if not _is_empty(system):
+        if any(turn["role"] == "system" for turn in turns):
+            raise DataError("there is a system message and a column system. Leave one out.")
+        turns = [*read_messages([{"role": "system", "content": system}]), *turns]
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise DataError("a conversation must end with the assistant's answer to something.")
     return {"prompt": turns[:-1], "completion": turns[-1:]} | read_tools(tools)
