@@ -24,6 +24,7 @@ from spectune.extraction import extract_adapter
 from spectune.recipes import parse_config
 from spectune.runs import run
 from spectune.spectrum import BasisCache, Request, fill_cache
+from spectune.spectrum.cache_folder import MARKER
 from spectune.training.checkpoints import save_whole
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -222,7 +223,9 @@ def _content(path: Path) -> bytes:
 def hidden(folder: Path) -> int:
     """Get how many hidden things lie around, each with what is in it counted as one."""
     found = [path.relative_to(folder).parts for path in folder.rglob(".*")]
-    return sum(not any(part.startswith(".") for part in parts[:-1]) and parts[-1] != ".lock" for parts in found)
+    return sum(
+        not any(part.startswith(".") for part in parts[:-1]) and parts[-1] not in (".lock", MARKER) for parts in found
+    )
 
 
 def told(folder: Path) -> dict[str, Any]:

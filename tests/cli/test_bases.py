@@ -317,7 +317,7 @@ def test_an_adapter_is_no_base(shelf: Shelf) -> None:
 
 def test_adapters_of_two_revisions_are_not_fused(shelf: Shelf, tmp_path: Path) -> None:
     paths = [naming(shelf, tmp_path / name, HUB, name) for name in ("v1", "main")]
-    with pytest.raises(AdapterError, match="main: trained on the base 'org/base', v1 on 'org/base@v1'"):
+    with pytest.raises(AdapterError, match="main was trained on the base 'org/base' and v1 on 'org/base@v1'"):
         fuse(paths)
     twice = [
         naming(shelf, tmp_path / name, place) for name, place in (("x", "base"), ("y", str(shelf.folder / "base")))

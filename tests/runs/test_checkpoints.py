@@ -179,5 +179,5 @@ def test_another_configuration_does_not_go_on_with_this_run(tmp_path: Path) -> N
         run(parse_config(values | {"seed": 1}), tmp_path / "run", resume=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="found other files"):
+    with pytest.raises(OutputError, match="there are other files in it"):
         run(parse_config(values), tmp_path / "full", resume=True)

@@ -91,6 +91,12 @@ def test_the_ramp_grows_exponentially_and_leaves_the_head_alone(tmp_path: Path) 
     assert {rates[-1] for rates in seen} == {HEAD_RATE}
 
 
+def test_the_range_test_of_a_head_alone_ramps_the_heads_rate(tmp_path: Path) -> None:
+    values = tiny.text_run(tmp_path) | {"adapter": "head", "training": {"steps": 6, "batch_size": 4}}
+    found = range_test(parse_config(values), low=1e10, high=1e38, steps=40)
+    assert found.method == "head" and found.diverged is not None
+
+
 def test_the_range_test_runs_on_a_recipe_and_stops_at_divergence(tmp_path: Path) -> None:
     found = range_test(parse_config(tiny.text_run(tmp_path)), low=1e10, high=1e38, steps=40)
     assert len(found.losses) == len(found.rates) < 40 and found.diverged is not None

@@ -43,7 +43,8 @@ def demo(
             done = run_demo(options, output, console.print, stages.begin)
         except Interrupted:
             stages.stop()
-            print(f"spectune: {printable(f'interrupted; the same command goes on in {output}')}", file=sys.stderr)
+            words = f"interrupted; the same command goes on in {output}"
+            print(f"spectune: {printable(words)}", file=sys.stderr)
             raise SystemExit(130) from None
         write_run_page(done.result, done.page, console)
     page = done.page.resolve()

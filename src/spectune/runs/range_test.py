@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from ..errors import OptionError
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
-from ..training.config import RunConfig
+from ..training.config import HEAD, RunConfig
 from ..training.loop import OnStep, Plan, Watch, quiet_libraries
 from ..training.rates import learning_rate, method_of
 from .building import build
@@ -68,8 +68,9 @@ def range_test(
     if not 0 < low < high or steps < 10:
         raise OptionError(f"lr: asked for {steps} steps from {low:g} to {high:g}. Give 10 or more, and low below high.")
     quiet_libraries()
+    rate = "head_learning_rate" if config.adapter == HEAD else "learning_rate"
     training = config.training.model_copy(
-        update={"steps": steps, "epochs": None, "validate_every": None, "report_to": [], "learning_rate": high}
+        update={"steps": steps, "epochs": None, "validate_every": None, "report_to": [], rate: high}
     )
     recipe: Recipe = recipe_class(config.recipe)(config.model_copy(update={"training": training}))
     model, plan = build(recipe)

@@ -91,7 +91,7 @@ class Loop:
         ramp = self.plan.ramp
         if ramp is None:
             return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
-        first = {id(p) for p in self.plan.rates[0][0]}
+        first = {id(p) for p in next(group for group, _ in self.plan.rates if group)}
 
         def grow(step: int) -> float:
             return ramp ** (1 - min(step / max(num_training_steps - 1, 1), 1.0))

@@ -71,14 +71,15 @@ def _check_types(path: Path, config: Any) -> None:
             raise _refused(path, option, value)
         if option in NAME_LISTS and not all(NAME.fullmatch(word) for word in words):
             raise _refused(path, option, value)
-        if isinstance(value, dict) and not all(_is_count(count) for count in value.values()):
+        if isinstance(value, dict) and not all(_is_count(count) for count in value.values()) and not _is_kept(value):
             raise _refused(path, option, value)
 
 
 def _check_counts(read: AdapterFolder, config: Any) -> None:
     """Refuse numbers that PEFT would count, allocate or repeat by."""
     held = max((max(shape, default=0) for name, shape in read.shapes.items() if ".lora_" in name), default=None)
-    ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
+    given = (getattr(config, "rank_pattern", None) or {}).values()
+    ranks = [getattr(config, "r", None), *(sum(kept) if isinstance(kept, list) else kept for kept in given)]
     if held is not None and any(not _is_count(r) or r > held for r in ranks if r is not None):
         raise _refused(read.path, "r", ranks[0] if len(ranks) == 1 else ranks)
     start = str(getattr(config, "init_lora_weights", ""))
@@ -120,13 +121,24 @@ def _choose_layers(config: Any, model: nn.Module) -> None:
         config.target_modules = "|".join(re.escape(layer) for layer in sorted(chosen))
     clock = Clock()
     for option in PATTERN_MAPS:
-        if given := getattr(config, option, None):
+        if (given := getattr(config, option, None)) and not _is_kept(given):
             patterns = LayerPatterns(given, clock)
             named = ((layer, patterns.first(layer)) for layer in sorted(chosen))
             setattr(config, option, {f"^{re.escape(layer)}": given[word] for layer, word in named if word is not None})
     for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(config, option):
             setattr(config, option, None)
+
+
+def _is_kept(pattern: dict[str, Any]) -> bool:
+    """Ask whether this is AdaLoRA's rank_pattern: names of tensors, and for each which of its ranks were kept.
+
+    PEFT looks these names up and matches nothing by them.
+    """
+    return all(
+        NAME.fullmatch(name) and isinstance(kept, list) and all(isinstance(one, bool) for one in kept)
+        for name, kept in pattern.items()
+    )
 
 
 def _is_count(value: Any) -> bool:

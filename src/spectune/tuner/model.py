@@ -17,7 +17,7 @@ from ..adapter import SpectralModule, spectral_modules
 from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
-from ..errors import AdapterError, OptionError, SpectuneError, nearest
+from ..errors import AdapterError, OptionError, SpectuneError, nearest, one_line
 from ..records import Spectrum
 from .base_weight import backend_of, layout_of
 from .bases import find_bases
@@ -43,8 +43,13 @@ class SpectralTuner(BaseTuner):
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         config = self.peft_config[adapter_name]
         refuse_unmatched_targets(config, model)
-        with nullcontext() if config.origin is None else self._bounded(config, model):
-            self._inject(model, adapter_name, *args, **kwargs)
+        try:
+            with nullcontext() if config.origin is None else self._bounded(config, model):
+                self._inject(model, adapter_name, *args, **kwargs)
+        except ValueError as error:  # PEFT's: a pattern names no layer of this model
+            if isinstance(error, SpectuneError):
+                raise
+            raise OptionError(f"target_modules: {one_line(error)}") from error
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         try:
