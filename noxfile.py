@@ -16,7 +16,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 # The lower and upper ends of the ranges in pyproject.toml.
 OLDEST = {"torch": "torch==2.6.*", "peft": "peft==0.21.0", "transformers": "transformers==5.6.*"}
-NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5.6,<6"}
+NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5.6,<5.24"}
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}

@@ -211,3 +211,30 @@ def test_merging_a_broken_adapter_safely_leaves_the_base(tiny: Tiny) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SpectralLayer):
             assert torch.equal(module.base_layer.weight, before[name])
+
+
+@pytest.mark.parametrize("name", ["0", "mlp", "layers", "q_proj", "spectune_adapter"])
+def test_an_adapter_that_is_called_like_a_part_of_a_path_is_refused(name: str) -> None:
+    model = LLAMA.fresh()
+    before = [path for path, _ in model.named_modules()]
+    with pytest.raises(SpectuneError, match=f"adapter_name='{name}'.*Choose another name"):
+        get_peft_model(model, config_for(LLAMA, "spectral_a"), adapter_name=name)
+    assert [path for path, _ in model.named_modules()] == before
+    with pytest.raises(SpectuneError, match="adapter_name"):
+        adapted(LLAMA, "spectral_a").add_adapter(name, config_for(LLAMA, "svft"))
+
+
+def test_names_that_peft_has_put_into_the_model_are_free() -> None:
+    model = get_peft_model(LLAMA.fresh(), LoraConfig(r=2, target_modules=list(LLAMA.targets)), adapter_name="x")
+    assert get_peft_model(model.unload(), config_for(LLAMA, "spectral_a"), adapter_name="x")
+    two = adapted(LLAMA, "spectral_a", modules_to_save=["lm_head"])
+    two.add_adapter("lora_A", config_for(LLAMA, "svft"))
+
+
+def test_tensors_of_layers_that_the_config_no_longer_names_are_refused(tmp_path: Path) -> None:
+    adapted(LLAMA, "spectral_a").save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = sorted(config["target_modules"])[:1]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SpectuneError, match="the adapter file has this tensor, and the model has no adapted layer"):
+        PeftModel.from_pretrained(LLAMA.fresh(), str(tmp_path))

@@ -24,6 +24,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print machine-read
     found = {"python": sys.version.split()[0], "system": platform.platform(), "cpus": str(os.cpu_count())}
     found |= {name: version for name in PACKAGES if (version := _version(name))}
     found |= _devices()
+    if note := _note():
+        found["note"] = note
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -36,6 +38,20 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _note() -> str | None:
+    """Get a sentence where the installed transformers refuses the installed PEFT: its own `add_adapter` then raises."""
+    from packaging.version import Version
+    from transformers.integrations import peft as integration
+
+    wanted, there = str(getattr(integration, "MIN_PEFT_VERSION", "0")), _version("peft")
+    if there is None or Version(there) >= Version(wanted):
+        return None
+    return (
+        f"transformers {_version('transformers')} wants peft {wanted} for its own add_adapter and load_adapter, and "
+        f"{there} is installed. Install another version of one of them."
+    )
 
 
 def _devices() -> dict[str, str]:

@@ -27,7 +27,7 @@ from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
 from .origin import Origin
 from .progress import decomposing
-from .targets import refuse_output_of_attention, refuse_unmatched_targets
+from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
 
 
 class SpectralTuner(BaseTuner):
@@ -43,6 +43,7 @@ class SpectralTuner(BaseTuner):
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         config = self.peft_config[adapter_name]
         refuse_unmatched_targets(config, model)
+        refuse_name_of_a_part(adapter_name, model)
         try:
             with nullcontext() if config.origin is None else self._bounded(config, model):
                 self._inject(model, adapter_name, *args, **kwargs)
@@ -242,6 +243,7 @@ class SpectralTuner(BaseTuner):
         for layer_name, name, module in spectral_modules(model):
             if name == adapter_name:
                 _expect_what_the_file_has(layer_name.removeprefix(PEFT_PREFIX), module, in_file)
+        _refuse_surplus(model, adapter_name, in_file)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -276,6 +278,23 @@ def _refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:
                 f"{name.removeprefix('base_model.model.')}: NaN or infinity in the adapter file. Train or copy the "
                 f"adapter again."
             )
+
+
+def _refuse_surplus(model: nn.Module, adapter_name: str, in_file: set[str]) -> None:
+    """Raise `AdapterError` for tensors of layers that the config does not adapt here: they would be dropped unsaid."""
+    places = {
+        f"{layer.removeprefix(PEFT_PREFIX)}.spectune_adapter.{tensor}"
+        for layer, name, module in spectral_modules(model)
+        if name == adapter_name
+        for tensor in module.state_dict()
+    }
+    left = sorted(key for key in in_file - places if ".spectune_adapter." in key)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise AdapterError(
+            f"{left[0]}{more}: the adapter file has this tensor, and the model has no adapted layer for it. The config "
+            f"was changed after saving, or the base is another model. Load the adapter as it was saved."
+        )
 
 
 def _expect_what_the_file_has(layer_name: str, module: SpectralModule, in_file: set[str]) -> None:

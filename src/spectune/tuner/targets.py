@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..adapter import ADAPTERS_ATTRIBUTE
 from ..errors import OptionError, WeightError, nearest
 from .config import SpectralConfig
 
@@ -15,6 +18,29 @@ def refuse_output_of_attention(parent: nn.Module, target_name: str, key: str) ->
             f"{key}: torch's MultiheadAttention reads the weight of its {target_name} and never calls it, so an "
             f"adapter there would do nothing. Target the attention module itself."
         )
+
+
+def refuse_name_of_a_part(adapter_name: str, model: nn.Module) -> None:
+    """Raise `OptionError` for an adapter that is called like a part of a module's path.
+
+    PEFT takes the adapter's name out of every key when it saves, wherever it stands, and part of the adapter is lost.
+    """
+    if adapter_name == ADAPTERS_ATTRIBUTE or adapter_name in _parts(model):
+        raise OptionError(
+            f"adapter_name={adapter_name!r}: {type(model).__name__} has a module of that name, and PEFT would save the "
+            f"adapter without its tensors there. Choose another name."
+        )
+
+
+def _parts(module: nn.Module) -> set[str]:
+    """Get every name in the paths of the base model's modules; what PEFT has put there is no part of it."""
+    found: set[str] = set()
+    for name, child in module.named_children():
+        wrapped = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if wrapped and name != "base_layer" and name != "original_module":
+            continue
+        found |= {name} | _parts(child)
+    return found
 
 
 def refuse_unmatched_targets(config: SpectralConfig, model: nn.Module) -> None:
