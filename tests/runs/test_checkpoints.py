@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from spectune.checkpoint import hold_folder
-from spectune.errors import OutputError
+from spectune.errors import OptionError, OutputError
 from spectune.recipes import parse_config
 from spectune.runs import RunResult, run
 from spectune.training import Interrupted
@@ -181,3 +181,19 @@ def test_another_configuration_does_not_go_on_with_this_run(tmp_path: Path) -> N
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="there are other files in it"):
         run(parse_config(values), tmp_path / "full", resume=True)
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    values = tiny.text_run(tmp_path)
+    wrong = parse_config(values | {"adapter": {"method": "spectral_a", "target_modules": ["nowhere"]}})
+    with pytest.raises(OptionError, match="nowhere"):
+        run(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OptionError, match="nowhere"):
+        run(wrong, tmp_path / "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} <= {".lock"}
+    assert run(parse_config(values), tmp_path / "mine").steps == 6
+    with pytest.raises(OutputError, match="another configuration"):
+        run(wrong, tmp_path / "mine", resume=True)
+    assert (tmp_path / "mine" / "run.yaml").is_file() and (tmp_path / "mine" / "adapter").is_dir()

@@ -11,7 +11,7 @@ import yaml
 from spectune.errors import OptionError
 from spectune.recipes import RECIPES, commented_yaml, load_config, parse_config
 from spectune.training.config import DataSection
-from spectune.training.yaml_file import read_yaml
+from spectune.training.yaml_file import read_yaml, write_yaml
 
 GOOD: dict[str, Any] = {
     "recipe": "text_classification",
@@ -138,3 +138,15 @@ def test_a_split_of_the_hub_stays_a_name_also_beside_a_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     assert DataSection.model_validate({"hub": "openai/gsm8k", "train": "train"}).train == "train"
     assert DataSection.model_validate({"train": "train"}).train == str(tmp_path / "train")
+
+
+@pytest.mark.parametrize(("length", "override"), [({"epochs": 3}, "steps=2"), ({"steps": 3}, "epochs=2")])
+def test_a_length_over_the_file_replaces_the_files(length: dict[str, int], override: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    values = {"recipe": "text_classification", "model": "m", "adapter": "none", "data": {"train": "a"}}
+    path.write_text(write_yaml(values | {"training": length}))
+    name, value = override.split("=")
+    told = load_config(path, [f"training.{override}"]).training
+    assert getattr(told, name) == int(value) and getattr(told, next(iter(length))) is None
+    with pytest.raises(OptionError, match="give steps or epochs, one of them"):
+        load_config(path, ["training.steps=1", "training.epochs=1"])

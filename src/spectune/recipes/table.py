@@ -38,5 +38,14 @@ def parse_config(values: Mapping[str, Any], where: str = "run") -> RunConfig:
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Get the checked configuration of a run from a YAML file, each `a.b=value` of `overrides` put over it."""
-    return parse_config(read_yaml(path, overrides), str(path))
+    """Get the checked configuration of a run from a YAML file, each `a.b=value` of `overrides` put over it.
+
+    A length that is put over it (training.steps or training.epochs) replaces the file's, whichever of the two that is.
+    """
+    overrides = list(overrides)
+    values, keys = read_yaml(path, overrides), {override.partition("=")[0] for override in overrides}
+    training = values.get("training")
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if isinstance(training, dict) and f"training.{length}" in keys and f"training.{other}" not in keys:
+            training.pop(other, None)
+    return parse_config(values, str(path))

@@ -9,12 +9,13 @@ report.html   the page
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import hold_folder, write_atomically
+from ..checkpoint.claim import LOCK_FILE
 from ..errors import AdapterError, OptionError, OutputError
 from ..recipes.table import load_config
 from ..training.checkpoints import checkpoints, clear_partial, examples_a_step
@@ -96,13 +97,35 @@ def opened_folder(config: RunConfig, run: Run, resume: bool) -> Iterator[None]:
     folder = run.folder
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: this is a file, and the output needs a folder. Choose another one.")
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
-    with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
-        _begin_or_continue(config, run, resume)
-        yield
+    try:
+        with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
+            begins = not (folder / CONFIG_FILE).is_file()
+            _begin_or_continue(config, run, resume)
+            try:
+                yield
+            except Exception:
+                if begins:
+                    _leave_nothing(run)
+                raise
+    except Exception:
+        if is_new and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has begun in it
+                folder.rmdir()
+        raise
+
+
+def _leave_nothing(run: Run) -> None:
+    """Take back what a run that was refused has written, so that it does not block the folder for the next try."""
+    with suppress(OSError):
+        run.checkpoints.rmdir()  # only where it is empty
+    if {path.name for path in run.folder.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:
+        (run.folder / CONFIG_FILE).unlink(missing_ok=True)
 
 
 def _begin_or_continue(config: RunConfig, run: Run, resume: bool) -> None:
