@@ -217,7 +217,7 @@ def test_what_is_not_exact_is_refused(tmp_path):
     assert "no spectral adapter" in refused(torch.nn.Linear(2, 2), tmp_path)
     assert "bias='all'" in refused(adapted("bert-classifier", bias="all"), tmp_path)
     assert "dtype=torch.int8" in refused(model, tmp_path, dtype=torch.int8)
-    assert "Leave it out" in refused(model, tmp_path, base_model="somewhere")
+    assert "Leave base_model out" in refused(model, tmp_path, base_model="somewhere")
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
     layer.merge()
     assert "layers.1.self_attn.q_proj: default is merged into the base" in refused(model, tmp_path)
