@@ -16,7 +16,10 @@ FUZZ = Path(__file__).parents[2] / "fuzz"
 ACTIONS = ("checkpoint", "export_lora", "fuse")
 RACES = ("train", "fuse")
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="needs fork and /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork") or sys.platform != "linux", reason="needs fork and /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from ..effort import PATIENCE
 from ..tuner.test_sharding import bytes_here
 from .distributed_cases import CASES, STEPS, ZERO2, config_of, prepare, stopped
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 # A sum over eight examples rounds otherwise than two sums over four: 1e-7 of a gradient. Adam divides a gradient by
 # its own size, so an entry whose gradient is a thousandth of the loss's scale moves by 1e-4 of a step of 1e-2.

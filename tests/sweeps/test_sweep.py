@@ -147,6 +147,7 @@ def test_two_runs_are_at_work_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path, jobs: int) -> None:
     """In processes of their own, as users have it."""
