@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import OptionError, one_line
+from .origin import Origin
 
 # What a config file may hold in the fields that are used before anybody looks at them. JSON knows no sets.
 NAMES = (str, list, tuple, set, type(None))
@@ -26,6 +27,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "save_basis": (str,),
     "grad_norm": (str, type(None)),
     "bias": (str,),
+    "origin": (Origin, type(None)),
 }
 
 
@@ -53,7 +55,8 @@ def check_plain_types(options: Any, where: str = "") -> None:
     A truth is no number here.
     """
     for option in fields(options):
-        kinds = [PLAIN.get(word) for word in option.type.split(" | ")] if isinstance(option.type, str) else [None]
+        # A union as it stands in a source file, or made at run time, whose text is the same.
+        kinds = [PLAIN.get(word) for word in str(option.type).split(" | ")]
         value = getattr(options, option.name)
         if None in kinds or (isinstance(value, bool) and bool in kinds):
             continue
