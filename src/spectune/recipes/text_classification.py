@@ -207,7 +207,9 @@ class TextClassification(Recipe):
         for name in asked:
             if name not in fitting:
                 kind = "scores" if self.config.scores else "classes"
-                raise OptionError(f"evaluation.metrics: {name!r} does not fit {kind}. There are: {', '.join(fitting)}.")
+                raise OptionError(
+                    f"evaluation.metrics: {name!r} does not fit {kind}. Choose from: {', '.join(fitting)}."
+                )
         return asked
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from ..errors import AdapterError, OptionError
 from ..records import Spectrum
 from .cache_folder import claim, entries_in, entries_of, halves_in, is_marked, make_shelf, refuse_foreign
@@ -24,7 +26,6 @@ from .entry import Entry, Key, entry_name, is_outdone, read_entry, write_entry
 DEFAULT_LIMIT = 20 * 2**30
 # What is half-written for so many seconds was left by a killed process; one entry takes a second to write. Chosen.
 STALE_SECONDS = 600.0
-UNITS = {"": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass
@@ -155,13 +156,12 @@ def size_limit() -> int:
 
 def parse_bytes(words: str) -> int:
     """Get a number of bytes from words such as "512MiB", "4 GB" or "1000000"; `OptionError` for anything else."""
-    words = words.strip()
-    digits = words.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
     try:
-        return int(float(digits) * UNITS[words[len(digits) :].strip().upper()])
-    except (ValueError, KeyError, OverflowError):
-        known = ", ".join(unit for unit in UNITS if unit)
-        raise OptionError(f"{words!r} is not a size. Give bytes, or a number with one of {known}.") from None
+        return int(TypeAdapter(ByteSize).validate_python(words.strip()))
+    except ValidationError:
+        raise OptionError(
+            f"{words!r} is not a size. Give bytes, or a number with a unit such as MB, GB, MiB or GiB."
+        ) from None
 
 
 def _used(path: Path) -> float:
