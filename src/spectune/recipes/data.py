@@ -88,7 +88,7 @@ def read_rows(path: str | Path) -> list[Row]:
     ending = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     readers = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "json": _json, "parquet": _parquet}
     if ending not in readers:
-        raise DataError(f"{path}: .{ending} files are not read. Choose from: {', '.join(readers)}.")
+        raise DataError(f"{path}: rows are not read from .{ending} files. Choose from: {', '.join(readers)}.")
     try:
         rows = list(readers[ending](path))
     except (ValueError, OSError, csv.Error, EOFError, zlib.error, RecursionError) as error:

@@ -47,9 +47,9 @@ def run_sweep(
 
     `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time (at most one of
     each method on each task), each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from
-    their threads. `OutputError` where the folder holds the same runs with another configuration, `DataError` where a task has no
-    validation or test examples; KeyboardInterrupt after Ctrl-C, when the runs at work have saved their checkpoints:
-    call it again and it goes on.
+    their threads. `OutputError` where the folder holds the same runs with another configuration, `DataError` where a
+    task has no validation or test examples; KeyboardInterrupt after Ctrl-C, when the runs at work have saved their
+    checkpoints: call it again and it goes on.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():

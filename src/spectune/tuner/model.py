@@ -17,11 +17,12 @@ from ..adapter import SpectralModule, spectral_modules
 from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
-from ..errors import AdapterError, OptionError, SpectuneError, nearest, one_line
+from ..errors import OptionError, SpectuneError, nearest, one_line
 from ..records import Spectrum
 from .base_weight import backend_of, layout_of
 from .bases import find_bases
 from .config import SpectralConfig
+from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
 from .kinds import KINDS, SpectralAttentionLinear
 from .layer import SpectralLayer
@@ -238,12 +239,12 @@ class SpectralTuner(BaseTuner):
         cls, model: nn.Module, config: SpectralConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Check the file against the model, tensor by tensor, before anything is loaded."""
-        _refuse_non_finite(state_dict)
+        refuse_non_finite(state_dict)
         in_file = {key.removeprefix(PEFT_PREFIX) for key in state_dict}
         for layer_name, name, module in spectral_modules(model):
             if name == adapter_name:
-                _expect_what_the_file_has(layer_name.removeprefix(PEFT_PREFIX), module, in_file)
-        _refuse_surplus(model, adapter_name, in_file)
+                expect_what_the_file_has(layer_name.removeprefix(PEFT_PREFIX), module, in_file)
+        refuse_surplus(model, adapter_name, in_file)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -268,41 +269,3 @@ def _pass_adapter_names(
     """Give a layer the names of its rows: an encoder sees the rows as they were given, a decoder with their copies."""
     as_given = args and isinstance(args[0], torch.Tensor) and len(args[0]) == len(names)
     return args, {**kwargs, "adapter_names": names if as_given else repeated}
-
-
-def _refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise `AdapterError` for NaN or infinity in a file: the model would answer nonsense from then on."""
-    for name, tensor in state_dict.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise AdapterError(
-                f"{name.removeprefix('base_model.model.')}: NaN or infinity in the adapter file. Train or copy the "
-                f"adapter again."
-            )
-
-
-def _refuse_surplus(model: nn.Module, adapter_name: str, in_file: set[str]) -> None:
-    """Raise `AdapterError` for tensors of layers that the config does not adapt here: they would be dropped unsaid."""
-    places = {
-        f"{layer.removeprefix(PEFT_PREFIX)}.spectune_adapter.{tensor}"
-        for layer, name, module in spectral_modules(model)
-        if name == adapter_name
-        for tensor in module.state_dict()
-    }
-    left = sorted(key for key in in_file - places if ".spectune_adapter." in key)
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise AdapterError(
-            f"{left[0]}{more}: the adapter file has this tensor, and the model has no adapted layer for it. The config "
-            f"was changed after saving, or the base is another model. Load the adapter as it was saved."
-        )
-
-
-def _expect_what_the_file_has(layer_name: str, module: SpectralModule, in_file: set[str]) -> None:
-    stem = f"{layer_name}.spectune_adapter."
-    module.embed_basis(stem + "U_OR" in in_file)
-    for tensor in module.state_dict():
-        if stem + tensor not in in_file and tensor not in module.found_names:
-            raise AdapterError(
-                f"{layer_name}: the adapter file has no tensor {stem + tensor!r}: it is incomplete, or it was not "
-                f"written for this model and method. Export or copy the adapter again."
-            )
