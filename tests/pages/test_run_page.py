@@ -124,6 +124,12 @@ def test_the_headline_says_the_first_share_of_the_test_examples() -> None:
     assert headline(bare_record(metrics={"validation": {"accuracy": 0.9}})) == "validation accuracy: 90.0%."
 
 
+def test_speed_and_memory_stand_among_the_figures() -> None:
+    page = render(bare_record(step_seconds=0.25, peak_bytes=996_710_000, device="cpu"))
+    assert "seconds a step" in page and "0.25" in page
+    assert "peak memory" in page and "996.7 MB" in page
+
+
 def test_bytes_are_readable() -> None:
     sizes = [0, 999, 1000, 312_448, 999_999, 5 * 10**9, 2 * 10**15]
     assert [readable_bytes(s) for s in sizes] == ["0 B", "999 B", "1.0 KB", "312.4 KB", "1.0 MB", "5.0 GB", "2000.0 TB"]

@@ -14,6 +14,7 @@ from .frame import fill
 
 # Examples of each kind that the page shows; it says how many there are. Chosen, not measured.
 MOST_EXAMPLES = 12
+PEAK = "peak memory"
 # Layers that the page names, those that moved farthest first. Chosen.
 MOST_LAYERS = 8
 
@@ -29,7 +30,7 @@ def write_report(result: RunResult, path: str | Path) -> None:
 
 def render(result: RunResult) -> str:
     """Get the page as text."""
-    return fill("run.html.j2", {"bytes": readable_bytes, "figure": figure}, **_parts(result))
+    return fill("run.html.j2", {"bytes": readable_bytes, "figure": figure, "shown": shown}, **_parts(result))
 
 
 def _parts(result: RunResult) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def figures(result: RunResult) -> list[Metric]:
     if result.step_seconds is not None:
         own.append(Metric(name="seconds a step", value=result.step_seconds, note="median", share=False))
     if result.peak_bytes is not None:
-        own.append(Metric(name="peak memory, bytes", value=result.peak_bytes, note=result.device, share=False))
+        own.append(Metric(name=PEAK, value=result.peak_bytes, note=result.device, share=False))
     return [*result.compared, *own]
 
 
@@ -131,6 +132,11 @@ def readable_bytes(size: int) -> str:
         return f"{size} B"
     power = next((p for p in (1, 2, 3) if size < 999.95 * 1000**p), 4)
     return f"{size / 1000**power:.1f} {'KMGT'[power - 1]}B"
+
+
+def shown(metric: Metric) -> str:
+    """Get a figure of the table as people read it."""
+    return readable_bytes(int(metric.value)) if metric.name == PEAK else figure(metric.value)
 
 
 def figure(value: float) -> str:
