@@ -97,31 +97,26 @@ def opened_folder(config: RunConfig, run: Run, resume: bool) -> Iterator[None]:
     folder = run.folder
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: this is a file, and the output needs a folder. Choose another one.")
-    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
-    try:
-        with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
-            begins = not (folder / CONFIG_FILE).is_file()
-            _begin_or_continue(config, run, resume)
-            try:
-                yield
-            except Exception:
-                if begins:
-                    _leave_nothing(run)
-                raise
-    except Exception:
-        if is_new and {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            with suppress(OSError):  # somebody else has begun in it
-                folder.rmdir()
-        raise
+    with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
+        begins = not (folder / CONFIG_FILE).is_file()
+        _begin_or_continue(config, run, resume)
+        try:
+            yield
+        except Exception:
+            if begins:
+                _leave_nothing(run)
+            raise
 
 
 def _leave_nothing(run: Run) -> None:
-    """Take back what a run that was refused has written, so that it does not block the folder for the next try."""
+    """Take back what a run that was refused has written, so that it does not block the folder for the next try.
+
+    The empty .lock stays: another process may be waiting for it.
+    """
     with suppress(OSError):
         run.checkpoints.rmdir()  # only where it is empty
     if {path.name for path in run.folder.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:

@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
 from ..errors import AdapterError, OptionError
 from ..records import Spectrum
 from .cache_folder import claim, entries_in, entries_of, halves_in, is_marked, make_shelf, refuse_foreign
@@ -156,6 +154,12 @@ def size_limit() -> int:
 
 def parse_bytes(words: str) -> int:
     """Get a number of bytes from words such as "512MiB", "4 GB" or "1000000"; `OptionError` for anything else."""
+    from pydantic import (  # here: `import spectune` loads nothing that PEFT does not
+        ByteSize,
+        TypeAdapter,
+        ValidationError,
+    )
+
     try:
         return int(TypeAdapter(ByteSize).validate_python(words.strip()))
     except ValidationError:
