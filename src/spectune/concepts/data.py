@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError, MissingExtraError
+from ..recipes.images import image_ops, upright_rgb
 
 try:
     from PIL import Image as Image
@@ -82,7 +83,8 @@ def _captions(folder: Path) -> dict[str, str]:
 def _open(path: Path, mode: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            # Masks lie over their pictures, so both are turned as EXIF says.
+            return upright_rgb(image) if mode == "RGB" else image_ops().exif_transpose(image).convert(mode)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: it cannot be read as a picture: {error}. Replace it or take it out.") from error
 
