@@ -38,7 +38,7 @@ class Rows:
 
 
 def gpu_table(record: dict[str, Any]) -> str:
-    """Get all tables of docs/speed.md; every cell says "not measured" while there is no record."""
+    """Get the GPU tables of docs/speed.md. Without a record, every cell says "not measured"."""
     parts = (correctness, steps, weights, batches, graphs, runs)
     return "\n".join([head(record), *(line for part in parts for line in part(record))])
 

@@ -5,7 +5,7 @@
 Reruns a suite of benchmarks/step.py and compares ratios (to the frozen model and to LoRA in the same round), never
 seconds, so another machine of the same kind may run it. A ratio has moved when the two spreads (quartiles) do not meet
 and the medians differ by more than 3%; kept bytes when they differ at all upwards. Prints what moved, both ways; exits
-with 1 when something of ours got worse. What the packages that it is compared with do is printed and is no failure.
+with 1 when something of ours got worse. What the packages that it is compared with do is printed and is not a failure.
 """
 
 from __future__ import annotations

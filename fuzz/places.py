@@ -54,7 +54,7 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     if os.path.isabs(path) and not path.startswith(_Watch.folder):
         return
     _Watch.count += 1
-    _Watch.on_place = None  # what the reaction itself opens is no place
+    _Watch.on_place = None  # what the reaction itself opens is not a place
     try:
         on_place(_Watch.count, event, path)
     finally:

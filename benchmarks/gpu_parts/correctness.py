@@ -43,7 +43,7 @@ def listed(device: str, backend: str) -> list[Check]:
 
 
 def run(setting: Setting, notebook: Notebook) -> None:
-    # inductor on a CPU calls a C++ compiler for every graph, which is no part of what is measured here.
+    # On a CPU, inductor starts a C++ compiler for every graph; that time is not what this part measures.
     backend = "inductor" if setting.on_cuda else "aot_eager"
     rows = listed(setting.device, backend)
     notebook.plan([name for name, _ in rows])

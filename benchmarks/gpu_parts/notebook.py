@@ -68,7 +68,7 @@ class Notebook:
         write(self.path, record)
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a fact about the part that is no row."""
+        """Note something about the part itself, outside its rows."""
         self.found[name] = value
         self.save()
 

@@ -29,7 +29,7 @@ BESIDE = "a red star on the right"
 def write_concept(concept: str, folder: Path, count: int = PICTURES, seed: int = 0) -> Path:
     """Write pictures of one concept with their captions in metadata.jsonl: alone at each place, then in company."""
     if concept not in CONCEPTS:
-        raise ValueError(f"{concept!r} is no concept; there are {', '.join(CONCEPTS)}")
+        raise ValueError(f"{concept!r} is not a concept; there are {', '.join(CONCEPTS)}")
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [f"a {concept} {place}" for place in PLACES]
     for i, other in enumerate(COMPANY):

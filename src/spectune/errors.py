@@ -81,8 +81,8 @@ def printable(words: object, keep: str = "") -> str:
 
 
 def one_line(error: BaseException, most: int = LONGEST_REASON) -> str:
-    """Get what another package's error says, or its kind, as one printable line."""
-    words = printable(" ".join(str(error).split())) or type(error).__name__
+    """Get what another package's error says, or its kind, as one printable line without its full stop."""
+    words = printable(" ".join(str(error).split())).rstrip(".:") or type(error).__name__
     return words if len(words) <= most else f"{words[:most]} […]"
 
 

@@ -47,7 +47,7 @@ def test_an_adapter_of_another_kind_is_named(folder):
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "found a list"),
         ("{}", "no peft_type"),
         ('{"peft_type": 3}', "no peft_type"),

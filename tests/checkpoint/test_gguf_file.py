@@ -43,7 +43,7 @@ def test_what_is_wrong_is_one_line(file: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(AdapterError, match="Did you mean 'model.norm.weight'"):
         open_checkpoint(file).tensor("model.norms.weight")
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:200])
-    (tmp_path / "text.gguf").write_bytes(b"this is no model")
+    (tmp_path / "text.gguf").write_bytes(b"this is not a model")
     for name in ("cut.gguf", "text.gguf"):
         with pytest.raises(AdapterError, match="transformers cannot read this GGUF file"):
             open_checkpoint(tmp_path / name)

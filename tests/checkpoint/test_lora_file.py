@@ -122,8 +122,8 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "tucker": (kohya_tensors() | {"lora_unet_mid_conv.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "Tucker"),
     "half": (renamed(UP, "x.weight"), "has no partner"),
     "no lora": ({"a.weight": torch.ones(2, 2)}, "no pair of factors"),
-    "ranks differ": (renamed(UP, UP, torch.ones(5, 3)), "are no B A"),
-    "rank zero": (kohya_tensors() | {DOWN: torch.ones(0, 6), UP: torch.ones(5, 0)}, "are no B A"),
+    "ranks differ": (renamed(UP, UP, torch.ones(5, 3)), "do not fit together as B A"),
+    "rank zero": (kohya_tensors() | {DOWN: torch.ones(0, 6), UP: torch.ones(5, 0)}, "do not fit together as B A"),
     "many alphas": (kohya_tensors() | {"lora_unet_mid_to_q.alpha": torch.ones(3)}, "must be a finite number"),
     "nan alpha": (kohya_tensors() | {"lora_unet_mid_to_q.alpha": torch.tensor(float("nan"))}, "finite number"),
     "twice": (
@@ -161,8 +161,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"target_parameters": ["experts.w"]}, "target_parameters"),
     "pissa": ({"init_lora_weights": "pissa_niter_16"}, "takes part of the base weight"),
     "alpha": ({"lora_alpha": "many"}, "must be a finite number, found 'many'"),
-    "alpha list": ({"alpha_pattern": [1]}, "no map from layers"),
-    "alpha regex": ({"alpha_pattern": {"(": 1}}, "which is no usable pattern"),
+    "alpha list": ({"alpha_pattern": [1]}, "not a map from layers"),
+    "alpha regex": ({"alpha_pattern": {"(": 1}}, "which is not a usable pattern"),
 }
 
 

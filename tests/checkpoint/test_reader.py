@@ -98,7 +98,7 @@ def raw(header: bytes) -> bytes:
 )
 def test_a_file_that_is_no_safetensors_is_refused(model, content):
     (model / "model.safetensors").write_bytes(content)
-    assert "no safetensors file" in refused(model)
+    assert "not a safetensors file" in refused(model)
 
 
 def test_a_git_lfs_pointer_is_recognised(model):

@@ -59,7 +59,7 @@ def test_the_cache_is_listed_and_cleared(model: Path, capsys: pytest.CaptureFixt
         (["--columns", "middle"], "only top and bottom"),
         (["--max-memory", "few"], "'few' is not a size"),
         (["--max-memory", "1KB"], "more than --max-memory (0.00 GiB)"),
-        (["--include", "("], "is no regular expression"),
+        (["--include", "("], "is not a regular expression"),
         (["--r", "0"], "at least 1"),
     ],
 )

@@ -67,7 +67,7 @@ def test_the_pictures_of_a_concept_come_with_captions(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows[:2]] == [f"a {{token}} {place}" for place in list(PLACES)[:2]]
     assert len({Image.open(tmp_path / row["file_name"]).tobytes() for row in rows}) == 4
-    with pytest.raises(ValueError, match="is no concept"):
+    with pytest.raises(ValueError, match="is not a concept"):
         write_concept("<cat>", tmp_path)
 
 

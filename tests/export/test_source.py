@@ -168,7 +168,7 @@ def test_damaged_and_foreign_adapters_are_refused(saved, tmp_path):
     save_file(missing, folder / "adapter_model.safetensors")
     assert "layers.0.self_attn.q_proj: the adapter file " in refused(AdapterError, folder, tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(b"12345678901")
-    assert "no safetensors file" in refused(AdapterError, folder, tmp_path)
+    assert "not a safetensors file" in refused(AdapterError, folder, tmp_path)
 
 
 def test_an_adapter_of_another_method_is_named(saved, tmp_path):

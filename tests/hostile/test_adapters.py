@@ -68,9 +68,9 @@ BAD: dict[str, tuple[str, Change, str]] = {
     "columns of texts": ("spectral_a", with_config(columns=["0", "1"]), "a list of columns holds integers only"),
     "a column 100,000 times": ("spectral_a", with_config(r=100_000, columns=[1] * 100_000), "stands there twice"),
     "columns is a fraction": ("spectral_a", with_config(columns=0.5), "a word, a start index or a list"),
-    "rank_pattern is a list": ("spectral_a", with_config(rank_pattern=["lin0"]), "no map from layers to ranks"),
-    "endless pattern": ("spectral_a", with_config(rank_pattern={"(" * 400: 2}), "no usable pattern"),
-    "svd is a number": ("spectral_a", with_config(svd=3), "svd=3 is no map of options"),
+    "rank_pattern is a list": ("spectral_a", with_config(rank_pattern=["lin0"]), "not a map from layers to ranks"),
+    "endless pattern": ("spectral_a", with_config(rank_pattern={"(" * 400: 2}), "not a usable pattern"),
+    "svd is a number": ("spectral_a", with_config(svd=3), "svd=3 is not a map of options"),
     "solver is a list": ("spectral_a", with_config(svd={"solver": []}), "svd.solver="),
     "dropout is a text": ("specadapt", with_config(weight_dropout="x"), "wrong type"),
     "a tensor is missing": ("spectral_a", drop("A_U"), r"has no tensor 'A_U': it is incomplete"),
@@ -210,7 +210,7 @@ def test_a_head_without_numbers_chooses_no_count_of_labels(tmp_path: Path) -> No
     header = json.dumps({name: {"dtype": "F32", "shape": [2**60, 0], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "SPECTUNE", "task_type": "SEQ_CLS"}')
-    with pytest.raises(AdapterError, match="no safetensors file"):
+    with pytest.raises(AdapterError, match="not a safetensors file"):
         read_adapter_folder(tmp_path)
 
 

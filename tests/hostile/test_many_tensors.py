@@ -140,5 +140,5 @@ def test_bytes_that_stand_for_two_tensors_are_not_read(tmp_path: Path) -> None:
     place = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
     text = json.dumps({"a": place, "b": place}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 16)
-    with pytest.raises(AdapterError, match="no safetensors file"):
+    with pytest.raises(AdapterError, match="not a safetensors file"):
         open_checkpoint(tmp_path).tensor("a")

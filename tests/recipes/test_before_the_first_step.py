@@ -74,7 +74,7 @@ def test_scores_that_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     test = write(tmp_path / "test.jsonl", {"text": "w1", "label": 1.5}, {"text": "w1", "label": "high"})
     train = write(tmp_path / "t.jsonl", {"text": "w1", "label": 1}, {"text": "w2", "label": 2})
     values = tiny.text_run(tmp_path, problem="regression", data={"train": train, "validation": None, "test": test})
-    refused(values, "test.jsonl, row 2: the score .high. is no number", tmp_path, monkeypatch)
+    refused(values, "test.jsonl, row 2: the score .high. is not a number", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_damaged_picture(split: str, tmp_path: Path, monkeypatch: pytest.Monke
     data = {name: str(pictures(tmp_path / name, "cat", "dog")) for name in ("train", "test")}
     whole = (tmp_path / split / "dog" / "2.png").read_bytes()
     (tmp_path / split / "dog" / "2.png").write_bytes(whole[: len(whole) // 2])
-    refused(tiny.image_run(tmp_path, data=data), r"dog/2.png: this is no image", tmp_path, monkeypatch)
+    refused(tiny.image_run(tmp_path, data=data), r"dog/2.png: this is not an image", tmp_path, monkeypatch)
 
 
 def test_a_metric_that_fails_after_training_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,17 +60,17 @@ def test_the_held_out_share_comes_from_the_seed_and_overlaps_with_nothing(tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("a.jsonl", b"{oh", "this is no jsonl file"),
+        ("a.jsonl", b"{oh", "this is not a jsonl file"),
         ("a.csv", b"a,b\n1\n", "row 2 has another number of columns"),
         ("a.json", b'{"a": 1}', "a list of rows was expected"),
         ("a.jsonl", b"[1]\n", "every row must have named columns"),
-        ("a.jsonl.gz", b"not gzip", "this is no jsonl file"),
-        ("a.jsonl", b"[" * 200_000, "this is no jsonl file: maximum recursion depth"),
-        ("a.json", b"[" * 200_000, "this is no json file: maximum recursion depth"),
-        ("a.jsonl.gz", GZIP[:12] + b"\xff" * 8 + GZIP[20:], "this is no jsonl file: Error -3 while decompressing"),
-        ("a.jsonl.gz", GZIP[:-9], "this is no jsonl file: Compressed file ended"),
+        ("a.jsonl.gz", b"not gzip", "this is not a jsonl file"),
+        ("a.jsonl", b"[" * 200_000, "this is not a jsonl file: maximum recursion depth"),
+        ("a.json", b"[" * 200_000, "this is not a json file: maximum recursion depth"),
+        ("a.jsonl.gz", GZIP[:12] + b"\xff" * 8 + GZIP[20:], "this is not a jsonl file: Error -3 while decompressing"),
+        ("a.jsonl.gz", GZIP[:-9], "this is not a jsonl file: Compressed file ended"),
         ("a.csv.gz", gzip.compress(b"a" * 2**25), "unfolds to more than 16,777,216 bytes"),
-        ("a.jsonl", b"\xff\xfe", "this is no jsonl file"),
+        ("a.jsonl", b"\xff\xfe", "this is not a jsonl file"),
         ("a.xls", b"", "not read from .xls files"),
     ],
 )
@@ -112,10 +112,10 @@ def test_what_pyarrow_cannot_do_is_one_line_too(tmp_path: Path) -> None:
 
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"t": pyarrow.array([2**40], pyarrow.timestamp("s"))}), path)
-    with pytest.raises(DataError, match="this is no parquet file: date value out of range"):
+    with pytest.raises(DataError, match="this is not a parquet file: date value out of range"):
         read_rows(path)
     parquet.write_table(pyarrow.table({"t": ["x" * 2**20] * 100}), path)  # a dictionary of one entry
-    with pytest.raises(DataError, match="this is no parquet file: it unfolds to more than"):
+    with pytest.raises(DataError, match="this is not a parquet file: it unfolds to more than"):
         read_rows(path)
 
 
@@ -188,5 +188,5 @@ def test_every_row_knows_its_place(tmp_path: Path) -> None:
         f"{tmp_path}/a.jsonl, row {number}" for number in (1, 3)
     ]
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2\n')
-    with pytest.raises(DataError, match="this is no jsonl file: row 3: Expecting"):
+    with pytest.raises(DataError, match="this is not a jsonl file: row 3: Expecting"):
         read_rows(tmp_path / "a.jsonl")

@@ -51,7 +51,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 @contextmanager
 def recorded_reads() -> Iterator[set[tuple[type, str]]]:
-    """Get a set that is filled with (section, name) of what is read in the block; checks on parsing are no readers."""
+    """Get a set that is filled with (section, name) of what is read in the block; checks on parsing are not readers."""
     found: set[tuple[type, str]] = set()
     parsing = [0]
     validated: Any = BaseModel.model_validate

@@ -101,7 +101,7 @@ def test_a_folder_of_folders_is_read_with_its_names(tmp_path: Path) -> None:
     broken = next(
         p for p in recipe.everything["train"] + recipe.everything["validation"] if p.name.endswith("cat/0.png")
     )
-    with pytest.raises(DataError, match="this is no image that pillow reads"):
+    with pytest.raises(DataError, match="this is not an image that pillow reads"):
         broken.open()
 
 
@@ -146,7 +146,7 @@ def test_sources_that_do_not_fit_are_refused(data: dict[str, Any], line: str, tm
 def test_pickles_and_wrong_arrays_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.npz"
     np.savez(path, x_train=np.array([{"a": 1}], dtype=object), y_train=np.zeros(1))
-    with pytest.raises(DataError, match="no .npz file of plain arrays"):
+    with pytest.raises(DataError, match="not a .npz file of plain arrays"):
         recipe_of(tiny.image_run(tmp_path, data={"train": str(path)})).splits  # noqa: B018
     np.savez(path, x_train=np.zeros((2, 4, 4)), y_train=np.zeros(2))
     with pytest.raises(DataError, match="pixels must be uint8"):

@@ -1,4 +1,4 @@
-"""Labels as files write them: one class has one name, and what is no label is refused with its row."""
+"""Labels as files write them: one class has one name, and what is not a label is refused with its row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_names_no_class_is_refused_with_its_row(label: Any, line: str, tmp_
 
 @pytest.mark.parametrize("label", [None, math.nan, "", "nan", "inf", "1,5", True, [1.0]])
 def test_what_is_no_score_is_refused_with_its_row(label: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"labels.jsonl, row 3: (there is no score|the score .* is no number)"):
+    with pytest.raises(DataError, match=r"labels.jsonl, row 3: (there is no score|the score .* is not a number)"):
         dry_run(labelled(tmp_path, 1, "2.5", label, problem="regression"))
 
 

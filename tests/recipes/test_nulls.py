@@ -1,4 +1,4 @@
-"""Null, NaN and what is no text are refused with their row: nothing is learned from the word None."""
+"""Null, NaN and what is not text are refused with their row: nothing is learned from the word None."""
 
 from __future__ import annotations
 

@@ -80,9 +80,9 @@ def test_overrides_reach_the_configuration(tmp_path: Path) -> None:
     [
         ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
         ("a: {b: 1, b: 2}\n", "the key 'b' stands twice"),
-        ("a: !!python/object/apply:os.system [ls]\n", "no YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
         ("- 1\n", "asked for keys with values, found list"),
-        ("a: [\n", "no YAML"),
+        ("a: [\n", "not YAML"),
     ],
 )
 def test_a_hostile_or_ambiguous_file_is_refused(text: str, line: str, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_examples_are_runs() -> None:
 )  # fmt: skip
 def test_what_the_yaml_reader_trips_over_is_one_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "run.yaml").write_text(line)
-    with pytest.raises(OptionError, match="this is no YAML") as refused:
+    with pytest.raises(OptionError, match="this is not YAML") as refused:
         read_yaml(tmp_path / "run.yaml")
     assert len(str(refused.value).splitlines()) == 1
 

@@ -24,7 +24,7 @@ SAME_BASIS = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which seat every row of the running batch has; seat 0 is no adapter."""
+    """Which seat every row of the running batch has; seat 0 is not an adapter."""
 
     bank: object
     seats_B: torch.Tensor

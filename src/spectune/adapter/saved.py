@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint import PEFT_PREFIX, AdapterFolder, Checkpoint
 from ..checkpoint.patterns import LayerPatterns
-from ..errors import AdapterError, OptionError, nearest
+from ..errors import AdapterError, OptionError, nearest, one_line
 from ..methods.contract import Method
 from ..methods.table import METHODS, build_method
 from ..records import Spectrum, Weight
@@ -55,7 +55,7 @@ class LayerRanks:
 
     def __init__(self, rank_pattern: object) -> None:
         if not isinstance(rank_pattern or {}, Mapping):
-            raise AdapterError(f"adapter_config.json: rank_pattern={rank_pattern!r} is no map from layers to ranks.")
+            raise AdapterError(f"adapter_config.json: rank_pattern={rank_pattern!r} is not a map from layers to ranks.")
         self._ranks: Mapping[str, int] = rank_pattern or {}  # type: ignore[assignment]
         self._patterns = LayerPatterns(self._ranks)
 
@@ -237,9 +237,7 @@ def fill_module(module: SpectralModule, tensors: Mapping[str, torch.Tensor]) -> 
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise AdapterError(
-            f"{module.name}: the saved numbers do not fit: {' '.join(str(error).split())[:300]}. Copy it again."
-        ) from error
+        raise AdapterError(f"{module.name}: the saved numbers do not fit: {one_line(error)}. Copy it again.") from error
     if module.method.saves_frozen():
         module.method.check_frozen(module.spectrum, module.frozen)
 
@@ -248,7 +246,7 @@ def saved_svd(config: Mapping[str, Any]) -> dict[str, Any]:
     """Get what the config says of how the basis was found, checked."""
     found = config.get("svd") or {}
     if not isinstance(found, dict):
-        raise AdapterError(f"adapter_config.json: svd={found!r} is no map of options. Copy the adapter again.")
+        raise AdapterError(f"adapter_config.json: svd={found!r} is not a map of options. Copy the adapter again.")
     kinds: dict[str, Any] = {"solver": str, "tolerance": (int, float), "seed": int}
     options = {name: found[name] for name in kinds if name in found}
     for name, value in options.items():

@@ -50,7 +50,7 @@ class AdapterBank:
         self._free: deque[int] = deque()
         self._retired: set[int] = set()  # unloaded, but a running block still uses them
         self._held: Counter[int] = Counter()  # seat -> running blocks that use it
-        self._count = 1  # seats used so far; seat 0 is no adapter
+        self._count = 1  # seats used so far; seat 0 is not an adapter
         self._lock = self._seats.lock
         for path, layer in _layers_of(model, adapter_name).items():
             self._layers[path] = layer.bank = BankedLayer(self, layer.module(adapter_name), self._seats)

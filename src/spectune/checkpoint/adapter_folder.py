@@ -18,7 +18,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 # What PEFT puts before the path of every layer.
 PEFT_PREFIX = "base_model.model."
-# A config of an adapter or a model is a few kilobytes; a longer one is no config. Chosen, not measured.
+# A config of an adapter or a model is a few kilobytes; a longer one is not a config. Chosen, not measured.
 CONFIG_LIMIT = 2**20
 # Of one part of a model an adapter holds ten tensors at most (basis, sketch, pattern, numbers). Chosen above it.
 MOST_PER_PART = 32

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import AdapterError
+from ..errors import AdapterError, one_line
 from .adapter_folder import CONFIG_FILE, AdapterFolder
 from .reader import Checkpoint, open_checkpoint
 from .run_folder import model_in
 
-# What is fetched of a repository: weights that are no pickles, and configs. Not folders inside it, and not the second
+# What is fetched of a repository: weights that are not pickles, and configs. Not folders inside it, and not the second
 # copy of the weights that Mistral's and Meta's repositories hold for their own code.
 WANTED = ["*.safetensors", "*.json"]
 UNWANTED = ["*/*", "consolidated*.safetensors"]
@@ -152,7 +152,7 @@ def _downloaded(asked: _Asked) -> Base:
     place = os.path.abspath(asked.name)
     here = "no such folder or file" if place == asked.name else f"no folder or file {place}"
     if not HUB_NAME.fullmatch(asked.name) or "--" in asked.name or ".." in asked.name:
-        raise asked.refuse(f"there is {here}, and it is no hub name either")
+        raise asked.refuse(f"there is {here}, and it is not a hub name either")
     looked = f"there is {here}, it is {_cached(asked)[1]}"
     if constants.HF_HUB_OFFLINE:
         raise asked.refuse(f"{looked}, and HF_HUB_OFFLINE is set, so the hub was not asked")
@@ -161,16 +161,11 @@ def _downloaded(asked: _Asked) -> Base:
             snapshot_download(asked.name, revision=asked.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         )
     except Exception as error:  # of the hub, of the client beneath it, or of the disk
-        raise asked.refuse(f"{looked}, and the hub does not give it: {_first_line(error)}") from error
+        answer = f"{type(error).__name__}: {one_line(error)}"
+        raise asked.refuse(f"{looked}, and the hub does not give it: {answer}") from error
     try:
         return Base(asked.name, folder, open_checkpoint(folder), asked.revision, from_hub=True)
     except AdapterError as error:
         raise asked.refuse(
             f"the repository has no safetensors that can be read, and pickled weights (.bin) never are: {error}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    kind = type(error).__name__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200].rstrip(".:")
-    return f"{kind}: {line}" if line else kind

@@ -30,7 +30,7 @@ def refuse_absurd_size(path: Path, config: Mapping[str, Any]) -> None:
         largest[kind] = max(largest[kind], value)
     if largest["layers"] * largest["experts"] > MOST_MODULES:
         raise AdapterError(
-            f"{path}: {largest['layers']:,} layers of {largest['experts']:,} experts are no real model. Do not use it."
+            f"{path}: {largest['layers']:,} layers of {largest['experts']:,} experts are not real. Do not use it."
         )
 
 

@@ -96,7 +96,7 @@ def read_lora(path: str | Path) -> LoraFile:
 
     Only headers (and the scalars named alpha) are read. scaling = alpha / r, or alpha / sqrt(r) with rsLoRA, by
     PEFT's alpha_pattern where there is one (also as diffusers keeps these in the header); 1 for a file that names
-    no alpha and is not PEFT's. `AdapterError` for what is no LoRA, for DoRA, LoHa, LoKr, trained biases and
+    no alpha and is not PEFT's. `AdapterError` for what is not a LoRA, for DoRA, LoHa, LoKr, trained biases and
     target_parameters, and for PiSSA-like files that also change the base weight.
     """
     path = adapter_path(path)  # the scaling of PEFT's file stands in the config beside it
@@ -159,7 +159,7 @@ def _checked(path: Path, options: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         patterns = config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise AdapterError(
-                f"{path}: alpha_pattern={patterns!r} is no map from layers to alphas. Repair the config."
+                f"{path}: alpha_pattern={patterns!r} is not a map from layers to alphas. Repair the config."
             )
         checked[part] = _Options(config, LayerPatterns(patterns, clock))
     return checked
@@ -172,7 +172,8 @@ def _layer(path: Path, file: TensorFile, options: Mapping[str, _Options], stem: 
     fits = len(file.shapes[A]) >= 2 and len(B_shape) >= 2 and rank > 0 and B_shape[1] == rank
     if not fits or any(side != 1 for side in B_shape[2:]):
         raise AdapterError(
-            f"{path}: the factors {A!r} {file.shapes[A]} and {B!r} {B_shape} are no B A. Copy the file again."
+            f"{path}: the factors {A!r} {file.shapes[A]} and {B!r} {B_shape} do not fit together as B A. "
+            "Copy the file again."
         )
     name = stem.removeprefix(PEFT_PREFIX)
     if f"{stem}.alpha" in file.shapes:
@@ -206,14 +207,14 @@ def _refuse_foreign(path: Path, file: TensorFile, config: Mapping[str, Any]) -> 
     for name in file.names:
         for part, reason in FOREIGN.items():
             if part in name:
-                raise AdapterError(f"{path}: {name!r} says that this is no plain LoRA: {reason}. Merge it instead.")
+                raise AdapterError(f"{path}: {name!r} says that this is not a plain LoRA: {reason}. Merge it instead.")
     if config.get("target_parameters"):
         raise AdapterError(
             f"{path}: target_parameters={config['target_parameters']!r}: factors of stacked parameters (experts) are "
             f"no B A of one weight. Merge it instead."
         )
     if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: bias={config['bias']!r}: trained biases are no part of B A. Merge it instead.")
+        raise AdapterError(f"{path}: bias={config['bias']!r}: trained biases are not part of B A. Merge it instead.")
 
 
 def _refuse_moved_base(path: Path, config: Mapping[str, Any]) -> None:

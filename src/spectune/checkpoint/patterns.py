@@ -61,7 +61,7 @@ class Expression:
         self._compiled: Any = None
 
     def match(self, layer: str, whole: bool = False) -> Any:
-        """Get regex's match object or None; `AdapterError` for what is no pattern, or when the time is up."""
+        """Get regex's match object or None; `AdapterError` for what is not a pattern, or when the time is up."""
         began = time.perf_counter()
         try:
             if self.clock.seconds <= 0:
@@ -77,7 +77,7 @@ class Expression:
         finally:
             self.clock.seconds -= time.perf_counter() - began
         raise AdapterError(
-            f"{layer}: the config has {self.pattern!r}, which is no usable pattern: {why}. Repair the config."
+            f"{layer}: the config has {self.pattern!r}, which is not a usable pattern: {why}. Repair the config."
         )
 
     def _compile(self) -> Any:
@@ -90,7 +90,7 @@ class Expression:
         if copies > MOST_COPIES:
             raise ValueError(f"its repeats make more than {MOST_COPIES:,} copies")
         words = self.form.format(self.pattern)
-        re.compile(words)  # what PEFT could not read is no pattern, whatever else regex understands
+        re.compile(words)  # what PEFT could not read is not a pattern, whatever else regex understands
         return regex.compile(words)
 
 

@@ -37,4 +37,4 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     except SpectuneError:
         raise
     except Exception as error:
-        raise OptionError(f"model: the tokenizer of {name} cannot be loaded: {one_line(error)}") from error
+        raise OptionError(f"model: the tokenizer of {name} cannot be loaded: {one_line(error)}.") from error

@@ -108,7 +108,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     except OSError as error:
         raise AdapterError(f"{path}: the file cannot be read: {error.strerror}. Check its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: the file is no valid JSON: {error}. Copy it again.") from error
+        raise AdapterError(f"{path}: the file is not valid JSON: {error}. Copy it again.") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: asked for a JSON object, found a {type(content).__name__}. Copy it again.")
     return content

@@ -29,21 +29,26 @@ def trained_in(path: str | Path) -> Path:
 
 def adapter_in(path: str | Path) -> Path:
     """Get the adapter's folder of a run; any other path as it is."""
-    found = trained_in(path)
-    if found != Path(path) and found.name == MODEL:
-        raise AdapterError(
-            f"{path}: asked for an adapter, but this run trained the whole model (adapter: none). "
-            f"Make an adapter of it: spectune extract BASE {path} -o FOLDER"
-        )
-    return found
+    return _in_run(
+        path,
+        ADAPTER,
+        f"an adapter is needed, but this run trained the whole model (adapter: none). Make an adapter of it: spectune "
+        f"extract BASE {path} -o FOLDER",
+    )
 
 
 def model_in(path: str | Path) -> Path:
     """Get the model's folder of a run that trained the whole model; any other path as it is."""
+    return _in_run(
+        path,
+        MODEL,
+        f"a model is needed, but this run trained an adapter. Pass the base, or merge the run first: spectune export "
+        f"{path} --to merged -o FOLDER",
+    )
+
+
+def _in_run(path: str | Path, wanted: str, otherwise: str) -> Path:
     found = trained_in(path)
-    if found != Path(path) and found.name == ADAPTER:
-        raise AdapterError(
-            f"{path}: asked for a model, but this run trained an adapter. Pass the base, or merge the run first: "
-            f"spectune export {path} --to merged -o FOLDER"
-        )
+    if found != Path(path) and found.name != wanted:
+        raise AdapterError(f"{path}: {otherwise}")
     return found

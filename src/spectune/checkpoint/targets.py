@@ -93,7 +93,7 @@ def _pattern(option: str, words: str | None) -> re.Pattern[str] | None:
     try:
         return None if words is None else re.compile(words)
     except re.error as error:
-        raise OptionError(f"--{option} {words!r} is no regular expression: {error}. Correct it.") from None
+        raise OptionError(f"--{option} {words!r} is not a regular expression: {error}. Correct it.") from None
 
 
 def _model_type(path: Path) -> str:

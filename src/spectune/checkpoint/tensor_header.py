@@ -153,14 +153,14 @@ def _bytes_of_tensors(header: Any, size: int) -> int:
         if not isinstance(sides, list) or len(sides) > MOST_SIDES:
             raise ValueError("no list of sides, or more than there are dimensions")
         if any(type(number) is not int for number in (start, stop, *sides)):
-            raise ValueError("an offset or a side is no integer")
+            raise ValueError("an offset or a side is not an integer")
         if min([start, *sides]) < 0 or max([start, stop, *sides]) > LARGEST:
             raise ValueError("a negative or an absurd offset or side")
         # No byte stands behind a side of an empty tensor, and who counts by it would allocate without end.
         if 0 in sides and max(sides) > size:
             raise ValueError("an empty tensor has a side longer than the file")
         if len(name) > NAME_LIMIT or not name.isprintable():
-            raise ValueError("a name is no name")
+            raise ValueError("a name is not text")
         known = DTYPES.get(entry["dtype"])
         if known is not None and stop - start != math.prod(sides) * known.itemsize:
             raise ValueError("shape and offsets disagree")
@@ -187,5 +187,5 @@ def _cut_short(path: Path, size: int, promise: str) -> str:
 
 
 def foreign(path: Path, size: int) -> str:
-    """Get the message for what is no safetensors file."""
-    return f"{path}: {size:,} bytes that are no safetensors file. Check the path, or copy it again."
+    """Get the message for what is not a safetensors file."""
+    return f"{path}: {size:,} bytes that are not a safetensors file. Check the path, or copy it again."

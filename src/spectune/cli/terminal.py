@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import printable
 
-# What a text of several lines may hold; spaces that keep words together are no danger.
+# What a text of several lines may hold; spaces that keep words together are harmless.
 LAYOUT = "\n\t\u00a0"
 
 

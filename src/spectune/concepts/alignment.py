@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from ..checkpoint import load_auto
-from ..errors import DataError, OptionError, SpectuneError
+from ..errors import DataError, OptionError, SpectuneError, one_line
 from ..recipes.images import image_processor
 from .data import Image
 
@@ -95,7 +95,7 @@ def load_encoder(folder: str | Path) -> Encoder:
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise OptionError(f"{folder}: it cannot be loaded as an encoder: {reason}. Give a local folder.") from error
     known = ", ".join((*WITH_TEXT, *IMAGES_ONLY))
     raise OptionError(f"{folder}: asked for a CLIP or DINO, found {kind!r}. Give one of {known}.")

@@ -38,7 +38,7 @@ def read_shots(folder: Path, caption: str, side: int, masks: Path | None = None)
 
     A caption stands in `metadata.jsonl` (`file_name` and `text` on each line, as datasets' imagefolder has it), else in
     NAME.txt beside the picture, else it is `caption`. `masks` is a folder with NAME.png for every picture. `DataError`
-    for a folder without pictures, a file that is no picture, or a mask that is missing.
+    for a folder without pictures, a file that is not a picture, or a mask that is missing.
     """
     paths = picture_paths(folder)
     captions = _captions(Path(folder))

@@ -29,7 +29,7 @@ class ConceptModel(nn.Module, OwnCheckpoints):
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__()
-        self._pipeline = [pipeline]  # in a list: it is no module of this one
+        self._pipeline = [pipeline]  # in a list: it is not a module of this one
         for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
             part.requires_grad_(False)
         self.unet: Any = pipeline.unet

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from ..checkpoint import save_tensors
 from ..errors import AdapterError, MissingExtraError, OptionError, one_line
-from ..recipes.pipeline_index import refuse_foreign_code
 from ..training.loop import quiet_libraries
 from ..tuner import load_attached, load_beside
 from .config import ADAPTED
+from .pipeline_index import refuse_foreign_code
 
 try:
     from diffusers import DiffusionPipeline

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapter import SpectralModule, spectral_modules
 from ..adapter.saved import tensors_by_layer
 from ..checkpoint import AdapterFolder, Base, find_base, load_auto, read_adapter_folder
-from ..errors import AdapterError, ExportError, SpectuneError
+from ..errors import AdapterError, ExportError, SpectuneError, one_line
 from .layers import base_path, choose_adapter, fully_trained
 
 # PEFT's task types and the Auto class that PEFT's own AutoPeftModel* loads for each (peft/auto.py).
@@ -99,7 +99,7 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
         raise
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{folder.path}: the base {base.name} cannot be loaded: {_first_line(error)} Pass another with --base."
+            f"{folder.path}: the base {base.name} cannot be loaded: {one_line(error)}. Pass another with --base."
         ) from error
 
 
@@ -166,7 +166,7 @@ def _load(model: nn.Module, folder: AdapterFolder) -> None:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise AdapterError(
-            f"{folder.path}: the adapter does not fit {type(model).__name__}: {_first_line(error)} Check base_model."
+            f"{folder.path}: the adapter does not fit {type(model).__name__}: {one_line(error)}. Check base_model."
         ) from error
     layers = tensors_by_layer(folder)
     left = {name for names in layers.values() for name in names.values()}
@@ -191,11 +191,6 @@ def _load_unrounded(module: SpectralModule, folder: AdapterFolder, names: dict[s
         module.load_state_dict(part, assign=True)
     except RuntimeError as error:
         raise AdapterError(
-            f"{module.name}: the adapter file does not fit this layer: {' '.join(str(error).split())} Check base_model."
+            f"{module.name}: the adapter file does not fit this layer: {one_line(error)}. Check base_model."
         ) from error
     return set(names.values())
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-    return f"{line}."

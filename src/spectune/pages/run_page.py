@@ -140,5 +140,5 @@ def shown(metric: Metric) -> str:
 
 
 def figure(value: float) -> str:
-    """Get a figure that is no share, with five digits."""
+    """Get a figure that is not a share, with five digits."""
     return f"{value:,.5g}"

@@ -16,11 +16,11 @@ import torch
 import transformers as tf
 
 from ..checkpoint import write_atomically
+from ..checkpoint.run_folder import MODEL
 from ..demo.demo import base_folder
 from ..demo.languages import LANGUAGES, load_languages, write_languages
 from ..errors import MissingExtraError
 from ..recipes.table import parse_config
-from ..runs.folder import MODEL
 from ..runs.result import RESULT_FILE
 from ..runs.train import run
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DataError, MissingExtraError, OptionError, nearest
+from ..errors import DataError, MissingExtraError, OptionError, nearest, one_line
 from .chat_rendering import rendered
 
 # openai/grade-school-math, dataset.py: the number after "#### ", its commas taken out; the texts must be equal. A
@@ -155,7 +155,7 @@ def harness_scores(
             fewshot_random_seed=seed,
         )
     except (KeyError, ValueError) as error:
-        raise OptionError(f"evaluation.lm_eval: {tasks}: {' '.join(str(error).split())[:300]}") from error
+        raise OptionError(f"evaluation.lm_eval: {tasks}: {one_line(error)}.") from error
     return {
         f"{task}/{metric.removesuffix(',none').replace(',', '/')}": float(value)
         for task, figures in found["results"].items()

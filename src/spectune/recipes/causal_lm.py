@@ -223,7 +223,7 @@ class CausalLM(Recipe):
             total += float(nn.functional.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), reduction="sum"))
             count += int((labels_BN != IGNORED).sum())
         loss = total / max(count, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more is no float
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more is not a float
 
     def show(self) -> Shown:
         row = self.tokenised(self.splits["train"][0])

@@ -52,7 +52,7 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     except (ValueError, KeyError, IndexError) as error:
         if isinstance(error, DataError):
             raise
-        raise OptionError(f"data: {template!r} is no template: {error}. Write {{{{ for a brace.") from None
+        raise OptionError(f"data: {template!r} is not a template: {error}. Write {{{{ for a brace.") from None
 
 
 def columns_of(template: str) -> list[str]:

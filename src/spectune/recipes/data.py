@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, MissingExtraError, nearest
+from ..errors import DataError, MissingExtraError, nearest, one_line
 from ..training.config import SPLITS, DataSection
 
 
@@ -29,7 +29,7 @@ class Row(dict[str, Any]):
 
 Numbered = Iterable[tuple[int, Any]]
 # A small file may unfold to gigabytes. Deflate writes at most 1,032 equal bytes as one, text comes to 3 to 30, rows
-# that repeat a prompt to about 100: what lies above is no data. Small files may unfold to 16 MiB at least. Chosen.
+# that repeat a prompt to about 100: more is not real data. Small files may unfold to 16 MiB at least. Chosen.
 MOST_UNFOLDING, FREE_BYTES = 200, 2**24
 # How much is unpacked before it is counted again. Chosen.
 PIECE_BYTES, PIECE_ROWS = 2**20, 1_000
@@ -92,7 +92,7 @@ def read_rows(path: str | Path) -> list[Row]:
     try:
         rows = list(readers[ending](path))
     except (ValueError, OSError, csv.Error, EOFError, zlib.error, RecursionError) as error:
-        raise DataError(f"{path}: this is no {ending} file: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}: this is not a {ending} file: {one_line(error)}.") from error
     for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: every row must have named columns, found {str(row)[:40]!r}.")
@@ -198,7 +198,7 @@ def hub_split(data: DataSection, split: str) -> Any:
     try:
         return datasets.load_dataset(data.hub, data.hub_config, split=split)
     except (ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"data.hub={data.hub}, split {split!r}: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"data.hub={data.hub}, split {split!r}: {one_line(error)}.") from error
 
 
 def _from_hub(data: DataSection, split: str) -> list[Row]:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from ..errors import DataError, MissingExtraError, OptionError
+from ..errors import DataError, MissingExtraError, OptionError, one_line
 from ..training.config import SPLITS, DataSection, RunConfig, Section
 from ..training.loop import Plan
 from .data import held_out, limited
@@ -154,9 +154,7 @@ class ImageClassification(Recipe):
                 ignore_mismatched_sizes=True,  # the pretrained head has other classes
             )
         except ImportError as error:
-            raise MissingExtraError(
-                f"model: {' '.join(str(error).split())[:200]} pip install 'spectune[vision]'"
-            ) from None
+            raise MissingExtraError(f"model: {one_line(error)}. Install it: pip install 'spectune[vision]'") from None
         self.pixels = pixels_of(model, self.processing, self.config.data.image_size)
         return model
 

@@ -104,7 +104,7 @@ def _opened(file: Path) -> Any:
     except (OSError, ValueError, SyntaxError, image_type.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise DataError(f"{file}: {error}") from None
-        raise DataError(f"{file}: this is no image that pillow reads: {error}") from error
+        raise DataError(f"{file}: this is not an image that pillow reads: {error}") from error
 
 
 def upright_rgb(image: Any) -> Any:
@@ -135,7 +135,7 @@ def _npz(path: Path) -> dict[str, list[Picture]]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: this is no .npz file of plain arrays: {error}") from error
+        raise DataError(f"{path}: this is not a .npz file of plain arrays: {error}") from error
     found: dict[str, list[Picture]] = {}
     for split in SPLITS:
         if f"x_{split}" in arrays:

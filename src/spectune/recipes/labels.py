@@ -34,7 +34,7 @@ def class_name(value: Any) -> str:
 
 
 def score(value: Any) -> float:
-    """Get a label as the score that it is; `DataError` for what is no finite number."""
+    """Get a label as the score that it is; `DataError` for what is not a finite number."""
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         raise DataError("there is no score. Add it, or take the row out.")
     try:
@@ -42,7 +42,7 @@ def score(value: Any) -> float:
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):
-        raise DataError(f"the score {value!r} is no number. Correct it, or use problem: classification.")
+        raise DataError(f"the score {value!r} is not a number. Correct it, or use problem: classification.")
     return found
 
 

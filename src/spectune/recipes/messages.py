@@ -121,7 +121,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         try:
             return call | {"arguments": json.loads(call["arguments"])}
         except ValueError:
-            raise DataError(f"the arguments of a tool call are no JSON: {call['arguments'][:40]!r}.") from None
+            raise DataError(f"the arguments of a tool call are not JSON: {call['arguments'][:40]!r}.") from None
     return call
 
 

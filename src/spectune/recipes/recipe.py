@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoint import load_auto
-from ..errors import DataError, OptionError, SpectuneError
+from ..errors import DataError, OptionError, SpectuneError, one_line
 from ..training.arguments import checked_arguments, loop_arguments
 from ..training.config import RunConfig
 from ..training.loop import Loss, Plan, looped
@@ -220,7 +220,7 @@ def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: An
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
-        raise OptionError(f"model: {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise OptionError(f"model: {source} cannot be loaded: {one_line(error)}.") from error
     return model
 
 

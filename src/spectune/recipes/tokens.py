@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import DataError, OptionError
+from ..errors import DataError, OptionError, one_line
 from .answers import SPACES, prompt_ids
 from .chat_rendering import in_time, rendered
 from .messages import Message, refuse_what_is_lost
@@ -81,7 +81,7 @@ class Tokens:
         except OptionError:
             raise
         except Exception as error:  # a template raises what it likes, and the way there what jinja does
-            raise DataError(f"the chat template does not take it: {' '.join(str(error).split())[:200]}") from error
+            raise DataError(f"the chat template does not take it: {one_line(error)}.") from error
 
     def _wants_mask(self) -> bool:
         if self.loss_on != "assistant":

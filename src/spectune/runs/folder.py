@@ -16,6 +16,7 @@ from typing import Any
 
 from ..checkpoint import hold_folder, write_atomically
 from ..checkpoint.claim import LOCK_FILE
+from ..checkpoint.run_folder import ADAPTER, MODEL, RUN_FILE
 from ..errors import AdapterError, OptionError, OutputError
 from ..recipes.table import load_config
 from ..training.checkpoints import checkpoints, clear_partial, examples_a_step
@@ -24,8 +25,7 @@ from ..training.processes import join
 from ..training.yaml_file import write_yaml
 from .result import RESULT_FILE, RunResult
 
-CONFIG_FILE = "run.yaml"
-ADAPTER, MODEL, CHECKPOINTS, PAGE = "adapter", "model", "checkpoints", "report.html"
+CHECKPOINTS, PAGE = "checkpoints", "report.html"
 # Processes that read data ask every five seconds whether the run that began them still lives (torch's
 # MP_STATUS_CHECK_INTERVAL), and hold its lock until then.
 WORKERS_LINGER = 10.0
@@ -45,9 +45,9 @@ class Run:
     def open(cls, folder: str | Path) -> Run:
         """Get a run that exists; `AdapterError` for a folder that is not one's."""
         run = cls(Path(folder))
-        if not (run.folder / CONFIG_FILE).is_file():
+        if not (run.folder / RUN_FILE).is_file():
             raise AdapterError(
-                f"{folder}: there is no {CONFIG_FILE} here, so it is not the folder of a run. Check the path."
+                f"{folder}: there is no {RUN_FILE} here, so it is not the folder of a run. Check the path."
             )
         return run
 
@@ -56,7 +56,7 @@ class Run:
         for override in overrides:
             if not override.startswith("evaluation."):
                 raise OptionError(f"{override!r}: only evaluation.key=value can be changed in a finished run.")
-        return load_config(self.folder / CONFIG_FILE, overrides)
+        return load_config(self.folder / RUN_FILE, overrides)
 
     @property
     def is_finished(self) -> bool:
@@ -102,7 +102,7 @@ def opened_folder(config: RunConfig, run: Run, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
     with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
-        begins = not (folder / CONFIG_FILE).is_file()
+        begins = not (folder / RUN_FILE).is_file()
         _begin_or_continue(config, run, resume)
         try:
             yield
@@ -119,23 +119,23 @@ def _leave_nothing(run: Run) -> None:
     """
     with suppress(OSError):
         run.checkpoints.rmdir()  # only where it is empty
-    if {path.name for path in run.folder.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:
-        (run.folder / CONFIG_FILE).unlink(missing_ok=True)
+    if {path.name for path in run.folder.iterdir()} <= {RUN_FILE, LOCK_FILE}:
+        (run.folder / RUN_FILE).unlink(missing_ok=True)
 
 
 def _begin_or_continue(config: RunConfig, run: Run, resume: bool) -> None:
     """Write run.yaml into a new folder, or see that the folder's run is this one; clear what a killed process left."""
     folder = run.folder
-    if (folder / CONFIG_FILE).is_file():
+    if (folder / RUN_FILE).is_file():
         if not resume:
             state = "a finished run" if run.is_finished else "an unfinished run"
             raise OutputError(f"{folder}: there is {state} in it. Continue it with --resume, or choose another folder.")
         refuse_other_run(config, run)
-    elif any(not path.name.startswith((".lock", f".{CONFIG_FILE}.partial-")) for path in folder.iterdir()):
+    elif any(not path.name.startswith((".lock", f".{RUN_FILE}.partial-")) for path in folder.iterdir()):
         raise OutputError(f"{folder}: there are other files in it. Choose a new or an empty folder.")
     else:
-        write_atomically(folder / CONFIG_FILE, write_yaml(config.plain()))
-    for left in [*folder.glob(f".{CONFIG_FILE}.partial-*"), *folder.glob(f".{RESULT_FILE}.partial-*")]:
+        write_atomically(folder / RUN_FILE, write_yaml(config.plain()))
+    for left in [*folder.glob(f".{RUN_FILE}.partial-*"), *folder.glob(f".{RESULT_FILE}.partial-*")]:
         left.unlink(missing_ok=True)
     clear_partial(run.checkpoints)
 

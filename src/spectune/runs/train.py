@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import fresh_folder
-from ..errors import DataError, OutputError
+from ..errors import DataError, OutputError, one_line
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.checkpoints import Interrupted, StopWhenAsked, history, steps_done, stop_on_signal
@@ -79,14 +79,19 @@ def train_run(
     with ExitStack() as held:
         on_main(lambda: held.enter_context(opened_folder(config, found, resume)))
         trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None)
-        for _ in range(2 if looks else 1):
-            if processes.is_main_process:
-                found.write(trained.result)
-            processes.wait_for_everyone()
-            _refuse_unmeasured(trained.result)
-            if looks and not trained.result.looked_at:  # the figures are safe by now
-                trained = Trained(look(trained.result, trained.recipe, trained.model), trained.model, trained.recipe)
+        _write(found, trained.result, processes)
+        _refuse_unmeasured(trained.result)
+        if looks:  # the figures are safe by now
+            trained = replace(trained, result=look(trained.result, trained.recipe, trained.model))
+            _write(found, trained.result, processes)
         return trained
+
+
+def _write(found: Run, result: RunResult, processes: Any) -> None:
+    """Have the main process write the result, and the others wait until it stands."""
+    if processes.is_main_process:
+        found.write(result)
+    processes.wait_for_everyone()
 
 
 def _train(config: RunConfig, found: Run, on_step: OnStep | None, on_warning: Callable[[str], Any]) -> Trained:
@@ -180,7 +185,7 @@ def _measured(recipe: Recipe, model: nn.Module) -> tuple[dict[str, dict[str, flo
         try:
             found |= {name: figures} if (figures := get()) else {}
         except Exception as error:  # of any kind: the training before it must not be lost
-            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            failed[name] = f"{type(error).__name__}: {one_line(error, 500)}"
     return found, failed
 
 

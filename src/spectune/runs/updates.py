@@ -28,7 +28,7 @@ def layer_updates(model: nn.Module) -> list[LayerMove]:
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         return []
     training = model.training
-    model.eval()  # dropout is no part of an update
+    model.eval()  # dropout is not part of an update
     try:
         return [
             LayerMove(name=name.replace(PEFT_PREFIX, "", 1), moved=norms[0], norm=norms[1])

@@ -88,7 +88,7 @@ class BasisCache:
                 _warn_once(path, str(error))
 
     def clear(self) -> tuple[int, int]:
-        """Delete every entry; get how many there were and their bytes. `OutputError` for a folder that is no cache."""
+        """Delete every entry; get their number and bytes. `OutputError` for a folder that is not a cache."""
         if self.folder.is_dir() and not is_marked(self.folder):
             refuse_foreign(self.folder)
         count = size = 0

@@ -82,7 +82,7 @@ def is_marked(folder: Path) -> bool:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise `OutputError` where an unmarked folder is no cache of an earlier release either."""
+    """Raise `OutputError` where an unmarked folder is not a cache of an earlier release either."""
     known = {*entries_in(folder), *halves_in(folder)}
     shelves = {path for path in folder.iterdir() if SHELF.fullmatch(path.name) and _is_folder(path)}
     inside = {path for shelf in shelves for path in shelf.iterdir()}

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..checkpoint import hold_folder, write_atomically
+from ..checkpoint.run_folder import ADAPTER, MODEL
 from ..errors import OutputError
-from ..runs.folder import ADAPTER, CHECKPOINTS, MODEL, differences
+from ..runs.folder import CHECKPOINTS, differences
 from ..runs.result import RESULT_FILE, RunResult
 from ..training.rates import method_of
 from .choice import chosen_rate, rate_beyond

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..checkpoint import write_atomically
-from ..errors import SpectuneError
+from ..errors import SpectuneError, one_line
 from ..recipes.recipe import Recipe
 from ..recipes.table import parse_config
 from ..runs.load import load_run
@@ -43,7 +43,7 @@ def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
     except SpectuneError as error:
         answer = {"error": str(error)}
     except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500] or 'no message'}"}
+        answer = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
     write_atomically(job["answer"], json.dumps(answer | {"seconds": time.perf_counter() - started}))
     return FAILED if "error" in answer else 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..errors import OptionError
+from ..errors import OptionError, one_line
 from .config import RunConfig
 
 
@@ -55,7 +55,7 @@ def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> 
     try:
         return one_device(kind(**values))
     except (ValueError, ImportError) as error:
-        raise OptionError(f"training: {' '.join(str(error).split())[:300]}") from error
+        raise OptionError(f"training: {one_line(error)}.") from error
 
 
 def one_device(arguments: Any) -> Any:

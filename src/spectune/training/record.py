@@ -12,7 +12,7 @@ from ..errors import DataError
 
 
 def _whole(value: Any) -> Any:
-    """Half a surrogate pair, which JSON and YAML files can hold, is no text: it becomes its number in words."""
+    """Half a surrogate pair, which JSON and YAML files can hold, is not text: it becomes its number in words."""
     if isinstance(value, dict):
         return {_whole(key): _whole(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import OptionError
+from ..errors import OptionError, one_line
 
 # A run file is a page of text; more is a mistake or an attack by nested aliases. Chosen.
 LARGEST = 2**18
@@ -49,12 +49,14 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 
 
 def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Get a YAML file as a dict, with each `a.b=value` of `overrides` put in; `OptionError` for what is no YAML."""
+    """Get a YAML file as a dict, with each `a.b=value` of `overrides` put in; `OptionError` for what is not YAML."""
     path = Path(path)
     if not path.is_file():
         raise OptionError(f"{path}: asked for a YAML file, found {'a folder' if path.is_dir() else 'nothing'}.")
     if path.stat().st_size > LARGEST:
-        raise OptionError(f"{path}: {path.stat().st_size:,} bytes are no run file, at most {LARGEST:,} are read.")
+        raise OptionError(
+            f"{path}: {path.stat().st_size:,} bytes are too many for a run file; at most {LARGEST:,} are read."
+        )
     read = _parse(path.read_text("utf-8", errors="replace"), str(path))
     if not isinstance(read, dict):
         raise OptionError(f"{path}: asked for keys with values, found {type(read).__name__}. See `spectune init`.")
@@ -75,7 +77,7 @@ def _parse(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a child of SafeLoader
     # Tags such as !!int and dates such as 2001-99-99 fail inside PyYAML with whatever Python raises there.
     except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise OptionError(f"{where}: this is no YAML: {' '.join(str(error).split())}") from None
+        raise OptionError(f"{where}: this is not YAML: {one_line(error)}.") from None
 
 
 def put(values: dict[str, Any], override: str) -> None:

@@ -103,7 +103,7 @@ def _refuse_others(
     theirs: dict[str, torch.Tensor],
     parameters: dict[str, torch.Tensor],
 ) -> None:
-    """Raise `AdapterError` where a file has other tensors than the live adapter; the base's own are no others."""
+    """Raise `AdapterError` where a file has other tensors than the live adapter; the base's own do not count."""
 
     def differs(name: str) -> bool:
         if name not in theirs:

@@ -42,7 +42,7 @@ def find_bases(
 
 def _weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[tuple[str, Weight]]:
     for path, module in model.named_modules():
-        # A second adapter meets the layers that the first has adapted; their insides are no targets.
+        # A second adapter meets the layers that the first has adapted; their insides are not targets.
         if not path or ".base_layer" in path or ".spectune_" in path or not targets(path):
             continue
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

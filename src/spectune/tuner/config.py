@@ -110,7 +110,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
         try:
             super().__post_init__()
         except ValueError as error:  # PEFT's word on task_type
-            raise OptionError(f"task_type: {one_line(error)} Correct it.") from None
+            raise OptionError(f"task_type: {one_line(error)}. Correct it.") from None
         self.peft_type = PEFT_TYPE
         if isinstance(self.svd, dict):
             self.svd = _svd_options(self.svd)

@@ -52,7 +52,7 @@ def check_types(config: Any) -> None:
 def check_plain_types(options: Any, where: str = "") -> None:
     """Hold the fields of a dataclass that are annotated with plain words (`int | None`) to them.
 
-    A truth is no number here.
+    A truth is not a number here.
     """
     for option in fields(options):
         # A union as it stands in a source file, or made at run time, whose text is the same.
@@ -72,4 +72,4 @@ def _check_pattern(name: str, words: str) -> None:
     try:
         re.compile(words)
     except (re.error, RecursionError, OverflowError) as error:
-        raise OptionError(f"{name}={words!r} is no regular expression: {one_line(error)}. Correct it.") from None
+        raise OptionError(f"{name}={words!r} is not a regular expression: {one_line(error)}. Correct it.") from None

@@ -147,5 +147,5 @@ def _is_count(value: Any) -> bool:
 
 def _refused(path: Path, option: str, value: Any) -> AdapterError:
     return AdapterError(
-        f"{path}: {option}={str(value)[:200]!r} is no value that an honest adapter of this file has. Copy it again."
+        f"{path}: {option}={str(value)[:200]!r} is not a value that an honest adapter of this file has. Copy it again."
     )

@@ -62,7 +62,7 @@ def chosen_layers(config: PeftConfig, model: nn.Module) -> frozenset[str]:
     targeted, excluded = (_Names(getattr(config, name, None), clock) for name in ("target_modules", "exclude_modules"))
     saved = [Expression(name, INSIDE, clock) for name in getattr(config, "modules_to_save", None) or ()]
     counted = _Counted(config, clock)
-    # A second adapter meets the layers that the first has adapted; their insides are no targets.
+    # A second adapter meets the layers that the first has adapted; their insides are not targets.
     paths = [
         path for path, _ in model.named_modules() if path and ".base_layer" not in path and ".spectune_" not in path
     ]
@@ -95,7 +95,7 @@ class _Counted:
     def __init__(self, config: PeftConfig, clock: Clock) -> None:
         asked, words = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None)
         indices = [asked] if isinstance(asked, int) else asked
-        # What is no number is no index, and a file may hold anything.
+        # What is not a number is not an index, and a file may hold anything.
         self.indices = {index for index in indices if isinstance(index, (int, float))} if indices else None
         self.patterns = [
             Expression(w, COUNTED, clock) for w in ([words] if isinstance(words, str) else words or ()) if w

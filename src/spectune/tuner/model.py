@@ -51,7 +51,7 @@ class SpectralTuner(BaseTuner):
         except ValueError as error:  # PEFT's: a pattern names no layer of this model
             if isinstance(error, SpectuneError):
                 raise
-            raise OptionError(f"target_modules: {one_line(error)}") from error
+            raise OptionError(f"target_modules: {one_line(error)}.") from error
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         try:
