@@ -100,6 +100,13 @@ def test_a_run_is_evaluated_and_reported_from_its_folder(journey: tuple[Path, di
     done = spectune("report", str(folder / "run"), cwd=tmp_path)
     assert done.returncode == 0 and "validation accuracy" in (folder / "run" / "report.html").read_text(), done.stderr
     assert RunResult.read(folder / "run") == result
+    (folder / "mine").write_text("mine")
+    (folder / "run" / "report.html").unlink()
+    (folder / "run" / "report.html").symlink_to(folder / "mine")
+    refused = spectune("report", str(folder / "run"), cwd=tmp_path)
+    assert refused.returncode == 1 and "report.html is a link" in refused.stderr
+    assert (folder / "mine").read_text() == "mine"
+    (folder / "run" / "report.html").unlink()
     refused = spectune("generate", str(folder / "run"), "-p", "w1", cwd=tmp_path)
     assert refused.returncode == 1 and "it writes no text" in refused.stderr
 

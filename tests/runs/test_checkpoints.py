@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,28 @@ def test_what_a_process_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path
     assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {
         "run.yaml", "result.json", "adapter", "checkpoints",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [".lock", "adapter", "checkpoints", "checkpoints/.partial", "report.html"])
+def test_nothing_is_written_or_deleted_through_a_link_in_a_run_from_somebody_else(tmp_path: Path, name: str) -> None:
+    config = parse_config(tiny.text_run(tmp_path))
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "run", on_step=stop_after(4))
+    mine = tmp_path / "mine"
+    if name in (".lock", "report.html"):
+        mine.write_text("mine")
+    else:
+        mine.mkdir()
+        (mine / ".partial").mkdir()
+        (mine / ".partial" / "kept").write_text("mine")
+    link = tmp_path / "run" / name
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.symlink_to(mine)
+    with pytest.raises(OutputError, match=f"run: {re.escape(name)} is a link, and nothing is written or deleted"):
+        run(config, tmp_path / "run", resume=True)
+    assert (mine if mine.is_file() else mine / ".partial" / "kept").read_text() == "mine"
 
 
 @pytest.mark.parametrize("resume", [False, True])

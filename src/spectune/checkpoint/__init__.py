@@ -11,6 +11,7 @@ from .base import Base as Base
 from .base import base_at_hand as base_at_hand
 from .base import find_base as find_base
 from .claim import hold_folder as hold_folder
+from .claim import refuse_links as refuse_links
 from .fingerprint import fingerprint as fingerprint
 from .lora_file import LoraFile as LoraFile
 from .lora_file import read_lora as read_lora

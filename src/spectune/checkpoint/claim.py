@@ -33,8 +33,9 @@ def hold_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Be the only process that writes into an existing folder; `OutputError` where another one does.
 
     The lock belongs to the open `.lock` in it, so it ends with the process, also by kill -9; the empty file stays.
-    `patience` are seconds to wait for it. What cannot be locked is an `OutputError`, too.
+    `patience` are seconds to wait for it. What cannot be locked, or has links in it, is an `OutputError`, too.
     """
+    refuse_links(folder)  # before the lock, whose file would be emptied through one
     lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=patience)
@@ -49,6 +50,21 @@ def hold_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise `OutputError` for a link anywhere in a folder that is written into.
+
+    A folder from somebody else could send a checkpoint, or the deleting of one, to any place through one.
+    """
+    for inside, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(inside, name)
+            if path.is_symlink():
+                raise OutputError(
+                    f"{folder}: {path.relative_to(folder)} is a link, and nothing is written or deleted through links. "
+                    f"Replace it with what it leads to, or choose another folder."
+                )
 
 
 @contextmanager

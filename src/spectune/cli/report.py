@@ -14,11 +14,13 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Write report.html into a run's folder; a run that was not looked at when it ended is loaded and looked at now."""
+    from ..checkpoint import refuse_links
     from ..pages import write_report
     from ..runs import Run, load_run, look
     from .terminal import Console
 
     run = Run.open(run_dir)
+    refuse_links(run.folder)
     result = run.result
     if not result.looked_at:
         result = look(result, *load_run(run_dir))
