@@ -111,6 +111,15 @@ def test_a_run_is_evaluated_and_reported_from_its_folder(journey: tuple[Path, di
     assert refused.returncode == 1 and "it writes no text" in refused.stderr
 
 
+def test_a_folder_with_a_run_is_refused_and_the_named_option_replaces_it(tmp_path: Path) -> None:
+    path = write(tmp_path, tiny.text_run(tmp_path, training={"steps": 1}))
+    assert spectune("train", path, "-o", "run", "--json", cwd=tmp_path).returncode == 0
+    refused = spectune("train", path, "seed=1", "-o", "run", cwd=tmp_path)
+    assert refused.returncode == 1 and "replace it with --overwrite" in refused.stderr
+    done = spectune("train", path, "seed=1", "-o", "run", "--overwrite", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and RunResult.read(tmp_path / "run").seed == 1, done.stderr
+
+
 def test_check_shows_the_example_the_layers_and_the_rates(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     path = write(tmp_path, tiny.lm_run(tmp_path, training={"learning_rate": 10.0}))

@@ -135,8 +135,7 @@ def _refuse_occupied(goal: Path, overwrite: bool) -> None:
     if count and not overwrite:
         things = "1 entry" if count == 1 else f"{count} entries"
         raise OutputError(
-            f"{goal}: asked for an empty output folder, found {things} in it. "
-            f"Choose another folder, or overwrite this one."
+            f"{goal}: asked for an empty output folder, found {things} in it. Choose another folder, or empty this one."
         )
     for precious in (Path.cwd(), Path.home()):
         if goal in (precious, *precious.parents):

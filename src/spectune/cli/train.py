@@ -21,6 +21,10 @@ def train(
         Path | None, typer.Option("--output", "-o", help="Folder of the run; default: runs/ and the file's name.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the run in the folder, once the first step of this one is done."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
@@ -42,7 +46,7 @@ def train(
 
     if warning and main:
         warn(warning)
-    finished = resume and Run(folder).is_finished
+    finished = resume and not overwrite and Run(folder).is_finished
     step: Any = None
     with Stages(console) as stages:
 
@@ -55,7 +59,9 @@ def train(
             if finished:
                 result: RunResult = run(asked, folder, resume=True)
             else:
-                result = train_run(asked, folder, resume=resume, on_step=on_step, looks=True, on_warning=warn).result
+                result = train_run(
+                    asked, folder, resume=resume, overwrite=overwrite, on_step=on_step, looks=True, on_warning=warn
+                ).result
                 if main:
                     write_run_page(result, Run(folder).page, console)
         except Interrupted as stop:

@@ -22,17 +22,19 @@ class DrawWhileTraining(TrainerCallback):
 
     def __init__(self, model: ConceptModel, asked: Drawings, prompts: Sequence[str], seed: int, run: Path) -> None:
         self.model, self.asked, self.prompts, self.seed, self.run = model, asked, list(prompts), seed, run
+        self._drawn: dict[int, bytes] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.draw(0)
+            self.draw(0)  # written after the first step: until then the folder may hold the run that is replaced
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.asked.every == 0 or state.global_step == state.max_steps:
             self.draw(state.global_step)
+        self._write()
 
     def draw(self, step: int) -> None:
-        """Write the pictures of a step as one sheet."""
+        """Draw the pictures of a step as one sheet."""
         if not self.prompts:
             return
         with self.model.drawing() as pipeline:
@@ -41,8 +43,13 @@ class DrawWhileTraining(TrainerCallback):
             )
         content = io.BytesIO()
         contact_sheet(images).save(content, "PNG")
-        (self.run / FOLDER).mkdir(exist_ok=True)
-        write_atomically(self.run / FOLDER / f"step-{step}.png", content.getvalue())
+        self._drawn[step] = content.getvalue()
+
+    def _write(self) -> None:
+        for step, png in self._drawn.items():
+            (self.run / FOLDER).mkdir(exist_ok=True)
+            write_atomically(self.run / FOLDER / f"step-{step}.png", png)
+        self._drawn.clear()
 
 
 def sheets(run: Path) -> list[tuple[int, Path]]:

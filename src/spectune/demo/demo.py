@@ -100,14 +100,20 @@ class Demo:
 @contextmanager
 def opened_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     """Hold the output folder: a new one, an empty one, or one with a demo in it that was stopped."""
-    if overwrite and folder.is_dir():
-        with fresh_folder(folder, overwrite=True):
-            pass
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: this is a file, and the demo writes a folder. Choose another name.")
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")} if folder.is_dir() else set()
     if there - {DATA, FROZEN, TUNED, LORA}:
-        raise OutputError(f"{folder}: there are other files in it. Choose another folder, or pass --overwrite.")
+        raise OutputError(f"{folder}: there are files in it that no demo wrote. Choose another folder.")
+    if overwrite and there:
+        if folder.is_symlink():
+            raise OutputError(
+                f"{folder}: this is a link, and nothing is deleted through links. Pass the folder itself."
+            )
+        with hold_folder(folder):
+            pass  # nobody is at work in it, and no link is in it
+        with fresh_folder(folder, overwrite=True):
+            pass
     finished = Run(folder / TUNED)
     if finished.is_finished and finished.result.checks:
         raise OutputError(f"{folder}: there is a finished demo in it. Pass --overwrite, or choose another folder.")

@@ -23,6 +23,7 @@ from ..training.checkpoints import checkpoints, clear_partial, examples_a_step
 from ..training.config import RunConfig
 from ..training.processes import join
 from ..training.yaml_file import write_yaml
+from .overwrite import refuse_to_replace
 from .result import RESULT_FILE, RunResult
 
 CHECKPOINTS, PAGE = "checkpoints", "report.html"
@@ -92,8 +93,11 @@ class Run:
 
 
 @contextmanager
-def opened_folder(config: RunConfig, run: Run, resume: bool) -> Iterator[None]:
-    """Be the only process that trains into the folder, which is new, or holds this very run."""
+def opened_folder(config: RunConfig, run: Run, resume: bool, overwrite: bool = False) -> Iterator[bool]:
+    """Be the only process that trains into the folder, which is new, or holds this very run.
+
+    Get whether, with `overwrite`, it holds another run: nothing is done to that yet, `replace_run` is for later.
+    """
     folder = run.folder
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: this is a file, and the output needs a folder. Choose another one.")
@@ -103,9 +107,12 @@ def opened_folder(config: RunConfig, run: Run, resume: bool) -> Iterator[None]:
         raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
     with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
         begins = not (folder / RUN_FILE).is_file()
-        _begin_or_continue(config, run, resume)
+        if overwrite and not begins:
+            refuse_to_replace(folder)
+        else:
+            _begin_or_continue(config, run, resume)
         try:
-            yield
+            yield overwrite and not begins
         except Exception:
             if begins:
                 _leave_nothing(run)
@@ -129,7 +136,10 @@ def _begin_or_continue(config: RunConfig, run: Run, resume: bool) -> None:
     if (folder / RUN_FILE).is_file():
         if not resume:
             state = "a finished run" if run.is_finished else "an unfinished run"
-            raise OutputError(f"{folder}: there is {state} in it. Continue it with --resume, or choose another folder.")
+            raise OutputError(
+                f"{folder}: there is {state} in it. Continue it with --resume, replace it with --overwrite, or choose "
+                f"another folder."
+            )
         refuse_other_run(config, run)
     elif any(not path.name.startswith((".lock", f".{RUN_FILE}.partial-")) for path in folder.iterdir()):
         raise OutputError(f"{folder}: there are other files in it. Choose a new or an empty folder.")
@@ -152,7 +162,7 @@ def refuse_other_run(config: RunConfig, run: Run) -> None:
     if different:
         raise OutputError(
             f"{folder}: the run in it has another configuration: {', '.join(different[:3])}. "
-            f"Give the same configuration, or choose another folder."
+            f"Give the same configuration, replace the run with --overwrite, or choose another folder."
         )
     asked, processes = config.training, join().num_processes
     found = asked.batch_size * asked.gradient_accumulation * processes

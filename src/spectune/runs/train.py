@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import fresh_folder
-from ..errors import DataError, OutputError, one_line
+from ..errors import DataError, OptionError, OutputError, one_line
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.checkpoints import Interrupted, StopWhenAsked, history, steps_done, stop_on_signal
@@ -25,6 +26,7 @@ from ..training.rates import learning_rate, method_of
 from .building import build, numbers
 from .folder import Run, opened_folder, refuse_other_run
 from .look import look
+from .overwrite import FirstStep, replace_run
 from .provenance import machine, versions
 from .result import Drawing, RunResult
 
@@ -43,6 +45,7 @@ def run(
     output_dir: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     on_step: OnStep | None = None,
     on_warning: Callable[[str], Any] = warnings.warn,
 ) -> RunResult:
@@ -50,14 +53,17 @@ def run(
 
     With `resume` a finished run is read and not repeated, one that was stopped goes on from its last checkpoint, and
     one that does not exist is begun: call it again and again until it returns. Without, the folder must be new or
-    empty. `on_warning` is told what may be wrong with the examples, before the first step. Raises `OutputError` where
-    the folder holds a run of another configuration, `Interrupted` after Ctrl-C.
+    empty; with `overwrite` it may hold a run, which is replaced when the first step is done. `on_warning` is told what
+    may be wrong with the examples, before the first step. Raises `OutputError` where the folder holds a run of another
+    configuration, `Interrupted` after Ctrl-C.
     """
     found = Run(Path(output_dir))
-    if resume and found.is_finished:
+    if resume and not overwrite and found.is_finished:
         refuse_other_run(config, found)
         return found.result
-    return train_run(config, output_dir, resume=resume, on_step=on_step, on_warning=on_warning).result
+    return train_run(
+        config, output_dir, resume=resume, overwrite=overwrite, on_step=on_step, on_warning=on_warning
+    ).result
 
 
 def train_run(
@@ -65,6 +71,7 @@ def train_run(
     output_dir: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     on_step: OnStep | None = None,
     looks: bool = False,
     on_warning: Callable[[str], Any] = warnings.warn,
@@ -75,10 +82,14 @@ def train_run(
 
     With `looks` the result also holds what a page shows of the model: spectra, updates, answers.
     """
+    if resume and overwrite:
+        raise OptionError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
     found, processes = Run(Path(output_dir)), join()
     with ExitStack() as held:
-        on_main(lambda: held.enter_context(opened_folder(config, found, resume)))
-        trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None)
+        there: list[bool] = []  # of the main process alone
+        on_main(lambda: there.append(held.enter_context(opened_folder(config, found, resume, overwrite))))
+        old = partial(_replace, found, config, there) if overwrite else None
+        trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None, old)
         _write(found, trained.result, processes)
         _refuse_unmeasured(trained.result)
         if looks:  # the figures are safe by now
@@ -94,7 +105,18 @@ def _write(found: Run, result: RunResult, processes: Any) -> None:
     processes.wait_for_everyone()
 
 
-def _train(config: RunConfig, found: Run, on_step: OnStep | None, on_warning: Callable[[str], Any]) -> Trained:
+def _replace(found: Run, config: RunConfig, there: list[bool]) -> None:
+    if there == [True]:
+        replace_run(found.folder, config)
+
+
+def _train(
+    config: RunConfig,
+    found: Run,
+    on_step: OnStep | None,
+    on_warning: Callable[[str], Any],
+    replace_old: Callable[[], None] | None,
+) -> Trained:
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
     recipe.prepare()
@@ -104,13 +126,16 @@ def _train(config: RunConfig, found: Run, on_step: OnStep | None, on_warning: Ca
     counts = numbers(model, plan)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    watch, last = Watch(on_step), found.last_checkpoint()
+    watch, last = Watch(on_step), found.last_checkpoint() if replace_old is None else None
+    first = FirstStep(lambda: None if replace_old is None else on_main(replace_old))
     told = history(last) if last else []
     watch.losses = [float(entry["loss"]) for entry in told if "loss" in entry]
     watch.validation = [(entry["step"], float(entry["eval_loss"])) for entry in told if "eval_loss" in entry]
     with stop_on_signal() as request:
-        callbacks = [watch, StopWhenAsked(request), *recipe.callbacks(model, found.folder)]
+        callbacks = [first, watch, StopWhenAsked(request), *recipe.callbacks(model, found.folder)]
         trainer = recipe.trainer(model, plan, found.checkpoints, callbacks)
+        if config.training.report_to:  # trackers open their files before the first step
+            first.now()
         _fit(trainer, last)
     if request.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(found.checkpoints, trainer.state.global_step)
@@ -203,10 +228,10 @@ def _save(recipe: Recipe, trainer: Any, found: Run) -> int:
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole = {} if not trainer.is_fsdp_enabled else {"state_dict": trainer.accelerator.get_state_dict(trainer.model)}
     if trainer.accelerator.is_main_process:
-        with fresh_folder(goal, overwrite=True) as partial:
-            model.save_pretrained(str(partial), **whole)
+        with fresh_folder(goal, overwrite=True) as new:
+            model.save_pretrained(str(new), **whole)
             if recipe.processing is not None:
-                recipe.processing.save_pretrained(str(partial))
+                recipe.processing.save_pretrained(str(new))
     trainer.accelerator.wait_for_everyone()
     return sum(path.stat().st_size for path in goal.rglob("*.safetensors"))
 
