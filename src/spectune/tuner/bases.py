@@ -76,7 +76,7 @@ def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
 def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: LayerRanks) -> Request | None:
     """Get what to ask of the engine for one weight; None where the method or the file brings the basis."""
     try:
-        rank, columns = config.build_method(ranks.of(path)).basis(*W_OI.shape)
+        rank, columns = config.method_for(path, ranks.of(path), *W_OI.shape).basis(*W_OI.shape)
     except WeightError:
         return None  # raised again, with the layer's name, when the layer is adapted
     if rank == 0 or config.basis_is_in_file:

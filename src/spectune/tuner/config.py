@@ -155,6 +155,11 @@ class SpectralConfig(MethodOptions, PeftConfig):
         refuse_absurd(given)
         return build_method(self.method, given)
 
+    def method_for(self, layer: str, r: int | None, rows_O: int, cols_I: int) -> Method:
+        """Get the method of one layer: with its `r` of rank_pattern as it is, or else with `r` as low as its weight."""
+        method = self.build_method(r)
+        return method if r is not None else method.fitted(rows_O, cols_I, layer)
+
     def _check_choices(self) -> None:
         for option, value, known in (
             ("save_basis", self.save_basis, SAVE_BASIS),

@@ -137,8 +137,8 @@ def _made(
     """Get (layer, tensor, shape) for what the tuner would allocate at the config's word alone."""
     ranks, shared_made = LayerRanks(config.rank_pattern), False
     for layer, (rows_O, cols_I) in _shapes(chosen, model):
-        method = config.build_method(ranks.of(layer))
         try:
+            method = config.method_for(layer, ranks.of(layer), rows_O, cols_I)
             rank, _ = method.basis(rows_O, cols_I)
             shapes = dict(method.trained_shapes(rows_O, cols_I))
         except WeightError:

@@ -90,8 +90,8 @@ class SpectralLayer(BaseTunerLayer):
         basis: Spectrum | None = None,
     ) -> None:
         """Attach a new adapter, on this basis or on one found here; nothing is attached when anything is wrong."""
-        method = config.build_method(r)
         W_OI = self.original_matrix()
+        method = config.method_for(name, r, *W_OI.shape)
         if W_OI.is_meta and basis is None:
             raise WeightError(
                 f"{name}: the base weight is on the meta device, there is nothing to decompose. "
