@@ -33,9 +33,9 @@ Options = dict[str, Any]
 TARGETS = ["wide", "tall"]
 # PEFT's own part of every config: it stands there, and PEFT acts on it.
 OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
-OWN_OPTIONS = [
-    field.name for field in dataclasses.fields(SpectralConfig) if field.name not in {"method", "svd", *OF_PEFT}
-]
+# directions need examples: test_prepare.py.
+ELSEWHERE = {"method", "svd", "directions", "spectra", *OF_PEFT}
+OWN_OPTIONS = [field.name for field in dataclasses.fields(SpectralConfig) if field.name not in ELSEWHERE]
 OF_SVD = [field.name for field in dataclasses.fields(SVDOptions)]
 
 

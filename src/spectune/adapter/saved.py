@@ -190,7 +190,8 @@ def _module(
     embedded = "U_OR" in tensors
     refuse_misfits(method, weight.name, (rows_O, cols_I), tensors, owner)
     if rank == 0 or embedded:
-        spectrum = Spectrum.unknown(rows_O, cols_I, rank, weight.name)
+        source = str(config.get("directions", "weight"))
+        spectrum = Spectrum.unknown(rows_O, cols_I, rank, weight.name, source)
     else:
         (spectrum,) = obtain([weight], Request(rank, columns, **saved_svd(config)), open_cache())
     module = SpectralModule(method, spectrum, embed_basis=embedded, owner=owner)

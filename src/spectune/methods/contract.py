@@ -43,6 +43,9 @@ class Method:
     learning_rate: ClassVar[float]
     """A first guess for AdamW; the subclass says where it comes from."""
 
+    takes_any_directions: ClassVar[bool] = False
+    """Whether the update is confined to the basis and starts at zero in any, so that data may choose it."""
+
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         """Get how many singular directions of an O x I weight this method wants, and which."""
         raise NotImplementedError

@@ -31,6 +31,7 @@ class SpecAdapt(Method):
     """
 
     name: ClassVar[str] = "specadapt"
+    takes_any_directions: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "SpecAdapt, optimizer-level adaptation in a truncated SVD basis (zhangkunzk/SpecAdapt_pytorch)"
     )

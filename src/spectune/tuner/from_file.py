@@ -146,7 +146,7 @@ def _made(
         if not shared_made:
             shapes |= method.shared_shapes()
             shared_made = True
-        if rank and config.save_basis == "always":
+        if rank and (config.save_basis == "always" or config.directions != "weight"):
             shapes |= {"U_OR": (rows_O, rank), "S_R": (rank,), "Vh_RI": (rank, cols_I)}
         for name, shape in shapes.items():
             yield layer, name, shape

@@ -99,7 +99,8 @@ class SpectralLayer(BaseTunerLayer):
             )
         rank, _ = method.basis(*W_OI.shape)
         if rank == 0 or config.basis_is_in_file:
-            spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name).to(W_OI.device)
+            unknown = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions)
+            spectrum = unknown.to(W_OI.device)
         else:
             spectrum = find_basis(name, W_OI, method, config) if basis is None else basis
             method.check(spectrum)
