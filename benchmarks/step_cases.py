@@ -29,6 +29,8 @@ from spectune.records import Weight
 
 R = 8
 WIDE = 64
+# A core of 78 x 78 has about the numbers of a LoRA of r = 8 on a 384 x 384 weight.
+CORE = 78
 FLOOR, LORA = "frozen", "LoRA"
 
 
@@ -154,6 +156,7 @@ ADAPTERS: dict[str, Any] = {
     "spectral_r": ours("spectral_r", r=R),
     "svft plain, 8 directions": ours("svft", basis_rank=R),
     "svft banded, 64 directions": ours("svft", basis_rank=WIDE, pattern="banded"),
+    "svft dense, 78 directions": ours("svft", basis_rank=CORE, pattern="dense"),
     "specadapt, 64 directions": ours("specadapt", r=R, basis_rank=WIDE),
     "svdiff, 8 directions": ours("svdiff", basis_rank=R),
     "lidb": ours("lidb", r=R),

@@ -25,6 +25,7 @@ BANKED: dict[str, dict[str, Any]] = {
     "svft plain": {"method": "svft", "pattern": "plain", "off_diagonals": None, "basis_rank": 6},
     "svft banded": {"method": "svft", "pattern": "banded"},
     "svft random": {"method": "svft"},
+    "svft dense": {"method": "svft", "pattern": "dense", "off_diagonals": None, "core": [6, 4]},
     "svdiff": {"method": "svdiff"},
 }
 

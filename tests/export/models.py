@@ -19,6 +19,10 @@ ALL_LLAMA = ["q_proj", "k_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-spectral_a": ("llama", {"r": 3, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}),
     "llama-svft-rectangular": ("llama", {"method": "svft", "target_modules": ALL_LLAMA, "task_type": "CAUSAL_LM"}),
+    "llama-svft-dense": (
+        "llama",
+        {"method": "svft", "pattern": "dense", "core": [12, 7], "target_modules": ALL_LLAMA},
+    ),
     "llama-svft-random": (
         "llama",
         {"method": "svft", "pattern": "random", "basis_rank": 12, "target_modules": ALL_LLAMA},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from spectune import decompose
+from spectune.algebra import dense
 from spectune.errors import OptionError, WeightError
 from spectune.methods.svft import SVFT
 from spectune.records import Spectrum, Weight
@@ -70,6 +73,47 @@ def test_top_k_is_refused_for_rectangular_weights_with_the_reason() -> None:
 def test_plain_refuses_off_diagonals() -> None:
     with pytest.raises(OptionError, match="has no effect on pattern='plain'"):
         SVFT(off_diagonals=3)
+
+
+def test_a_dense_core_is_the_band_that_covers_everything_bit_for_bit() -> None:
+    spectrum = spectrum_of(12, 9, 5)
+    band, dense = SVFT(pattern="banded", basis_rank=5, off_diagonals=4), SVFT(pattern="dense", basis_rank=5)
+    M_PQ = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    places = band.frozen(spectrum)
+    values_C = M_PQ[places["rows"], places["cols"]]
+    one, other = band.delta(spectrum, {"M": values_C}, places), dense.delta(spectrum, {"M": M_PQ}, {})
+    assert dense.trainable_count(12, 9) == band.trainable_count(12, 9) == 25
+    assert torch.equal(one.core_matrix(), other.core_matrix())
+    assert one.left_OP is other.left_OP
+    assert one.right_QI is other.right_QI
+    profile = band.decay_profile(spectrum, places)["M"]
+    assert torch.equal(dense.decay_profile(spectrum, {})["M"][places["rows"], places["cols"]], profile)
+
+
+def test_a_rectangular_core_maps_the_top_right_directions_to_the_top_left_ones() -> None:
+    spectrum, method = spectrum_of(12, 9, 5), SVFT(pattern="dense", core=(3, 5))
+    M_PQ = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert method.basis(12, 9) == (5, "top")
+    update_OI = dense(method.delta(spectrum, {"M": M_PQ}, {}))
+    torch.testing.assert_close(update_OI, spectrum.U_OR[:, :3] @ M_PQ @ spectrum.Vh_RI)
+    assert SVFT(pattern="dense", core=(96, 64)).core_shape(12, 9) == (9, 9)  # no more than there are
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"core": (3, 5)}, "core=\\[3, 5\\] only goes with pattern='dense' alone; pattern='plain' has no such sizes"),
+        ({"pattern": "dense", "core": (3, 5), "basis_rank": 4}, "the size is in basis_rank already"),
+        ({"pattern": "dense", "core": (3, 5), "full_basis": True}, "the size is in full_basis already"),
+        ({"pattern": "dense", "core": (3,)}, "must be two integers of at least 1"),
+        ({"pattern": "dense", "core": (3, 0)}, "must be two integers of at least 1"),
+        ({"pattern": "dense", "core": (3, True)}, "must be two integers of at least 1"),
+        ({"pattern": "dense", "off_diagonals": 2}, "off_diagonals=2 has no effect on pattern='dense'"),
+    ],
+)
+def test_sizes_of_a_core_that_cannot_be_obeyed_are_refused(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(OptionError, match=line):
+        SVFT(**options)
 
 
 def test_unknown_pattern_lists_the_near_miss() -> None:

@@ -24,7 +24,10 @@ def other_values(annotation: Any, default: Any, help_text: str = "", names: Sequ
     elif origin is Literal:
         yield from (word for word in parts if word != default)
     elif origin in (list, set):
-        yield from ([word] for word in (names if parts[0] is str else list(other_values(parts[0], None, help_text))))
+        words = names if parts[0] is str else list(other_values(parts[0], None, help_text))
+        yield from ([word] for word in words)
+        if parts[0] is int:
+            yield words[:2]  # for an option that takes a pair
     elif origin is dict or annotation is dict:
         yield {names[0]: 3}
     elif dataclasses.is_dataclass(annotation):

@@ -142,6 +142,63 @@ def test_a_wide_update_is_built_where_that_is_cheaper(monkeypatch: pytest.Monkey
     assert built  # 96 tokens of 64 numbers
 
 
+CORES: dict[str, dict[str, Any]] = {
+    "svft dense": {"method": "svft", "pattern": "dense", "basis_rank": 10},
+    "svft dense, rectangular": {"method": "svft", "pattern": "dense", "core": (10, 7)},
+}
+
+
+@pytest.mark.parametrize("options", list(CORES.values()), ids=list(CORES))
+def test_a_core_that_is_built_gives_what_its_factors_give(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = one(SpectralConfig(**options, bias="all")), tokens()
+    train(model)
+    weights = torch.randn(2, N // 2, O, generator=torch.Generator().manual_seed(2))
+    found = []
+    for built in (False, True):
+        monkeypatch.setattr(kinds, "is_core_built", lambda *args, built=built: built)
+        y, wanted = model(x), [x, *(p for p in model.parameters() if p.requires_grad)]
+        found.append((y, *torch.autograd.grad((y * weights).sum(), wanted)))
+    assert len(found[1]) == 4  # of the input, the core and the bias
+    for factored, built in zip(*found, strict=True):
+        scale = factored.abs().max()
+        torch.testing.assert_close(factored / scale, built / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_a_core_is_built_for_more_tokens_than_the_weight_is_wide_and_keeps_n_times_q(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built: list[int] = []
+    product = kinds.with_built_core
+    monkeypatch.setattr(kinds, "with_built_core", lambda x, *more: built.append(len(x)) or product(x, *more))
+    model, x = one(SpectralConfig(method="svft", pattern="dense", basis_rank=16)), tokens()
+    model(x[:, :12])
+    assert built == []  # 24 tokens of 64 numbers
+    assert [tensor.numel() for tensor in kept(model, x)] == [N * 16]
+    assert built == [N]
+    half = one(SpectralConfig(method="svft", pattern="dense", basis_rank=16), torch.bfloat16)
+    half(tokens(torch.bfloat16))
+    assert built == [N]  # W + dW would round the update away
+
+
+def test_training_a_dense_core_is_training_the_band_that_covers_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "is_core_built", lambda *args: False)
+    losses: list[list[float]] = []
+    for options in ({"pattern": "banded", "off_diagonals": 9}, {"pattern": "dense"}):
+        model = one(SpectralConfig(method="svft", basis_rank=10, grad_norm="rms", singular_decay=0.1, **options))
+        optimizer = torch.optim.AdamW(only(model).parameters(), lr=0.01, weight_decay=0.0)
+        losses.append([])
+        for _ in range(5):
+            loss = (model(tokens()) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the norm adds the same numbers in another order
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_half_precision_is_not_cast_up_and_stays_within_its_rounding() -> None:
     model, x = one(SpectralConfig(method="spectral_r", r=8), torch.bfloat16), tokens(torch.bfloat16)
     train(model, scale=0.5)

@@ -139,8 +139,14 @@ def numbers_of(core: torch.Tensor | SparseCore) -> torch.Tensor:
 
 def has_frozen_factors(module: SpectralModule) -> bool:
     """Ask whether only the core of an update is trained, so that adapters on one basis differ in small cores alone."""
-    delta = module.delta()
-    return delta.left_OP is module.spectrum.U_OR and delta.right_QI is module.spectrum.Vh_RI
+    delta, basis = module.delta(), module.spectrum
+    return _leads(delta.left_OP, basis.U_OR) and _leads(delta.right_QI, basis.Vh_RI)
+
+
+def _leads(factor: torch.Tensor, of_basis: torch.Tensor) -> bool:
+    """Ask whether a factor is the basis itself, or its first directions."""
+    same = factor.data_ptr() == of_basis.data_ptr() and factor.stride() == of_basis.stride()
+    return factor is of_basis or (same and factor.untyped_storage().nbytes() > 0)
 
 
 def add_rows(
@@ -153,8 +159,10 @@ def add_rows(
     """
     rows, tokens = len(cores), x_NI.shape[0]
     left_OR, right_RI = module.factors_in(x_NI.dtype)
-    z_BTR = F.linear(x_NI, right_RI).view(rows, tokens // rows, -1)
     cores = cores.to(x_NI.dtype)
+    if cores.ndim == 3:
+        left_OR, right_RI = left_OR[:, : cores.shape[1]], right_RI[: cores.shape[2]]
+    z_BTR = F.linear(x_NI, right_RI).view(rows, tokens // rows, -1)
     if pattern is not None:
         rows_B1 = torch.arange(rows, device=cores.device)[:, None]
         places = (rows_B1, pattern.rows_C.long(), pattern.cols_C.long())

@@ -10,12 +10,14 @@ import torch
 if TYPE_CHECKING:
     from .modules import SpectralModule
 
+Axes = int | tuple[int, ...]
 
-def _rms(grad: torch.Tensor, axis: int) -> torch.Tensor:
+
+def _rms(grad: torch.Tensor, axis: Axes) -> torch.Tensor:
     return grad / grad.square().mean(axis, keepdim=True).sqrt().clamp_min(_tiny(grad))
 
 
-def _layer(grad: torch.Tensor, axis: int) -> torch.Tensor:
+def _layer(grad: torch.Tensor, axis: Axes) -> torch.Tensor:
     centred = grad - grad.mean(axis, keepdim=True)
     return centred / centred.square().mean(axis, keepdim=True).sqrt().clamp_min(_tiny(grad))
 
@@ -26,7 +28,7 @@ def _tiny(grad: torch.Tensor) -> float:
     return torch.finfo(grad.dtype).tiny
 
 
-GRADIENT_NORMS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {"rms": _rms, "layer": _layer}
+GRADIENT_NORMS: dict[str, Callable[[torch.Tensor, Axes], torch.Tensor]] = {"rms": _rms, "layer": _layer}
 """`rms`: g / sqrt(mean g^2). `layer`: (g - mean g) / deviation. Along the axis that the method gives."""
 
 
@@ -35,7 +37,7 @@ def normalise_gradients(module: SpectralModule, kind: str) -> None:
     """Replace the gradients of one module by their normalised form, in place.
 
     One norm for each inner rank (specadapt's A and B) or direction (spectral_a), along the other axis;
-    one norm for the whole tensor where it is a vector. H, gates and scales keep their gradients.
+    one norm for the whole tensor where it is a vector, or a dense core. H, gates and scales keep their gradients.
 
     SpecAdapt, gradient normalisation (official code, `grad_norm`).
     """

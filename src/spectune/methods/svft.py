@@ -1,8 +1,7 @@
-"""SVFT: a sparse matrix of coefficients between frozen singular vectors."""
+"""SVFT: a sparse or dense matrix of coefficients between frozen singular vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,9 +9,13 @@ import numpy as np
 import torch
 
 from ..algebra import scale
-from ..errors import AdapterError, OptionError, WeightError, nearest
+from ..errors import AdapterError, OptionError, nearest
 from ..records import Delta, SparseCore, Spectrum
 from .contract import Columns, Method, Tensors, kept_directions, option, weakness
+from .svft_places import PATTERNS, line_length
+
+DENSE = "dense"
+"""The pattern without places: M is a plain matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,9 @@ class SVFT(Method):
 
     Patterns on K kept directions: `plain`, the diagonal (k = K); `banded`, |i - j| <= d
     (k = K(2d + 1) - d(d + 1)); `random`, as many places as banded, drawn without replacement;
-    `top_k`, as many places as banded with the largest |u_i . v_j|, which only exists for square weights.
+    `top_k`, as many places as banded with the largest |u_i . v_j|, which only exists for square weights;
+    `dense`, all of them (k = K^2), or with `core` a P x Q matrix of its own between the top P left and the top Q right
+    directions. It equals a band of K - 1 off-diagonals, and is stored and multiplied as a plain matrix.
 
     `full_basis` takes the full SVD: U is O x O, Vh I x I, M O x I, as the paper writes it. Only then
     can a dense M (a band as wide as the weight) reach every matrix when O and I differ (Lemma (b)).
@@ -36,14 +41,16 @@ class SVFT(Method):
     """
 
     name: ClassVar[str] = "svft"
-    takes_any_directions: ClassVar[bool] = True
     paper: ClassVar[str] = "SVFT: Parameter-Efficient Fine-Tuning with Singular Vectors, arXiv 2405.19597"
     # Between the paper's 5e-2 for plain M (tables 11-14) and its 1e-3 to 1e-2 for banded and random patterns; a band on
     # small models does best at 1e-2 and little worse at this (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-2
 
     basis_rank: int | None = option(None, "How many top directions M works in; None is all K = min(O, I).")
-    pattern: str = option("plain", "`plain`, `banded`, `random` or `top_k`.")
+    pattern: str = option("plain", "`plain`, `banded`, `random`, `top_k` or `dense`.")
+    core: tuple[int, ...] | None = option(
+        None, "[P, Q]: a `dense` M between the top P left and the top Q right directions; in place of basis_rank."
+    )
     off_diagonals: int | None = option(
         None, "d: off-diagonals on each side of a `banded` M; `random` and `top_k` use as many places. Default 2."
     )
@@ -54,19 +61,32 @@ class SVFT(Method):
     def __post_init__(self) -> None:
         self._at_least(1, basis_rank=self.basis_rank)
         self._at_least(0, off_diagonals=self.off_diagonals, pattern_seed=self.pattern_seed)
-        if self.pattern not in PATTERNS:
-            raise OptionError(f"svft: unknown pattern {self.pattern!r}. {nearest(self.pattern, list(PATTERNS))}")
-        if self.pattern == "plain" and self.off_diagonals:
+        known = [*PATTERNS, DENSE]
+        if self.pattern not in known:
+            raise OptionError(f"svft: unknown pattern {self.pattern!r}. {nearest(str(self.pattern), known)}")
+        if self.pattern in ("plain", DENSE) and self.off_diagonals:
             raise OptionError(
-                f"svft: off_diagonals={self.off_diagonals} has no effect on pattern='plain'. Use pattern='banded' or "
-                "leave off_diagonals out."
+                f"svft: off_diagonals={self.off_diagonals} has no effect on pattern={self.pattern!r}. Use "
+                "pattern='banded' or leave off_diagonals out."
             )
-
         if self.full_basis and self.basis_rank is not None:
             raise OptionError(
                 f"svft: full_basis does not go with basis_rank={self.basis_rank}, which cuts the basis. Leave one of "
                 "them out."
             )
+        self._check_core()
+
+    def _check_core(self) -> None:
+        if self.core is None:
+            return
+        sizes = self.core if isinstance(self.core, tuple) else ()
+        if len(sizes) != 2 or not all(type(size) is int and size >= 1 for size in sizes):
+            raise OptionError(f"svft: core={self.core!r} must be two integers of at least 1, as in core=[96, 64].")
+        others = {"basis_rank": self.basis_rank, "full_basis": self.full_basis or None}
+        given = [name for name, value in others.items() if value is not None]
+        if self.pattern != DENSE or given:
+            reason = f"the size is in {given[0]} already" if given else f"pattern={self.pattern!r} has no such sizes"
+            raise OptionError(f"svft: core={list(sizes)} only goes with pattern='dense' alone; {reason}. Leave it out.")
 
     @property
     def d(self) -> int:
@@ -76,27 +96,34 @@ class SVFT(Method):
         return 2 if self.off_diagonals is None else self.off_diagonals
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
-        return kept_directions(self.basis_rank, rows_O, cols_I), "top"
+        most = self.basis_rank if self.core is None else max(self.core)
+        return kept_directions(most, rows_O, cols_I), "top"
 
     def core_shape(self, rows_O: int, cols_I: int) -> tuple[int, int]:
         """Get (P, Q), the shape of M."""
-        K = kept_directions(self.basis_rank, rows_O, cols_I)
-        return (rows_O, cols_I) if self.full_basis else (K, K)
+        if self.full_basis:
+            return rows_O, cols_I
+        P, Q = (self.basis_rank, self.basis_rank) if self.core is None else self.core
+        return kept_directions(P, rows_O, cols_I), kept_directions(Q, rows_O, cols_I)
 
     def coefficients(self, rows_O: int, cols_I: int) -> int:
         """Get k, the number of trained coefficients (without the gate)."""
         P, Q = self.core_shape(rows_O, cols_I)
-        return sum(_line_length(offset, P, Q) for offset in range(-self.d, self.d + 1))
+        if self.pattern == DENSE:
+            return P * Q
+        return sum(line_length(offset, P, Q) for offset in range(-self.d, self.d + 1))
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {"M": (self.coefficients(rows_O, cols_I),)}
+        dense = self.pattern == DENSE
+        one: tuple[int, ...] = self.core_shape(rows_O, cols_I) if dense else (self.coefficients(rows_O, cols_I),)
+        shapes = {"M": one}
         return shapes | {"gate": (1,)} if self.gate else shapes
 
     def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
         rest = (
             {"U_rest": complement(spectrum.U_OR), "Vh_rest": complement(spectrum.Vh_RI.T).T} if self.full_basis else {}
         )
-        if self.pattern == "plain":
+        if self.pattern in ("plain", DENSE):
             return rest
         rows_O, cols_I, _ = spectrum.shape
         rows_C, cols_C = PATTERNS[self.pattern](self, spectrum, self.coefficients(rows_O, cols_I))
@@ -124,8 +151,8 @@ class SVFT(Method):
     def is_linear(self) -> bool:
         return not self.gate
 
-    def gradient_axes(self) -> dict[str, int]:
-        return {"M": 0}
+    def gradient_axes(self) -> dict[str, int | tuple[int, ...]]:
+        return {"M": (0, 1) if self.pattern == DENSE else 0}
 
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
         weak_K = weakness(spectrum)
@@ -133,19 +160,25 @@ class SVFT(Method):
             return {"M": weak_K}
         # Directions beyond the thin basis (full_basis) have singular value zero: full decay.
         padded = torch.nn.functional.pad(weak_K, (0, max(spectrum.shape[:2]) - len(weak_K)), value=1.0)
+        if self.pattern == DENSE:
+            P, Q = self.core_shape(*spectrum.shape[:2])
+            return {"M": (padded[:P, None] + padded[:Q]) / 2}
         return {"M": (padded[frozen["rows"]] + padded[frozen["cols"]]) / 2}
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
-        values_C = trained["M"] * torch.sigmoid(trained["gate"]) if self.gate else trained["M"]
+        values = trained["M"] * torch.sigmoid(trained["gate"]) if self.gate else trained["M"]
         left_OP, right_QI = spectrum.U_OR, spectrum.Vh_RI
         if self.pattern == "plain":
-            whole = Delta(left_OP, values_C, right_QI)
+            whole = Delta(left_OP, values, right_QI)
         else:
             if self.full_basis:
                 left_OP = torch.cat([left_OP, frozen["U_rest"].to(left_OP.dtype)], dim=1)
                 right_QI = torch.cat([right_QI, frozen["Vh_rest"].to(right_QI.dtype)])
-            shape = (left_OP.shape[1], right_QI.shape[0])
-            whole = Delta(left_OP, SparseCore(frozen["rows"], frozen["cols"], values_C, shape), right_QI)
+            P, Q = self.core_shape(left_OP.shape[0], right_QI.shape[1])
+            if left_OP.shape[1] != P or right_QI.shape[0] != Q:
+                left_OP, right_QI = left_OP[:, :P], right_QI[:Q]
+            core = values if self.pattern == DENSE else SparseCore(frozen["rows"], frozen["cols"], values, (P, Q))
+            whole = Delta(left_OP, core, right_QI)
         return whole if strength == 1.0 else scale(whole, strength)
 
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
@@ -163,63 +196,3 @@ def complement(U_OR: torch.Tensor) -> torch.Tensor:
     projected = gaussian - U_OR @ (U_OR.T @ gaussian)
     unit, upper = torch.linalg.qr(projected - U_OR @ (U_OR.T @ projected))
     return unit * torch.sign(upper.diagonal())
-
-
-Places = tuple[torch.Tensor, torch.Tensor]
-
-
-def _line_length(offset: int, P: int, Q: int) -> int:
-    """Get how many entries the diagonal j - i = offset of a P x Q matrix has."""
-    return max(min(P, Q - offset) if offset >= 0 else min(P + offset, Q), 0)
-
-
-def _plain(method: SVFT, spectrum: Spectrum, count: int) -> Places:
-    diagonal_K = torch.arange(count)
-    return diagonal_K, diagonal_K
-
-
-def _banded(method: SVFT, spectrum: Spectrum, count: int) -> Places:
-    P, Q = method.core_shape(*spectrum.shape[:2])
-    rows, cols = [], []
-    for offset in range(-method.d, method.d + 1):
-        line = torch.arange(_line_length(offset, P, Q))
-        rows.append(line + max(-offset, 0))
-        cols.append(line + max(offset, 0))
-    return torch.cat(rows), torch.cat(cols)
-
-
-def _random(method: SVFT, spectrum: Spectrum, count: int) -> Places:
-    """Draw `count` of the P * Q places without replacement.
-
-    From numpy's RandomState, whose stream is frozen (NEP 19): its seed gives the same pattern
-    on any machine and in any later version, so the file need not store it.
-    """
-    P, Q = method.core_shape(*spectrum.shape[:2])
-    stream = np.random.RandomState(method.pattern_seed)
-    flat_C = np.empty(0, dtype=np.int64)
-    while len(flat_C) < count:
-        drawn = np.concatenate([flat_C, stream.randint(0, P * Q, size=count, dtype=np.int64)])
-        first = np.sort(np.unique(drawn, return_index=True)[1])
-        flat_C = drawn[first][:count]
-    flat = torch.from_numpy(np.sort(flat_C))
-    return flat // Q, flat % Q
-
-
-def _top_k(method: SVFT, spectrum: Spectrum, count: int) -> Places:
-    rows_O, cols_I, K = spectrum.shape
-    if rows_O != cols_I:
-        raise WeightError(
-            f"{spectrum.name or 'weight'}: pattern='top_k' compares u_i with v_j, so it needs a square weight; this "
-            f"one is {rows_O}x{cols_I}. Use 'banded' or 'random', or exclude the layer."
-        )
-    alignment_KK = (spectrum.U_OR.T @ spectrum.Vh_RI.T).abs()
-    flat = alignment_KK.flatten().topk(count).indices.sort().values
-    return flat // K, flat % K
-
-
-PATTERNS: dict[str, Callable[[SVFT, Spectrum, int], Places]] = {
-    "plain": _plain,
-    "banded": _banded,
-    "random": _random,
-    "top_k": _top_k,
-}

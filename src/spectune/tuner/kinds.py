@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter import SpectralModule
 from ..adapter.rows import ROWS, add_rows, stacked_cores
-from ..algebra import add, dense, is_dense_cheaper, through_core
+from ..algebra import add, dense, is_core_built, is_dense_cheaper, through_core, with_built_core
 from ..records import Delta
 from .layer import SpectralAdapted
 
@@ -87,10 +87,13 @@ def tuned_product(base: nn.Linear, x_NI: torch.Tensor, deltas: list[Delta]) -> t
 
     Usually x W^T + b, into which every update is added through its factors. A wide update (svft and svdiff on a full
     basis) may be cheaper built: in float32 as x (W + dW)^T, in half precision, where W + dW would round the update
-    away, as a second product. The sum is W itself while dW is zero, so all three roads begin at the base's very output.
+    away, as a second product. A dense core between frozen factors may be built, too (`with_built_core`). The sum is W
+    itself while dW is zero, so all roads begin at the base's very output.
     """
     training = torch.is_grad_enabled()
     fused = type(base) is nn.Linear and base.weight.dtype == x_NI.dtype and x_NI.dtype.itemsize >= 4
+    if fused and len(deltas) == 1 and not base.weight.requires_grad and is_core_built(deltas[0], len(x_NI)):
+        return with_built_core(x_NI, base.weight, base.bias, deltas[0])
     wide = [delta for delta in deltas if is_dense_cheaper(delta, x_NI.shape[0], fused, training)]
     if wide and fused:
         weight_OI = base.weight

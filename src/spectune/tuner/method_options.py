@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         train_singular_values: bool | None = None
         basis_rank: int | None = None
         pattern: str | None = None
+        core: tuple[int, ...] | list[int] | None = None
         off_diagonals: int | None = None
         pattern_seed: int | None = None
         full_basis: bool | None = None
