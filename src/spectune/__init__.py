@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from .records import Weight as Weight
     from .spectrum import decompose as decompose
     from .tuner import SpectralConfig as SpectralConfig
+    from .tuner import prepare as prepare
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "SpectralConfig": "tuner",
+    "prepare": "tuner",
     "AdapterBank": "bank",
     "decompose": "spectrum",
     "Weight": "records",

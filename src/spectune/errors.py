@@ -37,6 +37,15 @@ class WeightError(SpectuneError, ValueError):
     """A weight that cannot be decomposed as requested: shape, rank, dtype, NaN or infinity."""
 
 
+class NothingToTrainError(WeightError):
+    """A weight in which a method has nothing to train; attaching leaves such a layer out while others remain."""
+
+    def __init__(self, message: str, why: str = "") -> None:
+        super().__init__(message)
+        self.why = why
+        """The reason in a few words, without the layer's name."""
+
+
 class AdapterError(SpectuneError, ValueError):
     """An adapter that does not fit: another base, a foreign or damaged file, a newer format."""
 

@@ -65,6 +65,9 @@ class Spectrum:
     columns: tuple[int, ...]
     quality: Quality
     name: str = ""
+    source: str = "weight"
+    """What the directions were found in: the weight, or data (`spectune.prepare`), where S_i = u_i^T W v_i all the
+    same, and U_OR diag(S_R) Vh_RI is no approximation of W."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -79,15 +82,18 @@ class Spectrum:
         kept, 2% (bottom) to 10% (random) of the update on MiniLM's weights in bfloat16, which no rotation undoes. Files
         store such bases.
         """
-        return self.columns == tuple(range(self.shape[2])) and self.quality.gap >= SURE_GAP
+        leading = self.columns == tuple(range(self.shape[2])) and self.quality.gap >= SURE_GAP
+        return leading and self.source == "weight"
 
     @classmethod
-    def unknown(cls, rows_O: int, cols_I: int, rank: int, name: str = "") -> Spectrum:
+    def unknown(cls, rows_O: int, cols_I: int, rank: int, name: str = "", source: str = "weight") -> Spectrum:
         """Get zeros that a file will fill with the directions; rank 0 for methods without any."""
         found = float("nan") if rank else 0.0
         quality = Quality(solver="file" if rank else "none", residual=found, orthogonality=found, gap=float("inf"))
         columns = tuple(range(rank))
-        return cls(torch.zeros(rows_O, rank), torch.zeros(rank), torch.zeros(rank, cols_I), columns, quality, name)
+        return cls(
+            torch.zeros(rows_O, rank), torch.zeros(rank), torch.zeros(rank, cols_I), columns, quality, name, source
+        )
 
     def rotated(self, delta: Delta) -> Spectrum:
         """Get the spectrum of the tuned weight W + dW for an update inside these directions, without another SVD.
@@ -96,9 +102,13 @@ class Spectrum:
         is decomposed. Exact when the rest is orthogonal to these directions, as it always is. The rest
         may now hold larger singular values than these, so `columns` are those of the weight before.
 
-        Raises ValueError for an update that leaves these directions (spectral_a).
+        Raises ValueError for an update that leaves these directions (spectral_a), and for directions of data.
         Spectral Adapter (arXiv 2405.13952), Lemma 4.1: this is how adapters are stacked.
         """
+        if self.source != "weight":
+            raise ValueError(
+                f"{self.name or 'weight'}: these directions were found in data and hold no singular values."
+            )
         if delta.left_OP is not self.U_OR or delta.right_QI is not self.Vh_RI:
             raise ValueError(
                 f"{self.name or 'weight'}: the update reaches outside these singular directions, so it cannot rotate "
@@ -111,7 +121,7 @@ class Spectrum:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:
         """Get the same directions on another device or in another dtype."""
         U_OR, S_R, Vh_RI = (t.to(device=device, dtype=dtype) for t in (self.U_OR, self.S_R, self.Vh_RI))
-        return Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name)
+        return Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name, self.source)
 
 
 @dataclass(frozen=True, eq=False)

@@ -365,7 +365,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, "rank=0 must be at least 1"),
     ({"energy": 1.5}, "above 0 and at most 1"),
     ({"frobenius": 1.0}, "below 1"),
-    ({"to": "spectral_a", "rank": 2, "columns": [0, 99]}, "column 99"),
+    ({"to": "spectral_a", "rank": 2, "columns": [0, 99]}, "no changed weight has all of these"),
 ]
 
 

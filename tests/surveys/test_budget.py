@@ -70,10 +70,11 @@ def target(O: int, I: int, name: str = "w") -> Target:
     return Target(name, f"{name}.weight", (O, I), name)
 
 
-def test_weights_with_too_few_directions_are_said_and_not_counted() -> None:
-    found = {row.method: row for row in budget([target(20, 30), target(6, 30, "small")], 8)}
-    assert found["spectral_a"].left_out == 1 and found["spectral_a"].trainable == 8 * 50
-    assert found["svdiff"].left_out == 0 and found["svdiff"].trainable == 26
+def test_ranks_are_lowered_as_attaching_does_and_weights_with_too_few_directions_are_not_counted() -> None:
+    found = {row.method: row for row in budget([target(20, 30), target(6, 30, "small"), target(1, 30, "one")], 8)}
+    assert found["spectral_a"].left_out == 0 and found["spectral_a"].trainable == 8 * 50 + 6 * 36 + 31
+    assert found["spectral_r"].left_out == 1 and found["spectral_r"].trainable == 8 * 7 + 6 * 5
+    assert found["svdiff"].left_out == 0 and found["svdiff"].trainable == 27
     assert found["orthogonal_adaptation"].left_out == 0
 
 

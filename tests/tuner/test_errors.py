@@ -56,10 +56,10 @@ def test_a_target_that_matches_nothing_lists_the_near_misses() -> None:
         get_peft_model(LLAMA.fresh(), SpectralConfig(target_modules=["q_proj", "q_prj"]))
 
 
-def test_more_directions_than_the_weight_has_name_the_layer_and_leave_the_model_alone() -> None:
+def test_more_directions_by_pattern_than_the_weight_has_name_the_layer_and_leave_the_model_alone() -> None:
     model = LLAMA.fresh()
     with pytest.raises(SpectuneError, match=r"layers\.0\.self_attn\.k_proj: r=20 is more than this 16x32 weight has"):
-        get_peft_model(model, SpectralConfig(r=20, target_modules=["q_proj", "k_proj"]))
+        get_peft_model(model, SpectralConfig(rank_pattern={"k_proj": 20}, target_modules=["q_proj", "k_proj"]))
     assert not any(isinstance(module, SpectralLayer) for module in model.modules())
     assert torch.equal(output(model, LLAMA.inputs()), output(LLAMA.fresh(), LLAMA.inputs()))
 
@@ -68,7 +68,8 @@ def test_a_failed_second_adapter_leaves_the_first_as_it_was() -> None:
     model = adapted(LLAMA, "spectral_a")
     tuned = output(model, LLAMA.inputs())
     with pytest.raises(SpectuneError):
-        model.add_adapter("second", SpectralConfig(r=20, target_modules=["q_proj", "v_proj"]))
+        second = SpectralConfig(rank_pattern={"v_proj": 20}, target_modules=["q_proj", "v_proj"])
+        model.add_adapter("second", second)
     assert torch.equal(output(model, LLAMA.inputs()), tuned)
     assert list(model.peft_config) == ["default"]
 

@@ -18,6 +18,9 @@ from ..spectrum import align, sketch, sketch_tolerance, sketch_width
 # |W Vh^T - U S| of an embedded basis, as a fraction of what a foreign basis of that size gives (|W|_F sqrt(R / K)):
 # rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
 FOREIGN_RESIDUAL = 0.03
+# |u^T W v - S|, root mean square over directions of data, as a fraction of W's root mean square entry: rounding the
+# base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
+FOREIGN_GAIN = 0.1
 
 BASIS = ("U_OR", "S_R", "Vh_RI")
 # A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
@@ -52,7 +55,7 @@ class KeptBasis(nn.Module):
         super().__init__()
         self.method = method
         self.name = spectrum.name
-        self.columns, self.quality = spectrum.columns, spectrum.quality
+        self.columns, self.quality, self.source = spectrum.columns, spectrum.quality, spectrum.source
         self.base_matrix: Callable[[], torch.Tensor] | None = None
         """Gives W_OI, so that an embedded basis can be checked against it; set by the layer."""
         self._record: Spectrum | None = None
@@ -65,7 +68,7 @@ class KeptBasis(nn.Module):
             kept = tensor if tensor.is_floating_point() else tensor.to(torch.int32)
             self.register_buffer(name, kept.to(device), persistent=method.saves_frozen())
         found = math.isfinite(spectrum.quality.residual)
-        self.register_buffer("sketch", self._make_sketch() if found else torch.zeros(0))
+        self.register_buffer("sketch", self._make_sketch() if found and self.source == "weight" else torch.zeros(0))
         self._settled_on: torch.Tensor | None = self.sketch if found else None
         self.embed_basis(embed_basis)
 
@@ -125,7 +128,7 @@ class KeptBasis(nn.Module):
         held = self._record
         # Kept, because every forward asks for it; a basis that was turned or moved is another tensor.
         if held is None or held.U_OR is not U_OR or held.S_R is not S_R or held.Vh_RI is not Vh_RI:
-            held = self._record = Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name)
+            held = self._record = Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name, self.source)
         return held
 
     @property
@@ -202,11 +205,14 @@ class KeptBasis(nn.Module):
         U_OR, S_R, Vh_RI = brought.U_OR, brought.S_R, brought.Vh_RI
         if not bool(S_R.any()) and not math.isfinite(self.quality.residual):
             raise AdapterError(
-                f"{self.name}: save_basis='always', but the file brought no basis. Export or copy the adapter again."
+                f"{self.name}: the basis should be in the adapter's file, and is not. Export or copy the adapter again."
             )
         if self.base_matrix is None:
             return
         W_OI = self.base_matrix().to(S_R)
+        if self.source != "weight":
+            self._refuse_other_gains(W_OI, brought)
+            return
         with in_own_dtype(S_R):
             residual = torch.linalg.vector_norm(W_OI @ Vh_RI.mT - U_OR * S_R)
         foreign = torch.linalg.vector_norm(W_OI) * (len(self.columns) / min(W_OI.shape)) ** 0.5
@@ -215,6 +221,19 @@ class KeptBasis(nn.Module):
                 f"{self.name}: the adapter was trained on another base weight: its singular vectors leave a residual "
                 f"of {float(residual / foreign):.1%} here, at most {FOREIGN_RESIDUAL:.0%} is rounding. Load it on the "
                 f"base model that it was trained on."
+            )
+
+    def _refuse_other_gains(self, W_OI: torch.Tensor, brought: Spectrum) -> None:
+        """Raise `AdapterError` unless this weight has along directions of data what the adapter's own had."""
+        with in_own_dtype(W_OI):
+            gains_R = (brought.U_OR * (W_OI @ brought.Vh_RI.mT)).sum(0)
+        off = torch.linalg.vector_norm(gains_R - brought.S_R) / len(gains_R) ** 0.5
+        typical = torch.linalg.vector_norm(W_OI) / W_OI.numel() ** 0.5
+        if not float(off) <= FOREIGN_GAIN * float(typical):
+            raise AdapterError(
+                f"{self.name}: the adapter was trained on another base weight: along its directions this one differs "
+                f"by {float(off / typical):.0%} of a typical entry, at most {FOREIGN_GAIN:.0%} is rounding. Load it on "
+                f"the base model that it was trained on."
             )
 
     def _complete_frozen(self) -> None:

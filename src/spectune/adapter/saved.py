@@ -65,10 +65,13 @@ class LayerRanks:
         return None if pattern is None else self._ranks[pattern]
 
 
-def saved_method(config: Mapping[str, Any], layer: str, ranks: LayerRanks | None = None) -> Method:
+def saved_method(
+    config: Mapping[str, Any], layer: str, ranks: LayerRanks | None = None, shape: tuple[int, int] | None = None
+) -> Method:
     """Get the method of one layer from the config of a saved adapter; `AdapterError` for one of a newer format.
 
-    `ranks` are the config's, where many layers are asked for.
+    `ranks` are the config's, where many layers are asked for. With the shape (O, I) of the layer's weight the method
+    is fitted to it, as where it was trained.
     """
     refuse_newer(config.get("format_version", FORMAT_VERSION))
     name = str(config.get("method"))
@@ -80,7 +83,8 @@ def saved_method(config: Mapping[str, Any], layer: str, ranks: LayerRanks | None
     options = options if r is None else {**options, "r": r}
     refuse_absurd(options)
     try:
-        return build_method(name, options)
+        method = build_method(name, options)
+        return method if shape is None or r is not None else method.fitted(*shape, layer)
     except TypeError as error:  # a text or a list where a number belongs
         raise OptionError(f"adapter_config.json: an option of {name} has the wrong type: {error}.") from error
 
@@ -96,8 +100,7 @@ def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str
     for layer, names in owner_first(folder):
         tensor_name = base_tensor(layer, base)
         tensors = {name: folder.tensor(key) for name, key in names.items()}
-        method = saved_method(folder.config, layer, ranks)
-        module, transposed = _fit(folder.config, method, layer, base.tensor(tensor_name), tensors, owner)
+        module, transposed = _fit(folder.config, ranks, layer, base.tensor(tensor_name), tensors, owner)
         owner = owner or module
         yield layer, tensor_name, transposed, module
 
@@ -137,7 +140,7 @@ def base_tensor(layer: str, base: Checkpoint) -> str:
 
 def _fit(
     config: Mapping[str, Any],
-    method: Method,
+    ranks: LayerRanks,
     layer: str,
     stored: torch.Tensor,
     tensors: dict[str, torch.Tensor],
@@ -156,6 +159,7 @@ def _fit(
         )
     for transposed in (False, True) if stored.ndim == 2 else (False,):
         W_OI = stored.T if transposed else stored.flatten(1)
+        method = saved_method(config, layer, ranks, (W_OI.shape[0], W_OI.shape[1]))
         if not _shapes_fit(method, W_OI, tensors):
             continue
         try:
@@ -185,7 +189,8 @@ def _module(
     embedded = "U_OR" in tensors
     refuse_misfits(method, weight.name, (rows_O, cols_I), tensors, owner)
     if rank == 0 or embedded:
-        spectrum = Spectrum.unknown(rows_O, cols_I, rank, weight.name)
+        source = str(config.get("directions", "weight"))
+        spectrum = Spectrum.unknown(rows_O, cols_I, rank, weight.name, source)
     else:
         (spectrum,) = obtain([weight], Request(rank, columns, **saved_svd(config)), open_cache())
     module = SpectralModule(method, spectrum, embed_basis=embedded, owner=owner)

@@ -46,7 +46,7 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
         raise AdapterError(f"{folder}: cannot read the tensors: {error}. Copy the file again.") from error
     cores, ranks = {}, LayerRanks(config.rank_pattern)
     for layer, module in modules.items():
-        method = config.build_method(ranks.of(layer))
+        method = config.method_for(layer, ranks.of(layer), module.U_OR.shape[0], module.Vh_RI.shape[1])
         if method != module.method:
             raise AdapterError(
                 f"{folder}: {layer}: the bank has {module.method}, the file has {method}. Make another bank."

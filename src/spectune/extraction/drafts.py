@@ -14,7 +14,7 @@ from ..adapter import SpectralModule
 from ..adapter.saved import LayerRanks, saved_method, tensors_by_layer
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder, save_tensors, write_atomically
-from ..errors import ExportError
+from ..errors import ExportError, OptionError
 from ..export.architecture import Place
 from ..export.lora_config import rank_pattern
 from ..methods import build_method
@@ -125,9 +125,10 @@ class SpectralDraft:
     ranks: dict[str, int] = field(default_factory=dict)
 
     def add(self, place: Place, kernel: tuple[int, ...], W_OI: torch.Tensor, dW_OI: torch.Tensor) -> Fit:
-        r = min(self.r, *W_OI.shape) if isinstance(self.columns, str) else self.r
-        method = build_method(self.form, {"r": r, "columns": self.columns})
-        spectrum = decompose(Weight(place.module, W_OI), r, columns=self.columns)
+        asked = build_method(self.form, {"r": self.r, "columns": self.columns})
+        method = asked.fitted(W_OI.shape[0], W_OI.shape[1], place.module)
+        r, columns = method.basis(*W_OI.shape)
+        spectrum = decompose(Weight(place.module, W_OI), r, columns=columns)
         method.check(spectrum)
         module = SpectralModule(method, spectrum, embed_basis=not spectrum.is_found_again)
         names = method.trained_shapes(*W_OI.shape)  # what is added to U, then what is added to Vh
@@ -143,13 +144,17 @@ class SpectralDraft:
         return Fit(r, float(missed), 1e-3)
 
     def config(self) -> dict[str, Any]:
-        r, pattern = rank_pattern(self.ranks)
-        columns = list(self.columns) if isinstance(self.columns, tuple) else self.columns
+        listed = isinstance(self.columns, tuple)  # then every layer takes those of the list that it has
+        if listed and self.ranks and max(self.ranks.values()) < len(self.columns):
+            raise OptionError(
+                f"columns={list(self.columns)}: no changed weight has all of these. Take some off the list."
+            )
+        r, pattern = (self.r, {}) if listed else rank_pattern(self.ranks)
         return {
             "peft_type": "SPECTUNE",
             "method": self.form,
             "r": r,
-            "columns": columns,
+            "columns": list(self.columns) if listed else self.columns,
             "rank_pattern": pattern,
             "format_version": 1,
         }
@@ -159,9 +164,10 @@ class SpectralDraft:
         ranks, layers = LayerRanks(saved.config.get("rank_pattern")), tensors_by_layer(saved)
         for layer in self.ranks:
             tensors = {name: saved.tensor(key) for name, key in layers[layer].items()}
-            method = saved_method(saved.config, layer, ranks)
-            rank, columns = method.basis(0, 0)
-            spectrum = decompose(Weight(layer, base_matrix(layer)), rank, columns=columns)
+            W_OI = base_matrix(layer)
+            method = saved_method(saved.config, layer, ranks, (W_OI.shape[0], W_OI.shape[1]))
+            rank, columns = method.basis(*W_OI.shape)
+            spectrum = decompose(Weight(layer, W_OI), rank, columns=columns)
             module = SpectralModule(method, spectrum, embed_basis="U_OR" in tensors)
             module.load_state_dict(tensors)  # rotates the basis to match the sketch, as any loading does
             yield layer, dense(module.delta()).detach()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint, find_base, fresh_folder
-from ..errors import ExportError, OptionError, nearest
+from ..errors import ExportError, NothingToTrainError, OptionError, nearest
 from ..export.architecture import ADAPTABLE, Architecture, Place, read_architecture
 from ..export.lora import DTYPES
 from ..export.lora_config import target_modules
@@ -157,11 +157,18 @@ class _Work:
         if size == 0:
             self.unchanged.append(name)
         elif place.kind in (ADAPTABLE if self.embeddings else ADAPTABLE[:2]):
-            self.fits[place.module] = draft.add(place, change.shape, place.matrix(before), place.matrix(change))
-            self.places[place.module], self.stored[place.module] = place, name
+            try:
+                fit = draft.add(place, change.shape, place.matrix(before), place.matrix(change))
+            except NothingToTrainError as error:  # zeros in BASE have no singular directions
+                self._leave(name, error.why, before, size)
+                return
+            self.fits[place.module], self.places[place.module], self.stored[place.module] = fit, place, name
         else:
-            whole = float(torch.linalg.vector_norm(before))
-            self.rest.append(RestTensor(name, place.kind, size, size / whole if whole else None, False))
+            self._leave(name, place.kind, before, size)
+
+    def _leave(self, name: str, why: str, before: torch.Tensor, size: float) -> None:
+        whole = float(torch.linalg.vector_norm(before))
+        self.rest.append(RestTensor(name, why, size, size / whole if whole else None, False))
 
     def prove(self, draft: Draft, folder: Path) -> Iterator[ExtractedLayer]:
         """Compare the written adapter with both models, layer by layer."""

@@ -114,7 +114,7 @@ class Adapter:
                     f"{layer}: the adapter file is incomplete: it lacks part of this layer's basis. Copy it again."
                 )
             shape = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
-            method = saved_method(self.folder.config, layer, ranks)
+            method = saved_method(self.folder.config, layer, ranks, shape)
             refuse_misfits(method, layer, shape, tensors, owner)
             module = SpectralModule(
                 method, Spectrum.unknown(*shape, method.basis(*shape)[0], layer), embed_basis=True, owner=owner

@@ -52,7 +52,7 @@ def save_spectral(
 ) -> Saved:
     """Write a spectral_a adapter together with its directions, so that nothing needs to be computed again."""
     tensors, ranks, error = dict(carried), {}, 0.0
-    columns = next(iter(parts.values())).columns
+    columns = sorted({column for part in parts.values() for column in part.columns})
     for layer, part in parts.items():
         assert part.basis is not None and part.method is not None
         basis = part.basis.to(dtype=torch.float32)

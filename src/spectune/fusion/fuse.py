@@ -160,17 +160,12 @@ def _by_layer(
 
 
 def _on_equal_columns(fused: dict[str, Part], base: Checkpoint | None) -> dict[str, Part]:
-    """Get the same updates with the same columns in every layer, which one config can then name."""
+    """Get the same updates with the same columns in every layer that has them, which one config can then name."""
     union = sorted({column for part in fused.values() for column in part.columns})
     equal = {}
     for layer, part in fused.items():
-        missing = [column for column in union if column not in part.columns]
-        K = min(part.delta.shape)
-        if missing and missing[-1] >= K:
-            raise AdapterError(
-                f"{layer}: column {missing[-1]} was tuned in other layers, but this one has only {K} columns. Use "
-                "rule='average'."
-            )
+        present = [column for column in union if column < min(part.delta.shape)]
+        missing = [column for column in present if column not in part.columns]
         if missing and base is None:
             raise AdapterError(
                 f"{layer}: columns {missing} were tuned in other layers only, and giving this layer the same ones "
@@ -178,7 +173,7 @@ def _on_equal_columns(fused: dict[str, Part], base: Checkpoint | None) -> dict[s
             )
         if missing and base is not None:
             stored = base.tensor(base_tensor(layer, base))
-            part = pad(part, union, stored.T if part.stored.transposed else stored.flatten(1))
+            part = pad(part, present, stored.T if part.stored.transposed else stored.flatten(1))
         equal[layer] = part
     return equal
 

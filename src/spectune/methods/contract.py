@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import ClassVar, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ..errors import OptionError, WeightError
+from ..errors import NothingToTrainError, OptionError, WeightError
 from ..records import Delta, Spectrum
 
 Columns = str | int | tuple[int, ...]
@@ -43,9 +43,20 @@ class Method:
     learning_rate: ClassVar[float]
     """A first guess for AdamW; the subclass says where it comes from."""
 
+    takes_any_directions: ClassVar[bool] = False
+    """Whether the update is confined to the basis and starts at zero in any, so that data may choose it."""
+
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         """Get how many singular directions of an O x I weight this method wants, and which."""
         raise NotImplementedError
+
+    def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> Method:
+        """Get this method for one O x I weight: `r` lowered to what the weight has, if that is less.
+
+        It follows from the options and the shape alone, so a file need not say it. `NothingToTrainError`, with the
+        weight's name, where nothing is left to train.
+        """
+        return self
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         """Get the names and shapes of the trainable tensors. Zeros in all of them mean dW = 0
@@ -134,6 +145,31 @@ def kept_directions(basis_rank: int | None, rows_O: int, cols_I: int) -> int:
     return K if basis_rank is None else min(basis_rank, K)
 
 
+Fitted = TypeVar("Fitted", bound=Method)
+
+
+def fit_directions(method: Fitted, rows_O: int, cols_I: int, name: str, least: int = 1) -> Fitted:
+    """Get a method with the options `r` and `columns` for one O x I weight: only directions that the weight has.
+
+    Of a list of columns those remain that the weight has; from a start index, those after it.
+    """
+    options: Any = method
+    K, r, columns = min(rows_O, cols_I), options.r, options.columns
+    listed = isinstance(columns, tuple) and r == len(columns)
+    kept = tuple(place for place in columns if place < K) if listed else columns
+    left = len(kept) if listed else K - columns if isinstance(columns, int) else K
+    if left >= r:
+        return method
+    if left < least:
+        raise NothingToTrainError(
+            f"{name}: {method.name} needs {least} or more of the directions that columns={columns!r} names, but this "
+            f"{rows_O}x{cols_I} weight has {max(left, 0)} of them. Exclude the layer.",
+            f"too few directions for {method.name}",
+        )
+    changes: dict[str, Any] = {"r": left, "columns": kept}
+    return replace(method, **changes)
+
+
 def weakness(spectrum: Spectrum) -> torch.Tensor:
     """Get 1 - s / s_max of each kept direction, shape (R,): zero for the strongest, near one in the tail.
 
@@ -149,9 +185,10 @@ def refuse_dead_directions(method: str, spectrum: Spectrum) -> None:
     floor = max(spectrum.shape[:2]) * torch.finfo(S_R.dtype).eps * float(S_R.max())
     alive = int((floor < S_R).sum())
     if alive == 0:
-        raise WeightError(
+        raise NothingToTrainError(
             f"{name}: all {asked} singular values that {method} would tune are zero, so no direction would ever get a "
-            "gradient. Exclude the layer or use method='svft'."
+            "gradient. Exclude the layer or use method='svft'.",
+            f"all zero, so {method} would get no gradient",
         )
     if alive < asked:
         raise WeightError(

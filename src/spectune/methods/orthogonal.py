@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -47,6 +47,10 @@ class LiDB(Method):
 
     def _widths(self, rows_O: int, cols_I: int) -> tuple[int, int]:
         return min(self.output_width, rows_O), min(self.input_width, cols_I)
+
+    def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> LiDB:
+        narrowest = min(self._widths(rows_O, cols_I))
+        return self if self.r <= narrowest else replace(self, r=narrowest)
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         P, Q = self._widths(rows_O, cols_I)
@@ -108,6 +112,10 @@ class OrthogonalAdaptation(Method):
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         return 0, "top"
+
+    def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> OrthogonalAdaptation:
+        # Other concepts begin where this r says; with another one they would share rows, so `frozen` refuses them.
+        return replace(self, r=cols_I) if self.concept == 0 and self.r > cols_I else self
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"B": (rows_O, self.r)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,7 @@ class SpecAdapt(Method):
     """
 
     name: ClassVar[str] = "specadapt"
+    takes_any_directions: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "SpecAdapt, optimizer-level adaptation in a truncated SVD basis (zhangkunzk/SpecAdapt_pytorch)"
     )
@@ -56,6 +57,11 @@ class SpecAdapt(Method):
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         return kept_directions(self.basis_rank, rows_O, cols_I), "top"
+
+    def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> SpecAdapt:
+        # A shared H is r x r for all weights; where a weight has less, A and B bring the update to the rank it allows.
+        K = kept_directions(self.basis_rank, rows_O, cols_I)
+        return self if self.shared_core or self.r <= K else replace(self, r=K)
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         K = kept_directions(self.basis_rank, rows_O, cols_I)

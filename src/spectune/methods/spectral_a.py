@@ -9,7 +9,7 @@ import torch
 
 from ..algebra import scale
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, option, refuse_dead_directions, weakness
+from .contract import Columns, Method, Tensors, fit_directions, option, refuse_dead_directions, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,9 @@ class SpectralA(Method):
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         return self.r, self.columns
+
+    def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> SpectralA:
+        return fit_directions(self, rows_O, cols_I, name)
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"A_U": (rows_O, self.r), "A_Vh": (self.r, cols_I)}

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, option, refuse_dead_directions, weakness
+from .contract import Columns, Method, Tensors, fit_directions, option, refuse_dead_directions, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,9 @@ class SpectralR(Method):
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         return self.r, self.columns
+
+    def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> SpectralR:
+        return fit_directions(self, rows_O, cols_I, name, least=2)  # one direction has nothing to rotate with
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         triangle = (self.r * (self.r - 1) // 2,)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..algebra import scale
+from ..errors import NothingToTrainError
 from ..records import Delta, Spectrum
 from .contract import Columns, Method, Tensors, kept_directions, option, weakness
 
@@ -41,6 +42,14 @@ class SVDiff(Method):
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"shift": (kept_directions(self.basis_rank, rows_O, cols_I),)}
+
+    def check(self, spectrum: Spectrum) -> None:
+        if not bool(spectrum.S_R.any()):
+            raise NothingToTrainError(
+                f"{spectrum.name or 'weight'}: all singular values are zero, and svdiff has no gradient there. Exclude "
+                f"the layer or use method='svft'.",
+                "all zero, so svdiff would get no gradient",
+            )
 
     def gradient_axes(self) -> dict[str, int]:
         return {"shift": 0}

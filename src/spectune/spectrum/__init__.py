@@ -8,6 +8,9 @@ from .cache import BasisCache as BasisCache
 from .cache import default_folder as default_folder
 from .cache import open_cache as open_cache
 from .cache import parse_bytes as parse_bytes
+from .data import DIRECTIONS as DIRECTIONS
+from .data import DataSpectra as DataSpectra
+from .data import Moments as Moments
 from .distributed import processes as processes
 from .engine import SOLVERS as SOLVERS
 from .engine import Request as Request

@@ -77,9 +77,12 @@ def budget_methods(r: int) -> dict[str, Method]:
     return found
 
 
-def fits(method: Method, shape: tuple[int, int]) -> bool:
-    """Ask whether a weight has enough directions for a method."""
-    return method.basis(*shape)[0] <= min(shape)
+def fitted(method: Method, shape: tuple[int, int]) -> Method | None:
+    """Get a method as it is attached to a weight of this shape, or None where it has nothing to train."""
+    try:
+        return method.fitted(*shape)
+    except WeightError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ def _row(name: str, method: Method, targets: Sequence[Target]) -> BudgetRow:
     )
 
 
-def _cost(method: Method, shape: tuple[int, int]) -> _Cost | None:
-    if not fits(method, shape):
+def _cost(asked: Method, shape: tuple[int, int]) -> _Cost | None:
+    method = fitted(asked, shape)
+    if method is None:
         return None
     rows_O, cols_I = shape
     R = method.basis(rows_O, cols_I)[0]

@@ -13,7 +13,7 @@ from ..checkpoint.targets import Target
 from ..methods import Method
 from ..records import Weight
 from ..spectrum import decompose
-from .budget import fits
+from .budget import fitted
 from .figures import median
 
 # How many kinds of work (a shape with a rank) are timed, the most costly first; the rest is scaled. Chosen.
@@ -68,10 +68,10 @@ class DecompositionClock:
 
 def jobs_of(method: Method, targets: Sequence[Target]) -> Counter[Job]:
     """Get which decompositions a method needs, and how many of each."""
-    shapes = Counter(target.shape for target in targets if fits(method, target.shape))
     found: Counter[Job] = Counter()
-    for (O, I), count in shapes.items():
-        if R := method.basis(O, I)[0]:
+    for (O, I), count in Counter(target.shape for target in targets).items():
+        here = fitted(method, (O, I))
+        if here is not None and (R := here.basis(O, I)[0]):
             found[O, I, R] += count
     return found
 

@@ -12,5 +12,6 @@ from .foreign_file import bounded_config as bounded_config
 from .kinds import SpectralLinear as SpectralLinear
 from .layer import SpectralLayer as SpectralLayer
 from .model import SpectralTuner as SpectralTuner
+from .prepare import prepare as prepare
 
 register.register()

@@ -16,6 +16,7 @@ from ..records import Spectrum, Weight
 from ..spectrum import Request, obtain, open_cache, processes
 from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
+from .directions import data_basis
 
 
 def find_bases(
@@ -74,12 +75,12 @@ def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
 
 
 def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: LayerRanks) -> Request | None:
-    """Get what to ask of the engine for one weight; None where the method or the file brings the basis."""
+    """Get what to ask of the engine for one weight; None where the method, data or the file brings the basis."""
     try:
-        rank, columns = config.build_method(ranks.of(path)).basis(*W_OI.shape)
+        rank, columns = config.method_for(path, ranks.of(path), *W_OI.shape).basis(*W_OI.shape)
     except WeightError:
         return None  # raised again, with the layer's name, when the layer is adapted
-    if rank == 0 or config.basis_is_in_file:
+    if rank == 0 or config.basis_is_in_file or config.directions != "weight":
         return None
     svd = config.svd_options
     columns = tuple(columns) if isinstance(columns, list) else columns
@@ -88,6 +89,8 @@ def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: Layer
 
 def find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
     """Get the basis of one weight alone."""
+    if config.directions != "weight":
+        return data_basis(config.directions, config.spectra, name)
     rank, columns = method.basis(*W_OI.shape)
     svd = config.svd_options
     request = Request(rank, columns, svd.solver, svd.tolerance, svd.seed)

@@ -15,7 +15,9 @@ from ..adapter.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
 from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest, one_line
 from ..methods import METHODS, Method, build_method
+from ..spectrum import DataSpectra
 from .config_types import check_plain_types, check_types
+from .directions import check_directions
 from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
 from .peft_type import PEFT_TYPE
@@ -53,6 +55,13 @@ class SpectralConfig(MethodOptions, PeftConfig):
     """
 
     method: str = field(default="spectral_a", metadata={"help": "One of spectune.METHODS."})
+    directions: str = field(
+        default="weight",
+        metadata={
+            "help": "Which directions: weight, or those of data, found by `spectune.prepare`: gradient, gradient_mean, "
+            "activation, weight_x_activation (svft and specadapt)."
+        },
+    )
     singular_decay: float = field(
         default=0.0,
         metadata={"help": "Decay of each number by its direction's weakness, per step and unit of learning rate."},
@@ -98,6 +107,12 @@ class SpectralConfig(MethodOptions, PeftConfig):
         default=FORMAT_VERSION, metadata={"help": "Layout of the adapter file; leave it alone."}
     )
 
+    spectra: DataSpectra | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "The directions of data, filled by `spectune.prepare`. Not part of the config's file."},
+    )
     origin: Origin | None = field(
         default=None,
         repr=False,
@@ -135,7 +150,11 @@ class SpectralConfig(MethodOptions, PeftConfig):
     @property
     def basis_is_in_file(self) -> bool:
         """Whether the tensors that come with this config bring the basis, so that none need be found."""
-        return self.save_basis == "always" and self.origin is not None and self.origin.place is not None
+        if self.origin is None:
+            return False
+        if self.directions != "weight":  # nothing else could
+            return self.spectra is None
+        return self.save_basis == "always" and self.origin.place is not None
 
     @property
     def svd_options(self) -> SVDOptions:
@@ -152,6 +171,11 @@ class SpectralConfig(MethodOptions, PeftConfig):
         refuse_absurd(given)
         return build_method(self.method, given)
 
+    def method_for(self, layer: str, r: int | None, rows_O: int, cols_I: int) -> Method:
+        """Get the method of one layer: with its `r` of rank_pattern as it is, or else with `r` as low as its weight."""
+        method = self.build_method(r)
+        return method if r is not None else method.fitted(rows_O, cols_I, layer)
+
     def _check_choices(self) -> None:
         for option, value, known in (
             ("save_basis", self.save_basis, SAVE_BASIS),
@@ -161,6 +185,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
             if value not in known:
                 words = [str(word) for word in known]
                 raise OptionError(f"{option}={value!r} does not exist. {nearest(str(value), words)}")
+        check_directions(self.directions, METHODS[self.method], self.save_basis)
         if self.rank_pattern and "r" not in METHODS[self.method].options():
             raise OptionError(
                 f"method {self.method!r} has no option 'r', so rank_pattern cannot be used. Leave it out."
@@ -192,7 +217,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Get the config as JSON can hold it; sets are sorted, so that equal configs are equal files."""
         values = asdict(self)
-        del values["origin"]
+        del values["origin"], values["spectra"]
         for name, value in values.items():
             if isinstance(value, set):
                 values[name] = sorted(value)

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import OptionError, one_line
+from ..spectrum import DataSpectra
 from .origin import Origin
 
 # What a config file may hold in the fields that are used before anybody looks at them. JSON knows no sets.
@@ -27,6 +28,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "save_basis": (str,),
     "grad_norm": (str, type(None)),
     "bias": (str,),
+    "spectra": (DataSpectra, type(None)),
     "origin": (Origin, type(None)),
 }
 

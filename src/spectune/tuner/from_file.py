@@ -137,8 +137,8 @@ def _made(
     """Get (layer, tensor, shape) for what the tuner would allocate at the config's word alone."""
     ranks, shared_made = LayerRanks(config.rank_pattern), False
     for layer, (rows_O, cols_I) in _shapes(chosen, model):
-        method = config.build_method(ranks.of(layer))
         try:
+            method = config.method_for(layer, ranks.of(layer), rows_O, cols_I)
             rank, _ = method.basis(rows_O, cols_I)
             shapes = dict(method.trained_shapes(rows_O, cols_I))
         except WeightError:
@@ -146,7 +146,7 @@ def _made(
         if not shared_made:
             shapes |= method.shared_shapes()
             shared_made = True
-        if rank and config.save_basis == "always":
+        if rank and (config.save_basis == "always" or config.directions != "weight"):
             shapes |= {"U_OR": (rows_O, rank), "S_R": (rank,), "Vh_RI": (rank, cols_I)}
         for name, shape in shapes.items():
             yield layer, name, shape

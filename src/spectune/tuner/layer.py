@@ -90,8 +90,8 @@ class SpectralLayer(BaseTunerLayer):
         basis: Spectrum | None = None,
     ) -> None:
         """Attach a new adapter, on this basis or on one found here; nothing is attached when anything is wrong."""
-        method = config.build_method(r)
         W_OI = self.original_matrix()
+        method = config.method_for(name, r, *W_OI.shape)
         if W_OI.is_meta and basis is None:
             raise WeightError(
                 f"{name}: the base weight is on the meta device, there is nothing to decompose. "
@@ -99,7 +99,8 @@ class SpectralLayer(BaseTunerLayer):
             )
         rank, _ = method.basis(*W_OI.shape)
         if rank == 0 or config.basis_is_in_file:
-            spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name).to(W_OI.device)
+            unknown = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions)
+            spectrum = unknown.to(W_OI.device)
         else:
             spectrum = find_basis(name, W_OI, method, config) if basis is None else basis
             method.check(spectrum)

@@ -17,10 +17,11 @@ from ..adapter import SpectralModule, spectral_modules
 from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
-from ..errors import OptionError, SpectuneError, nearest, one_line
+from ..errors import NothingToTrainError, OptionError, SpectuneError, nearest, one_line
 from ..records import Spectrum
 from .base_weight import backend_of, layout_of
 from .bases import find_bases
+from .concessions import Concessions
 from .config import SpectralConfig
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
@@ -48,6 +49,11 @@ class SpectralTuner(BaseTuner):
         try:
             with nullcontext() if config.origin is None else self._bounded(config, model):
                 self._inject(model, adapter_name, *args, **kwargs)
+            try:
+                self._concessions.close(any(name == adapter_name for _, name, _ in spectral_modules(model)))
+            except OptionError:
+                self._take_back(model, adapter_name)
+                raise
         except ValueError as error:  # PEFT's: a pattern names no layer of this model
             if isinstance(error, SpectuneError):
                 raise
@@ -74,8 +80,9 @@ class SpectralTuner(BaseTuner):
                 self._chosen = None
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
         self._bases: dict[str, Spectrum] = {}
-        self._ranks = LayerRanks(self.peft_config[adapter_name].rank_pattern)
+        self._ranks, self._concessions = LayerRanks(config.rank_pattern), Concessions(config)
         try:
             with decomposing() as self._tick:
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -113,6 +120,23 @@ class SpectralTuner(BaseTuner):
         basis = self._bases.pop(current_key, None)
         if basis is None:
             self._tick(current_key)
+        try:
+            adapted = self._adapt(peft_config, adapter_name, target, target_name, parent, current_key, basis)
+        except NothingToTrainError as error:
+            self._concessions.leave_out(current_key, error)
+        else:
+            self._concessions.note(current_key, adapted.module(adapter_name), self._ranks.of(current_key))
+
+    def _adapt(
+        self,
+        peft_config: SpectralConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        basis: Spectrum | None,
+    ) -> SpectralLayer:
         r = self._ranks.of(current_key)
         owner = self._owner_of_shared(peft_config, adapter_name)
         if isinstance(target, SpectralLayer):
@@ -121,7 +145,7 @@ class SpectralTuner(BaseTuner):
                 target.get_base_layer().out_proj.update_layer(
                     adapter_name, peft_config, f"{current_key}.out_proj", r, owner
                 )
-            return
+            return target
         refuse_output_of_attention(parent, target_name, current_key)
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = KINDS[layout_of(innermost, current_key, backend_of(innermost)).kind]
@@ -132,6 +156,7 @@ class SpectralTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
+        return adapted
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,0 +1,42 @@
+"""Directions of data in a config: which go with which options, and the basis of one layer."""
+
+from __future__ import annotations
+
+from ..errors import OptionError, nearest
+from ..methods import METHODS, Method
+from ..records import Spectrum
+from ..spectrum import DIRECTIONS, DataSpectra
+
+
+def check_directions(directions: str, method: type[Method], save_basis: str) -> None:
+    """Raise `OptionError` for directions that do not exist, or that this method or the file cannot hold."""
+    if directions not in DIRECTIONS:
+        raise OptionError(f"directions={directions!r} does not exist. {nearest(directions, list(DIRECTIONS))}")
+    if directions == "weight":
+        return
+    if not method.takes_any_directions:
+        able = ", ".join(name for name, other in METHODS.items() if other.takes_any_directions)
+        raise OptionError(
+            f"directions={directions!r}: {method.name} tunes the weight's own singular vectors, not those of data. "
+            f"Use one of: {able}."
+        )
+    if save_basis == "never":
+        raise OptionError(
+            f"save_basis='never': directions={directions!r} cannot be found again without the data, so the file must "
+            f"hold them. Use 'auto'."
+        )
+
+
+def data_basis(directions: str, spectra: DataSpectra | None, layer: str) -> Spectrum:
+    """Get the directions of data for a layer; `OptionError` where `spectune.prepare` has not found them."""
+    if spectra is None:
+        raise OptionError(
+            f"directions={directions!r} are found in examples. Call config = spectune.prepare(model, config, batches) "
+            f"before you attach the adapter."
+        )
+    if spectra.directions != directions or layer not in spectra:
+        raise OptionError(
+            f"{layer}: spectune.prepare has not found directions={directions!r} for this layer. Call it again with "
+            f"this config and this model."
+        )
+    return spectra[layer]
