@@ -384,6 +384,7 @@ def test_wrong_pictures_are_refused(tmp_path: Path) -> None:
         ({"prior": {"prompts": ["a {token}"]}}, "prior.prompts hold {token}"),
         ({"word": NO_WORD, "training": {"head_learning_rate": None}}, "drawings.prompts hold {token}"),
         ({"word": NO_WORD}, "training.head_learning_rate is the new word's"),
+        ({"training": {"head_first": True}}, "training.head_first is for classifiers"),
         ({"adapter": {"unet": {"method": "svft"}}}, "training.text_encoder_learning_rate is that of a second adapter"),
         ({"drawings": {"evry": 3}}, "drawings.evry: unknown key. Did you mean 'every'"),
         ({"pipeline": "here"}, "pipeline: unknown key"),

@@ -33,6 +33,14 @@ RUNS = {
         tiny.text_run,
         {"adapter": {"method": "specadapt", "r": 2, "weight_dropout": 0.3, "target_modules": ["query"]}},
     ),
+    "directions of the data": (
+        tiny.text_run,
+        {
+            "adapter": {"method": "svft", "pattern": "banded", "basis_rank": 4, "directions": "gradient"}
+            | {"target_modules": ["query", "value"]},
+            "training": {"head_first": True},
+        },
+    ),
     "AdaLoRA": (tiny.text_run, {"adapter": ADALORA | {"target_modules": ["query", "value"]}}),
     "full fine-tuning": (tiny.text_run, {"adapter": "none"}),
     "augmented images": (tiny.image_run, {}),

@@ -102,6 +102,8 @@ class ConceptConfig(RunConfig):
         told, parts = self.training, self.parts
         if self.adapter == HEAD and self.word.token is None:
             raise ValueError("adapter: head trains the new word alone; give word.token")
+        if told.head_first:
+            raise ValueError("training.head_first is for classifiers; leave it out")
         if told.head_learning_rate is not None and self.word.token is None:
             raise ValueError("training.head_learning_rate is the new word's; give word.token, or leave it out")
         if told.text_encoder_learning_rate is not None and len(parts) < 2:

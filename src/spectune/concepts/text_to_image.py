@@ -99,7 +99,10 @@ class TextToImage(Recipe):
         set_seed(config.seed)  # LoRA's A is random
         for part, options in config.parts.items():
             options.setdefault("revision", config.revision)
-            model.attach(part, build_adapter_config(options))
+            adapter = build_adapter_config(options)
+            if getattr(adapter, "directions", "weight") != "weight":
+                raise OptionError(f"{part}: directions of data are not found for pictures. Leave directions out.")
+            model.attach(part, adapter)
         if word is not None:
             model.train_word(word)
         first, *others = [model.parameters_of(part) for part in config.parts] or [[]]

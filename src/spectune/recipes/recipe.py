@@ -94,6 +94,10 @@ class Recipe:
         """Get the examples of a split as the collator takes them."""
         raise NotImplementedError
 
+    def plain_rows(self, split: str) -> Sequence[dict[str, Any]]:
+        """Get the examples of a split without what training changes in them at random."""
+        return self.rows(split)
+
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Get a batch."""
         raise NotImplementedError

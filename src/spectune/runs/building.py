@@ -13,6 +13,7 @@ from ..training.config import HEAD, RunConfig
 from ..training.loop import Plan
 from ..training.rates import head_learning_rate, learning_rate
 from ..tuner import attach, build_adapter_config
+from .examples_first import directions_of_examples, fit_head
 
 
 def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
@@ -30,12 +31,15 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
         return own[0], Plan(own[1], recipe.loss)
     heads = recipe.head(model)
     options = config.adapter_options
+    if config.training.head_first:
+        fit_head(recipe, model, heads)
     if options is not None:
         options.setdefault("task_type", recipe.task_type)
         options.setdefault("revision", config.revision)  # who loads the adapter needs the very same base
         if heads:
             options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
-        model = attach(model, build_adapter_config(options))
+        adapter = build_adapter_config(options)
+        model = attach(model, directions_of_examples(recipe, model, adapter, bool(heads)))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in named if _is_head(name, heads, options is not None)]
     if config.adapter == HEAD:

@@ -74,6 +74,9 @@ class Training(Section):
     gradient_accumulation: int = Field(1, gt=0, description="Forwards per optimizer step.")
     learning_rate: float | None = Field(None, gt=0, description="Of the adapter; default: the method's own.")
     head_learning_rate: float | None = Field(None, gt=0, description="Of a new head that is trained in full.")
+    head_first: bool = Field(
+        False, description="Fit a new head on the frozen body's features before the first step (classifiers, scores)."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices (not on biases and norms).")
     warmup: float = Field(0.06, ge=0, description="Share of the steps if below 1, else a number of steps.")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
