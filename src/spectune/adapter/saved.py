@@ -15,6 +15,7 @@ from ..methods.table import METHODS, build_method
 from ..records import Spectrum, Weight
 from ..spectrum import Request, obtain, open_cache
 from .adapted_models import ADAPTERS_ATTRIBUTE
+from .base_names import base_tensor as base_tensor
 from .modules import SpectralModule
 
 # The layout of the adapter file. A file of a higher number is refused, never half-read.
@@ -120,22 +121,6 @@ def owner_first(folder: AdapterFolder) -> list[tuple[str, dict[str, str]]]:
     layers = sorted(tensors_by_layer(folder).items())
     shared = saved_method(folder.config, "", LayerRanks({})).shared_shapes() if layers else {}
     return sorted(layers, key=lambda item: not any(name in item[1] for name in shared))
-
-
-def base_tensor(layer: str, base: Checkpoint) -> str:
-    """Get the name of a layer's weight in the checkpoint, which may lack the leading name of the model's body."""
-    wanted = f"{layer}.weight"
-    parts = wanted.split(".")
-    for start in range(len(parts) - 1):
-        if (name := ".".join(parts[start:])) in base.files:
-            return name
-    ending = [name for name in base.names if name.endswith("." + wanted)]
-    if len(ending) == 1:
-        return ending[0]
-    raise AdapterError(
-        f"{base.path}: the base has no tensor for the layer {layer!r}; transformers may rename them on load. Merge in "
-        f"memory then (merge_and_unload, save_pretrained). {nearest(wanted, base.names)}"
-    )
 
 
 def _fit(

@@ -14,7 +14,7 @@ from .run_folder import model_in
 
 # What is fetched of a repository: weights that are not pickles, and configs. Not folders inside it, and not the second
 # copy of the weights that Mistral's and Meta's repositories hold for their own code.
-WANTED = ["*.safetensors", "*.json"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
 UNWANTED = ["*/*", "consolidated*.safetensors"]
 # By any of these the folder of a cached repository is found.
 CACHED_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
@@ -45,6 +45,13 @@ class Base:
     def config_folder(self) -> Path:
         """Where its config.json stands, if it has one: the folder itself, or the one around the file."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder of the whole model: also of a file that is the only one beside a config.json; else the path."""
+        beside = self.config_folder
+        weights = [path for path in beside.iterdir() if path.suffix in (".safetensors", ".gguf")]
+        return beside if self.path.is_dir() or ((beside / "config.json").is_file() and len(weights) == 1) else self.path
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,15 @@ def _show(done: Merged, as_json: bool) -> None:
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
         return
-    say(f"{len(done.tensors)} weights merged into {done.path}, in float32, rounded once")
+    say(f"{len(done.tensors)} weights merged into {done.path}, in float32, rounded once to the base's {done.dtype}")
     say(f"rounding took at most {done.worst_rounding:.2%} of an update (its Frobenius norm)")
     if done.copied:
         say(f"trained in full and copied: {', '.join(done.copied)}")
+    if done.architecture:
+        say(f"the folder is a {done.architecture}; README.md says how to load it")
+    if done.left_out:
+        more = f" and {len(done.left_out) - 1} more" if len(done.left_out) > 1 else ""
+        say(f"left out, because this class has no place for it: {done.left_out[0]}{more}")
     if done.untied:
         say(f"no longer one weight: {', '.join(done.untied)} (tie_word_embeddings is false in the new config.json)")
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import CONFIG_LIMIT
-from ..checkpoint.config_limits import refuse_absurd_size
+from ..checkpoint.model_class import class_named, without_memory
 from ..checkpoint.reader import read_json
 from ..errors import ExportError
 
@@ -105,45 +104,39 @@ class Architecture:
         return next((group for group in self.tied if module in group), frozenset({module}))
 
 
+UNKNOWN = Architecture("tensor names", None, {})
+
+
 def read_architecture(*folders: Path) -> Architecture:
     """Get the layers of the model in the first of these folders that has a config.json of a transformers class.
 
     The class is built without memory (meta device) and never from code in a folder. Without a class, the names and
     shapes of tensors say what the layers are. `ExportError` for a quantised checkpoint.
     """
-    configs = {folder: read_json(path, CONFIG_LIMIT) for folder in folders if (path := folder / "config.json").exists()}
-    for folder, config in configs.items():
-        if config.get("quantization_config"):
+    for folder in folders:
+        if (folder / "config.json").exists() and read_json(folder / "config.json", CONFIG_LIMIT).get(
+            "quantization_config"
+        ):
             raise ExportError(
                 f"{folder}: the checkpoint is quantised, so its tensors cannot be subtracted. Pass the unquantised "
                 "checkpoint."
             )
-    for folder, config in configs.items():
-        refuse_absurd_size(folder / "config.json", config)
-        named = config.get("architectures")
-        kind = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
-            return _of_class(kind, folder)
-    return Architecture("tensor names", None, {})
+    for folder in folders:
+        if (kind := class_named(folder)) is not None:
+            return architecture_of(without_memory(kind, folder))
+    return UNKNOWN
 
 
-def _of_class(kind: Any, folder: Path) -> Architecture:
-    try:
-        config = kind.config_class.from_pretrained(folder)
-        with torch.device("meta"):
-            model = kind(config)
-    except Exception as error:  # transformers' classes do not check their configs, and raise whatever comes of it
-        line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ExportError(
-            f"{folder}: cannot build a {kind.__name__} from config.json: {line}. Check the config."
-        ) from error
-    task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)
+def architecture_of(model: Any) -> Architecture:
+    """Get the layers of a transformers model."""
+    name = type(model).__name__
+    task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
     tied: dict[str, set[str]] = {}
-    for name, source in model.all_tied_weights_keys.items():
-        tied.setdefault(source, {source.rpartition(".")[0]}).add(name.rpartition(".")[0])
+    for tensor, source in model.all_tied_weights_keys.items():
+        tied.setdefault(source, {source.rpartition(".")[0]}).add(tensor.rpartition(".")[0])
     groups = tuple(frozenset(group) for group in tied.values())
     transforms = get_model_conversion_mapping(model)
-    return Architecture(kind.__name__, task, dict(_modules(model)), kind.base_model_prefix, transforms, groups)
+    return Architecture(name, task, dict(_modules(model)), model.base_model_prefix, transforms, groups)
 
 
 def _modules(model: Any) -> Iterator[tuple[str, Place]]:

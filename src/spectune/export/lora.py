@@ -21,7 +21,9 @@ from ..checkpoint import (
     save_tensors,
     write_atomically,
 )
+from ..checkpoint.task_file import Task
 from ..errors import ExportError, nearest
+from .companions import copy_companions
 from .layers import AdaptedLayer, adapted_layers, in_double, inner_model
 from .lora_config import lora_config, refuse_trained_biases
 from .source import Source, open_source
@@ -109,7 +111,17 @@ def export_lora(
         )
         if diffusers is not None:
             _write_for_diffusers(partial, diffusers)
+        _write_beside(adapter, source, partial)
     return LoraExport(Path(output_dir), source.adapter_name, ranks, proof, lost)
+
+
+def _write_beside(adapter: nn.Module | str | Path, source: Source, folder: Path) -> None:
+    """Write the names of the classes, and of a saved adapter the tokenizer and processor that it was trained with."""
+    inner: Any = inner_model(source.model)
+    if not isinstance(adapter, nn.Module):
+        copy_companions(adapter_path(adapter), folder)
+    elif "Classification" in type(inner).__name__ and source.carried:
+        Task.of(inner.config, type(inner).__name__).write(folder)
 
 
 def _write_for_diffusers(folder: Path, part: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,24 +14,23 @@ from ..adapter.saved import saved_modules
 from ..algebra import dense
 from ..checkpoint import (
     CONFIG_LIMIT,
-    PEFT_PREFIX,
     AdapterFolder,
     Checkpoint,
     find_base,
     fresh_folder,
-    open_checkpoint,
     read_adapter_folder,
     refuse_to_replace,
     save_tensors,
-    write_atomically,
 )
-from ..checkpoint.reader import STEMS, read_json
-from ..checkpoint.tensor_file import HEADER_LIMIT
+from ..checkpoint.reader import read_json
 from ..errors import AdapterError, ExportError
-from .tied import untied, write_untied_config
+from .card import write_card
+from .companions import copy_for_model
+from .plan import MergePlan, plan_merge, saved_layers
+from .shards import Read, reader, stored_changes, write_shards
+from .target import write_config
+from .tied import refuse_still_tied
 
-# Weights in a form that is not merged would be the old ones: they and their indexes stay behind.
-UNMERGED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".index.json")
 OnTensor = Callable[[int, int, str], None]
 """Called with (merged so far, all, name of the tensor)."""
 
@@ -57,6 +54,12 @@ class Merged:
     tensors: tuple[MergedTensor, ...]
     copied: tuple[str, ...]
     """Modules that were trained in full and replace the base's."""
+    dtype: str = ""
+    """What the merged weights are stored in: the base's."""
+    architecture: str | None = None
+    """The class in transformers that loads the folder; None for a base that is not one of transformers."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the base's own head, which the adapter's class does not have."""
     untied: tuple[str, ...] = ()
     """Layers that shared a weight in the base and now have their own, because the adapter changed only one of them."""
 
@@ -82,7 +85,9 @@ def merge_checkpoint(
     """Write a base checkpoint with an adapter merged in: W' = W + dW in float32, rounded once to the base's dtype.
 
     `base` is a folder of safetensors (single or sharded), a file or a hub name; None takes what the adapter names.
-    Files, index and everything else in the folder keep their names. Where the adapter changes one of two layers that
+    Files, index and tensors keep the base's names, also where transformers renames, splits or joins them on load. A
+    trained head makes the folder a model of the adapter's class, with the names of its classes in config.json.
+    Tokenizer and processor are the adapter's, else the base's. Where the adapter changes one of two layers that
     share a weight, both are written and the config ties them no more. In memory at once: one output shard and one
     decomposed weight. The folder appears only when complete.
 
@@ -92,41 +97,55 @@ def merge_checkpoint(
     """
     folder = read_adapter_folder(adapter_dir).require("SPECTUNE")
     found = find_base(base, folder)
-    base, checkpoint = found.path, found.checkpoint
+    base, checkpoint = found.model_folder, found.checkpoint
     refuse_to_replace(output_dir, base, folder.path, *{file.path for file in checkpoint.files.values()})
     _refuse_quantised(base, checkpoint)
     folder.refuse_surplus(len(checkpoint.files), base)
-    checkpoint, apart = untied(base, checkpoint, folder)
+    plan = plan_merge(base, checkpoint, folder)
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
-        report, merged = [], partial / ".merged"
-        merged.mkdir()
-        layers, front = saved_layers(folder), ""
-        for place, (layer, name, transposed, module) in enumerate(saved_modules(folder, checkpoint)):
-            weight, own = checkpoint.tensor(name), f"{layer}.weight"
-            front = name.removesuffix(own) if name.endswith(own) else front
-            update = dense(module.delta())
-            update = (update.T if transposed else update).reshape(weight.shape)
-            exact = weight.to(update.dtype) + update
-            stored = exact.to(weight.dtype)
-            _refuse_infinite(name, stored)
-            report.append(_measure(name, weight, update, stored, exact))
-            save_tensors(merged / f"{place}.safetensors", {name: stored})
-            if on_tensor is not None:
-                on_tensor(place + 1, len(layers), name)
-        places = {tensor.name: merged / f"{place}.safetensors" for place, tensor in enumerate(report)}
-        trained = _trained_in_full(folder, checkpoint, front)
-        _write_shards(checkpoint, folder, places, trained, partial)
-        shutil.rmtree(merged)
-        if apart:
-            write_untied_config(base, partial, apart)
-        _copy_the_rest(base, partial)
-    copied = {name.rpartition(".")[0] for name in trained}
-    return Merged(Path(output_dir), tuple(report), tuple(sorted(copied)), apart)
+        scratch = partial / ".merged"
+        scratch.mkdir()
+        report, merged = _merge(plan, folder, scratch, on_tensor)
+        changed = {name: _trained(plan.checkpoint, folder, name, key) for name, key in plan.trained.items()}
+        changed |= merged  # PEFT saves an adapted embedding's own weight too, as it was
+        write_shards(plan.stored, stored_changes(plan.view, changed, scratch), plan.names, partial)
+        shutil.rmtree(scratch)
+        if plan.target is not None and (plan.target.options or plan.target.changes_class or plan.apart):
+            write_config(base, partial, plan.target, bool(plan.apart))
+            refuse_still_tied(base, partial, plan.apart)
+        copy_for_model(folder.path, partial, base)
+        done = Merged(
+            Path(output_dir),
+            report,
+            tuple(sorted({name.rpartition(".")[0] for name in plan.trained.keys() - merged.keys()})),
+            ", ".join(sorted({_word(plan.checkpoint.dtypes[tensor.name]) for tensor in report})),
+            None if plan.target is None else type(plan.target.model).__name__,
+            tuple(sorted(name for name, written in plan.names.items() if written is None)),
+            plan.apart,
+        )
+        write_card(partial, done, folder, found.name)
+    return done
 
 
-def saved_layers(folder: AdapterFolder) -> set[str]:
-    """Get the names of the adapted layers of a saved adapter."""
-    return {name.split(".spectune_adapter.")[0] for name in folder.names if ".spectune_adapter." in name}
+def _merge(
+    plan: MergePlan, folder: AdapterFolder, scratch: Path, on_tensor: OnTensor | None
+) -> tuple[tuple[MergedTensor, ...], dict[str, Read]]:
+    """Merge each adapted weight into a file of its own; get the report, and live name -> how to read it."""
+    report, changed, count = [], {}, len(saved_layers(folder))
+    for place, (_, name, transposed, module) in enumerate(saved_modules(folder, plan.checkpoint)):
+        weight = plan.checkpoint.tensor(name)
+        update = dense(module.delta())
+        update = (update.T if transposed else update).reshape(weight.shape)
+        exact = weight.to(update.dtype) + update
+        stored = exact.to(weight.dtype)
+        _refuse_infinite(name, stored)
+        report.append(_measure(name, weight, update, stored, exact))
+        path = scratch / f"{place}.safetensors"
+        save_tensors(path, {name: stored})
+        changed[name] = reader(path, name)
+        if on_tensor is not None:
+            on_tensor(place + 1, count, name)
+    return tuple(report), changed
 
 
 def _measure(
@@ -144,7 +163,8 @@ def _refuse_quantised(base: Path, checkpoint: Checkpoint) -> None:
             f"{base}: GGUF files can be read but not written. Merge into the safetensors model and convert that."
         )
     config = base / "config.json"
-    found = read_json(config, CONFIG_LIMIT).get("quantization_config") if config.exists() else None
+    said = read_json(config, CONFIG_LIMIT) if config.exists() else {}
+    found = said.get("quantization_config") or said.get("compression_config")
     if found:
         kind = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise ExportError(
@@ -153,87 +173,29 @@ def _refuse_quantised(base: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _trained_in_full(folder: AdapterFolder, checkpoint: Checkpoint, front: str) -> dict[str, str]:
-    """Get name in the base -> key in the adapter's file, for what was trained in full.
+def _trained(base: Checkpoint, folder: AdapterFolder, name: str, key: str) -> Read:
+    """Get a function that reads a tensor that was trained in full, in the dtype that the base has it in."""
 
-    The base may lack the first parts of a name (`bert`), then the longest match counts, or have more of them
-    (`front`, as in the adapted layers). A name that the base does not have is new.
-    """
-    found = {}
-    for key in folder.names:
-        if ".spectune_adapter." not in key:
-            # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-            starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
-            shorter = [known for start in starts if (known := name[start:]) in checkpoint.files]
-            longer = [known for known in (front + name,) if known in checkpoint.files]
-            found[max(shorter or longer or [name], key=len)] = key
-    return found
+    def read() -> torch.Tensor:
+        tensor = folder.tensor(key)
+        if not torch.isfinite(tensor.float()).all():
+            raise AdapterError(
+                f"{folder.path}: the tensor {key!r} contains NaN or infinity. Train or copy the adapter again."
+            )
+        stored = tensor.to(base.dtypes[name]) if name in base.files else tensor
+        _refuse_infinite(name, stored)
+        return stored
 
-
-def _write_shards(
-    checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], trained: dict[str, str], target: Path
-) -> None:
-    """Write every file of the base again with the merged tensors in it, and an index over all of them."""
-    files = sorted({file.path for file in checkpoint.files.values()})
-    shards: dict[str, str] = {}
-    size = count = 0
-    for path in files:
-        names = [name for name, file in checkpoint.files.items() if file.path == path]
-        if path == files[-1]:
-            names += trained.keys() - checkpoint.files.keys()
-        tensors = {name: _tensor(name, checkpoint, folder, places, trained) for name in names}
-        goal = path.relative_to(checkpoint.path) if checkpoint.path.is_dir() else Path(path.name)
-        (target / goal).parent.mkdir(parents=True, exist_ok=True)  # shards in folders of their own may bear equal names
-        save_tensors(target / goal, tensors)
-        shards |= dict.fromkeys(tensors, goal.as_posix())
-        size += sum(tensor.nbytes for tensor in tensors.values())
-        count += sum(tensor.numel() for tensor in tensors.values())
-    if (index := _index(checkpoint.path)) is not None:
-        told = read_json(index, HEADER_LIMIT).get("metadata")
-        sums = {"total_size": size, "total_parameters": count}  # the second is told by newer transformers only
-        told = told if isinstance(told, dict) else {}
-        told = told | {key: value for key, value in sums.items() if key in told or key == "total_size"}
-        content = json.dumps({"metadata": told, "weight_map": shards}, indent=2, sort_keys=True) + "\n"
-        write_atomically(target / index.name, content)
-
-
-def _index(base: Path) -> Path | None:
-    """Get the index file of the base, or None if it is a single file."""
-    for stem in STEMS if base.is_dir() else ():
-        if (base / f"{stem}.safetensors").exists():
-            return None
-        if (base / f"{stem}.safetensors.index.json").exists():
-            return base / f"{stem}.safetensors.index.json"
-    return None
-
-
-def _tensor(
-    name: str, checkpoint: Checkpoint, folder: AdapterFolder, places: dict[str, Path], trained: dict[str, str]
-) -> torch.Tensor:
-    if name in places:
-        return open_checkpoint(places[name]).tensor(name)
-    if name not in trained:
-        return checkpoint.tensor(name)
-    tensor = folder.tensor(trained[name])
-    if not torch.isfinite(tensor.float()).all():
-        raise AdapterError(
-            f"{folder.path}: the tensor {trained[name]!r} contains NaN or infinity. Train or copy the adapter again."
-        )
-    stored = tensor.to(checkpoint.dtypes[name]) if name in checkpoint.files else tensor
-    _refuse_infinite(name, stored)
-    return stored
+    return read
 
 
 def _refuse_infinite(name: str, stored: torch.Tensor) -> None:
     """Raise `ExportError` if rounding to the base's dtype turned a number into infinity."""
     if not torch.isfinite(stored.float()).all():
-        dtype = str(stored.dtype).removeprefix("torch.")
-        raise ExportError(f"{name}: the merged weight is too large for the base's {dtype}. Merge into a float32 copy.")
+        raise ExportError(
+            f"{name}: the merged weight is too large for the base's {_word(stored.dtype)}. Merge into a float32 copy."
+        )
 
 
-def _copy_the_rest(base: Path, target: Path) -> None:
-    """Copy configs and tokenizer."""
-    for path in sorted(base.iterdir()) if base.is_dir() else ():
-        if path.is_file() and not (target / path.name).exists() and not path.name.endswith(UNMERGED):
-            shutil.copyfile(path, target / path.name)
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

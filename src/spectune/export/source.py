@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,8 @@ from ..adapter.saved import tensors_by_layer
 from ..checkpoint import AdapterFolder, Base, find_base, load_auto, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError, one_line
 from .layers import base_path, choose_adapter, fully_trained
+from .target import config_options, model_class
 
-# PEFT's task types and the Auto class that PEFT's own AutoPeftModel* loads for each (peft/auto.py).
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-# Heads whose first side is the number of labels (transformers' classification models).
-HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 # Files by which transformers itself finds the weights of a folder.
 OF_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_NAME = "default"
@@ -88,13 +77,10 @@ def _copied_base(model: nn.Module) -> nn.Module:
 
 
 def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Module, Base]:
-    loader = _model_class(folder)
+    loader = model_class(folder)
     base = find_base(said, folder)
-    options: dict[str, Any] = {}
-    if folder.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and (labels := _label_count(folder)):
-        options["num_labels"] = labels
     try:
-        return _live(loader, base, options), base
+        return _live(loader, base, config_options(folder)), base
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
@@ -120,34 +106,6 @@ def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
                 loader = type(loader.from_config(config, trust_remote_code=False))
         model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False)
     return model
-
-
-def _model_class(folder: AdapterFolder) -> Any:
-    task = folder.config.get("task_type")
-    if isinstance(task, str) and task in AUTO_CLASSES:
-        return getattr(transformers, AUTO_CLASSES[task])
-    mapping = folder.config.get("auto_mapping")
-    mapping = mapping if isinstance(mapping, dict) else {}
-    library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
-    # The file may come from anybody: only transformers' own modules are imported on its word.
-    if library.split(".")[0] == "transformers":
-        try:
-            found = getattr(importlib.import_module(library), name, None)
-        except (ImportError, ValueError):
-            found = None
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    raise ExportError(
-        f"{folder.path}: the config does not say which transformers model the adapter belongs to (task_type {task!r}, "
-        f"class {name or None!r}). Pass the model itself as base_model."
-    )
-
-
-def _label_count(folder: AdapterFolder) -> int | None:
-    for name, shape in folder.shapes.items():
-        if len(shape) == 2 and name.endswith(HEADS):
-            return shape[0]
-    return None
 
 
 def _load(model: nn.Module, folder: AdapterFolder) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..checkpoint import CONFIG_LIMIT, PEFT_PREFIX, AdapterFolder, Checkpoint, write_atomically
-from ..checkpoint.reader import LazyFile, read_json
+from ..checkpoint import PEFT_PREFIX, AdapterFolder, Checkpoint
+from ..checkpoint.reader import LazyFile
 from ..errors import ExportError
 from .architecture import Architecture, read_architecture
 
@@ -38,14 +37,15 @@ class _Shared:
         return self.file.tensor(self.stored, device)
 
 
-def untied(base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> tuple[Checkpoint, tuple[str, ...]]:
+def untied(
+    base: Path, checkpoint: Checkpoint, folder: AdapterFolder, architecture: Architecture
+) -> tuple[Checkpoint, tuple[str, ...]]:
     """Get the checkpoint as a model without ties would store it, and the layers that shared a weight (if any).
 
     In a live model the adapter of an embedding does not change a head that shares its weight, so a merged checkpoint
     must store both. `ExportError` where that is not the same model: outside of language models with one embedding and
     one head, classes use `tie_word_embeddings` for more than ties (T5 scales its outputs by it).
     """
-    architecture = read_architecture(base) if base.is_dir() else Architecture("tensor names", None, {})
     changed = _changed(folder, architecture)
     groups = [group for group in architecture.tied if group & changed]
     files = dict(checkpoint.files)
@@ -59,11 +59,9 @@ def untied(base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> tuple[C
     return Checkpoint(checkpoint.path, files), tuple(sorted({module for group in groups for module in group}))
 
 
-def write_untied_config(base: Path, target: Path, modules: tuple[str, ...]) -> None:
-    """Write a config that no longer ties these layers; `ExportError` if the model's class ties them regardless."""
-    config = read_json(base / "config.json", CONFIG_LIMIT) | {"tie_word_embeddings": False}
-    write_atomically(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for group in read_architecture(target).tied:
+def refuse_still_tied(base: Path, merged: Path, modules: tuple[str, ...]) -> None:
+    """Raise `ExportError` if the class of a merged folder ties these layers whatever its config says."""
+    for group in read_architecture(merged).tied if modules else ():
         if group & set(modules):
             _refuse(base, group, set(modules))
 

@@ -70,6 +70,11 @@ class Adapter:
             return {name: self.folder.tensor(name) for name in self.lora.carried}
         return {name: self.folder.tensor(name) for name in self.folder.names if MIDDLE not in name}
 
+    @property
+    def layers(self) -> list[str]:
+        """The names of the adapted layers."""
+        return list(tensors_by_layer(self.folder) if self.lora is None else self.lora.layers)
+
     def needs_base(self) -> str | None:
         """Get a layer whose singular directions are not in the file, or None."""
         if self.lora is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapter.saved import base_tensor
+from ..adapter.base_names import base_tensor, by_live_names
 from ..checkpoint import Base, Checkpoint, refuse_to_replace
 from ..errors import AdapterError, OptionError
 from ..records import Delta
@@ -107,7 +107,8 @@ def fuse(
     shares = _weights(opened, weights)
     _check_activations(rule, opened, activations)
     found = common_base(opened, base)
-    checkpoint = None if found is None else found.checkpoint
+    adapted = [layer for adapter in opened for layer in adapter.layers]
+    checkpoint = None if found is None else by_live_names(found.checkpoint, adapted)
     layers = _by_layer(opened, checkpoint, activations)
     foreign = max(check_same_base(parts) for parts in layers.values())
     fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}

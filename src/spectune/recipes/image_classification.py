@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from transformers import AutoModelForImageClassification, TrainerCallback
 
+from ..checkpoint.task_file import Task
 from ..errors import DataError, MissingExtraError, OptionError, one_line
 from ..training.config import SPLITS, DataSection, RunConfig, Section
 from ..training.loop import Plan
@@ -21,7 +22,7 @@ from .data import held_out, limited
 from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of, unread
 from .labels import count, ordered, spellings, unlearned
 from .metrics import measure, try_metrics
-from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
+from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, refuse_other_labels, some, task_of
 
 ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 
@@ -168,6 +169,13 @@ class ImageClassification(Recipe):
         if not names:
             raise OptionError(f"model: {type(model).__name__} has no head called classifier, fc or head.")
         return names
+
+    def task(self, model: nn.Module) -> Task:
+        return task_of(model)
+
+    def load(self, tuned: Path) -> nn.Module:
+        refuse_other_labels(tuned, self.labels)
+        return super().load(tuned)
 
     def ready(self, split: str) -> None:
         targets = self.targets(split)

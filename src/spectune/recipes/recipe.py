@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoint import load_auto
+from ..checkpoint.task_file import Task, read_task
 from ..errors import DataError, OptionError, SpectuneError, one_line
 from ..training.arguments import checked_arguments, loop_arguments
 from ..training.config import RunConfig
@@ -70,6 +71,10 @@ class Recipe:
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, list[tuple[list[nn.Parameter], float]]] | None:
         """Get the model with what trains on it, and `Plan.rates`; None for the usual: one adapter and one head."""
+        return None
+
+    def task(self, model: nn.Module) -> Task | None:
+        """Get what is saved beside the adapter: the model's class and the names of its classes; None for no head."""
         return None
 
     def load(self, tuned: Path) -> nn.Module:
@@ -193,6 +198,22 @@ class Recipe:
                 "data.validation or data.validation_share."
             )
         return "validation"
+
+
+def task_of(model: Any, pooling: str | None = None) -> Task:
+    """Get what is saved beside an adapter with a head: the class of the model and the names of its classes."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return Task.of(inner.config, type(inner).__name__, pooling)
+
+
+def refuse_other_labels(tuned: Path, labels: list[str]) -> None:
+    """Raise `DataError` where a run's adapter was trained on other classes than the data have now."""
+    learned = read_task(tuned).labels
+    if learned and list(learned) != labels:
+        raise DataError(
+            f"data.train: the classes are {', '.join(labels[:5])} now, but this run was trained on "
+            f"{', '.join(learned[:5])}. Restore the data that it was trained on."
+        )
 
 
 @torch.no_grad()

@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from ..checkpoint import load_tokenizer
+from ..checkpoint.task_file import Task
 from ..errors import DataError, OptionError
 from ..training.loop import Loss
 from .data import Row, column, limited, load_splits, place, texts
 from .labels import class_name, count, labels_of, ordered, spellings, unlearned
 from .metrics import FOR_SCORES, METRICS, measure, try_metrics
-from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, some
+from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, refuse_other_labels, some, task_of
 from .text_classification_config import GLUE, LABEL, RAW_SCORE, TextClassificationConfig
 
 
@@ -135,6 +136,13 @@ class TextClassification(Recipe):
         if not names:
             raise OptionError(f"model: {type(model).__name__} has no head called classifier or score.")
         return names
+
+    def task(self, model: nn.Module) -> Task:
+        return task_of(model, "mean" if self.config.pooling == "mean" else None)
+
+    def load(self, tuned: Path) -> nn.Module:
+        refuse_other_labels(tuned, self.labels)
+        return super().load(tuned)
 
     def ready(self, split: str) -> None:
         self.rows(split)

@@ -232,6 +232,8 @@ def _save(recipe: Recipe, trainer: Any, found: Run) -> int:
             model.save_pretrained(str(new), **whole)
             if recipe.processing is not None:
                 recipe.processing.save_pretrained(str(new))
+            if recipe.config.adapter_options is not None and (task := recipe.task(model)) is not None:
+                task.write(new)  # a whole model says it in its config.json
     trainer.accelerator.wait_for_everyone()
     return sum(path.stat().st_size for path in goal.rglob("*.safetensors"))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ..adapter import BASIS, base_tensor, saved_modules
+from ..adapter.base_names import by_live_names
+from ..adapter.saved import tensors_by_layer
 from ..checkpoint import (
     CONFIG_FILE,
     AdapterFolder,
@@ -90,11 +92,13 @@ def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSou
         size, found = lora.file.path.stat().st_size, _lora_base(folder, base)
         if folder is not None and found is not None:
             folder.refuse_surplus(len(found.checkpoint.files), found.name)
+            found = replace(found, checkpoint=by_live_names(found.checkpoint, lora.layers))
         return AdapterSource(path, "lora", len(lora.layers), lora.trained_count, size, found, lora)
     folder.require("SPECTUNE", "LORA")
     method = str(folder.config.get("method"))
     known = find_base(base, folder)
     folder.refuse_surplus(len(known.checkpoint.files), known.name)
+    known = replace(known, checkpoint=by_live_names(known.checkpoint, tensors_by_layer(folder)))
     return AdapterSource(path, method, *_spectral_size(folder.file), known, None)
 
 
