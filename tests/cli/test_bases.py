@@ -282,7 +282,8 @@ def test_half_a_model_in_the_cache_is_downloaded_at_the_revision_of_the_adapter(
     found = find_base(None, folder)
     assert (found.name, found.path, found.revision) == ("org/half", shelf.folder / "base", "v3")
     assert (asked["name"], asked["revision"]) == ("org/half", "v3")
-    assert asked["allow_patterns"] == ["*.safetensors", "*.json"] and "*/*" in asked["ignore_patterns"]
+    assert {"*.safetensors", "*.json", "*.jinja"} <= set(asked["allow_patterns"]) and "*/*" in asked["ignore_patterns"]
+    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["allow_patterns"])
 
 
 def test_what_the_hub_answers_is_part_of_the_line(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
