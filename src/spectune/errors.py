@@ -37,8 +37,8 @@ class WeightError(SpectuneError, ValueError):
     """A weight that cannot be decomposed as requested: shape, rank, dtype, NaN or infinity."""
 
 
-class NothingToTrainError(WeightError):
-    """A weight in which a method has nothing to train; attaching leaves such a layer out while others remain."""
+class LeftOutError(WeightError):
+    """A layer with nothing to train, or no output to add to; attaching leaves it out while others remain."""
 
     def __init__(self, message: str, why: str = "") -> None:
         super().__init__(message)

@@ -104,6 +104,16 @@ def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module) -> None:
             f"{path}: a {type(base).__name__} has no exact LoRA; only linear layers and Conv1D do. Merge the adapter "
             "instead."
         )
+    if getattr(layer, "runs_own_forward", False):
+        raise ExportError(
+            f"{path}: a {type(base).__name__} does more with its weight than a matrix product, so it has no exact "
+            "LoRA. Merge the adapter instead."
+        )
+    if getattr(layer, "weight_is_read", False):
+        raise ExportError(
+            f"{path}: the model reads this layer's weight besides or instead of calling the layer, and a LoRA changes "
+            "only what a call gives. Merge the adapter instead."
+        )
     merged = getattr(layer, "merged_adapters", [])
     if merged:
         raise ExportError(

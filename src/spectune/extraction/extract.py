@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint, find_base, fresh_folder
-from ..errors import ExportError, NothingToTrainError, OptionError, nearest
+from ..errors import ExportError, LeftOutError, OptionError, nearest
 from ..export.architecture import ADAPTABLE, Architecture, Place, read_architecture
 from ..export.lora import DTYPES
 from ..export.lora_config import target_modules
@@ -159,7 +159,7 @@ class _Work:
         elif place.kind in (ADAPTABLE if self.embeddings else ADAPTABLE[:2]):
             try:
                 fit = draft.add(place, change.shape, place.matrix(before), place.matrix(change))
-            except NothingToTrainError as error:  # zeros in BASE have no singular directions
+            except LeftOutError as error:  # zeros in BASE have no singular directions
                 self._leave(name, error.why, before, size)
                 return
             self.fits[place.module], self.places[place.module], self.stored[place.module] = fit, place, name

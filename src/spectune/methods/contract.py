@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from ..errors import NothingToTrainError, OptionError, WeightError
+from ..errors import LeftOutError, OptionError, WeightError
 from ..records import Delta, Spectrum
 
 Columns = str | int | tuple[int, ...]
@@ -53,7 +53,7 @@ class Method:
     def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> Method:
         """Get this method for one O x I weight: `r` lowered to what the weight has, if that is less.
 
-        It follows from the options and the shape alone, so a file need not say it. `NothingToTrainError`, with the
+        It follows from the options and the shape alone, so a file need not say it. `LeftOutError`, with the
         weight's name, where nothing is left to train.
         """
         return self
@@ -161,7 +161,7 @@ def fit_directions(method: Fitted, rows_O: int, cols_I: int, name: str, least: i
     if left >= r:
         return method
     if left < least:
-        raise NothingToTrainError(
+        raise LeftOutError(
             f"{name}: {method.name} needs {least} or more of the directions that columns={columns!r} names, but this "
             f"{rows_O}x{cols_I} weight has {max(left, 0)} of them. Exclude the layer.",
             f"too few directions for {method.name}",
@@ -185,7 +185,7 @@ def refuse_dead_directions(method: str, spectrum: Spectrum) -> None:
     floor = max(spectrum.shape[:2]) * torch.finfo(S_R.dtype).eps * float(S_R.max())
     alive = int((floor < S_R).sum())
     if alive == 0:
-        raise NothingToTrainError(
+        raise LeftOutError(
             f"{name}: all {asked} singular values that {method} would tune are zero, so no direction would ever get a "
             "gradient. Exclude the layer or use method='svft'.",
             f"all zero, so {method} would get no gradient",

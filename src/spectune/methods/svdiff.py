@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..algebra import scale
-from ..errors import NothingToTrainError
+from ..errors import LeftOutError
 from ..records import Delta, Spectrum
 from .contract import Columns, Method, Tensors, kept_directions, option, weakness
 
@@ -45,7 +45,7 @@ class SVDiff(Method):
 
     def check(self, spectrum: Spectrum) -> None:
         if not bool(spectrum.S_R.any()):
-            raise NothingToTrainError(
+            raise LeftOutError(
                 f"{spectrum.name or 'weight'}: all singular values are zero, and svdiff has no gradient there. Exclude "
                 f"the layer or use method='svft'.",
                 "all zero, so svdiff would get no gradient",

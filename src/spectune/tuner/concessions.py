@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 
 from ..adapter import SpectralModule
-from ..errors import NothingToTrainError, OptionError
+from ..errors import LeftOutError, OptionError
 from .config import SpectralConfig
 
 # A line is read by a person; a model may have hundreds of such layers. Chosen.
@@ -26,7 +26,7 @@ class Concessions:
     def __init__(self, config: SpectralConfig) -> None:
         self.config = config
         self._lowered: dict[tuple[str, int], dict[int, list[str]]] = {}
-        self._left_out: dict[str, NothingToTrainError] = {}
+        self._left_out: dict[str, LeftOutError] = {}
         self._whole = 0
         """How many layers have all that was asked."""
 
@@ -41,7 +41,7 @@ class Concessions:
         else:
             self._whole += 1
 
-    def leave_out(self, path: str, reason: NothingToTrainError) -> None:
+    def leave_out(self, path: str, reason: LeftOutError) -> None:
         """Note a layer that is not adapted."""
         self._left_out[path] = reason
 

@@ -12,8 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import SpectralModule
 from ..adapter.rows import ROWS, add_rows, stacked_cores
 from ..algebra import add, dense, is_core_built, is_dense_cheaper, through_core, with_built_core
+from ..errors import OptionError
 from ..records import Delta
+from .base_weight import backend_of, layout_of
 from .layer import SpectralAdapted
+from .own_code import has_own_forward
 
 
 class SpectralLinear(SpectralAdapted):
@@ -157,7 +160,7 @@ class SpectralAttentionLinear(SpectralAdapted):
             self.unmerge()
         base = self.get_base_layer()
         out_proj = base.out_proj
-        weights = {"in_proj_weight": tuned_weight(self), "out_proj.weight": _tuned_out(out_proj)}
+        weights = {"in_proj_weight": self.tuned_weight(), "out_proj.weight": _tuned_out(out_proj)}
         if isinstance(out_proj, SpectralAdapted):
             base.out_proj = out_proj.get_base_layer()
         try:
@@ -168,20 +171,27 @@ class SpectralAttentionLinear(SpectralAdapted):
 
 def _tuned_out(out_proj: nn.Module) -> torch.Tensor:
     if isinstance(out_proj, SpectralAdapted):
-        return tuned_weight(out_proj)
+        return out_proj.tuned_weight()
     return cast(torch.Tensor, out_proj.weight)
 
 
-def tuned_weight(layer: SpectralAdapted) -> torch.Tensor:
-    """Get the stored weight plus the updates of the active adapters, differentiable in their numbers."""
-    weight: torch.Tensor = getattr(layer.get_base_layer(), layer.layout.attribute)
-    if layer.disable_adapters or layer.merged:
-        return weight
-    total = weight
-    for module in layer.active_modules():
-        update = layer.layout.from_matrix(dense(module.training_delta()), layer.stored_shape)
-        total = total + update.to(weight.dtype)
-    return total
+class SpectralOwnLinear(SpectralAdapted):
+    """A layer whose class has a forward of its own, which runs on the tuned weight: live is merged by construction."""
+
+    runs_own_forward = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:
+            raise OptionError(
+                f"{self.module_name}: a {type(self.get_base_layer()).__name__} runs on one weight, so the rows of a "
+                f"batch cannot name their adapters. Run one adapter at a time, or train without this layer."
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged or not self.active_modules():
+            return self.base_layer(*args, **kwargs)
+        weights = {self.layout.attribute: self.tuned_weight()}
+        return torch.func.functional_call(self.get_base_layer(), weights, args, kwargs)
 
 
 KINDS: dict[str, type[SpectralAdapted]] = {
@@ -190,3 +200,11 @@ KINDS: dict[str, type[SpectralAdapted]] = {
     "embedding": SpectralEmbedding,
     "attention": SpectralAttentionLinear,
 }
+
+
+def kind_of(layer: nn.Module, name: str) -> type[SpectralAdapted]:
+    """Get the kind of adapted layer that serves a layer; `WeightError` or `LeftOutError` where none does."""
+    backend = backend_of(layer)
+    kind = KINDS[layout_of(layer, name, backend).kind]
+    own = backend is None and kind is not SpectralAttentionLinear and has_own_forward(layer, name)
+    return SpectralOwnLinear if own else kind

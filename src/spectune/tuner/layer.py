@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -10,13 +11,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..adapter import Dynamics, SpectralModule, in_own_dtype
-from ..adapter.rows import BankedLayer, Groups, refuse_other_rows
+from ..adapter.rows import ROWS, BankedLayer, Groups, refuse_other_rows
 from ..algebra import dense
-from ..errors import WeightError
+from ..errors import OptionError, WeightError
 from ..records import Spectrum
 from .base_weight import Layout, backend_of, layout_of
 from .bases import find_basis, plain_weight
 from .config import SpectralConfig
+
+# Whether the rows of the running forward name their adapters, so that no single weight serves them all.
+ROWS_DIFFER: ContextVar[bool] = ContextVar("rows_differ", default=False)
 
 
 class SpectralLayer(BaseTunerLayer):
@@ -34,6 +38,10 @@ class SpectralLayer(BaseTunerLayer):
     _cast_input_dtype: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     _get_embed_scale: Callable[[], torch.Tensor | None]
     other_param_names = ()
+    weight_is_read = False
+    """Whether the code around this layer reads its weight, which then has the updates in it."""
+    runs_own_forward = False
+    """Whether the base layer runs its own code on the tuned weight, so that no update is added to its output."""
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         self.base_layer = base_layer
@@ -198,6 +206,31 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         SpectralLayer.__init__(self, base_layer, name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name, r, owner, basis)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight, with the updates in it where the model's code reads it."""
+        stored: torch.Tensor = getattr(self.get_base_layer(), self.layout.attribute)
+        if not self.weight_is_read or self.quantization_backend is not None:
+            return stored
+        if ROWS_DIFFER.get() or (self.bank is not None and ROWS.get() is not None):
+            raise OptionError(
+                f"{self.module_name}: the model reads this layer's weight, which cannot differ from row to row. Run "
+                f"one adapter at a time, or train without this layer."
+            )
+        return self.tuned_weight()
+
+    def tuned_weight(self) -> torch.Tensor:
+        """Get the stored weight plus the updates of the active adapters, differentiable in their numbers."""
+        weight: torch.Tensor = getattr(self.get_base_layer(), self.layout.attribute)
+        if self.disable_adapters and self._replaced:
+            return self._replaced[0]
+        if self.disable_adapters or self.merged:
+            return weight
+        for module in self.active_modules():
+            update = self.layout.from_matrix(dense(module.training_delta()), self.stored_shape)
+            weight = weight + update.to(weight.dtype)
+        return weight
 
     def update(self, module: SpectralModule, x: torch.Tensor) -> torch.Tensor:
         """Get what one adapter adds to the output of the base layer."""

@@ -17,17 +17,17 @@ from ..adapter import SpectralModule, spectral_modules
 from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
-from ..errors import NothingToTrainError, OptionError, SpectuneError, nearest, one_line
+from ..errors import LeftOutError, OptionError, SpectuneError, nearest, one_line
 from ..records import Spectrum
-from .base_weight import backend_of, layout_of
 from .bases import find_bases
 from .concessions import Concessions
 from .config import SpectralConfig
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
-from .kinds import KINDS, SpectralAttentionLinear
-from .layer import SpectralLayer
+from .kinds import KINDS, SpectralAttentionLinear, kind_of
+from .layer import ROWS_DIFFER, SpectralLayer
 from .origin import Origin
+from .own_code import is_read
 from .progress import decomposing
 from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
 
@@ -39,6 +39,8 @@ class SpectralTuner(BaseTuner):
     tuner_layer_cls = SpectralLayer
     _chosen: frozenset[str] | None = None
     """The layers that the patterns of a stranger's config choose, while they are adapted."""
+    _model: nn.Module
+    _bases: dict[str, Spectrum]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +83,7 @@ class SpectralTuner(BaseTuner):
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        self._bases: dict[str, Spectrum] = {}
+        self._model, self._bases = model, {}
         self._ranks, self._concessions = LayerRanks(config.rank_pattern), Concessions(config)
         try:
             with decomposing() as self._tick:
@@ -90,7 +92,7 @@ class SpectralTuner(BaseTuner):
             self._take_back(model, adapter_name)
             raise
         finally:
-            del self._tick, self._bases, self._ranks
+            del self._tick, self._bases, self._ranks, self._model
 
     def _check_target_module_exists(self, peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
         if self._chosen is None:
@@ -122,7 +124,7 @@ class SpectralTuner(BaseTuner):
             self._tick(current_key)
         try:
             adapted = self._adapt(peft_config, adapter_name, target, target_name, parent, current_key, basis)
-        except NothingToTrainError as error:
+        except LeftOutError as error:
             self._concessions.leave_out(current_key, error)
         else:
             self._concessions.note(current_key, adapted.module(adapter_name), self._ranks.of(current_key))
@@ -148,8 +150,9 @@ class SpectralTuner(BaseTuner):
             return target
         refuse_output_of_attention(parent, target_name, current_key)
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        kind = KINDS[layout_of(innermost, current_key, backend_of(innermost)).kind]
+        kind = kind_of(innermost, current_key)
         adapted = kind(target, adapter_name, peft_config, current_key, r, owner, basis)
+        adapted.weight_is_read = is_read(self._model, current_key)
         if kind is SpectralAttentionLinear:
             name = f"{current_key}.out_proj"
             innermost.out_proj = KINDS["linear"](innermost.out_proj, adapter_name, peft_config, name, r, owner)
@@ -180,9 +183,11 @@ class SpectralTuner(BaseTuner):
             for module in self.modules()
             if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
         ]
+        token = ROWS_DIFFER.set(True)
         try:
             yield
         finally:
+            ROWS_DIFFER.reset(token)
             for hook in hooks:
                 hook.remove()
 

@@ -1,0 +1,96 @@
+"""Layers whose own code, or whose owner's, does not come down to calling x W^T + b: what that asks of an adapter."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import LeftOutError
+from .base_weight import LAYOUTS
+
+# What may be asked of a weight without reading its numbers.
+PROPERTIES = (
+    "dtype|device|shape|ndim|requires_grad|is_meta|is_cuda|layout|size|dim|numel|element_size|is_floating_point"
+)
+
+# Whose code on weights (starts, ties, sizes) has run before an adapter is attached.
+BEFORE_ANY_ADAPTER = ("torch.nn.modules.module", "transformers.modeling_utils")
+
+
+def is_read(model: nn.Module, path: str) -> bool:
+    """Ask whether the code of the modules around a layer reads its weight, besides or instead of calling the layer.
+
+    So do Mamba's mixers (kernels take the weights), torch's fast path of transformer encoders, heads that share an
+    embedding by hand, and fused losses. Found in the source of every owner: `<...>.layer.weight` in the layer's parent,
+    `self.<...>.layer.weight` further up. A weight handed on under another name is not found.
+    """
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        tail = re.escape(".".join(parts[depth:]))
+        receiver = r"\w" if depth == len(parts) - 1 else r"\bself"
+        own = [_source(forward)] if (forward := vars(owner).get("forward")) is not None else []
+        if any(_reads(source, rf"{receiver}\.{tail}\.weight\b") for source in (*_sources(type(owner)), *own)):
+            return True
+    return False
+
+
+def _reads(source: str, name: str) -> bool:
+    found = re.finditer(rf"(isinstance\(\w*\s*)?{name}(?!\.(?:{PROPERTIES})\b)(?!\s*=[^=])", source)
+    return any(match[1] is None for match in found)
+
+
+@cache
+def _sources(kind: Any) -> tuple[str, ...]:
+    """Get the source of a class and of those it inherits from; without their starts, which run before any adapter."""
+    owners = [owner for owner in kind.__mro__ if owner.__module__ not in ("builtins", *BEFORE_ANY_ADAPTER)]
+    parts = [vars(owner).items() for owner in owners]
+    return tuple(_source(part) for name, part in chain(*parts) if name not in ("__init__", "_init_weights"))
+
+
+def _source(part: Any) -> str:
+    """Get the source of a function or method; nothing of what is compiled, typed into an interpreter, or neither."""
+    if not inspect.isroutine(part):
+        return ""
+    try:
+        return inspect.getsource(inspect.unwrap(part))
+    except (OSError, TypeError):
+        return ""
+
+
+def has_own_forward(layer: nn.Module, name: str) -> bool:
+    """Ask whether a layer's class computes something else than the kind of layer it is a child of.
+
+    Such a layer (scaled, grouped or normalised weights, shifted positions) runs its own code on the tuned weight. A
+    linear layer is asked by running it once. `LeftOutError` for one that returns more than one tensor, as routers do.
+    """
+    kind: Any = next(kind for kind in LAYOUTS if isinstance(layer, kind))
+    if type(layer).forward is kind.forward or hasattr(layer, "embed_scale"):
+        return False
+    return not isinstance(layer, nn.Linear) or not _is_plain_product(layer, name)
+
+
+def _is_plain_product(layer: nn.Linear, name: str) -> bool:
+    weight = layer.weight
+    # Any input would do that no layer takes for padding: rising numbers, about as large as activations. Chosen.
+    x_NI = torch.linspace(-1, 1, layer.in_features, device=weight.device, dtype=weight.dtype).repeat(2, 1)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            y = layer.forward(x_NI)
+        except Exception:  # its input has another form; whatever it is, its own code will meet it
+            return False
+        if not isinstance(y, torch.Tensor):
+            raise LeftOutError(
+                f"{name}: a {type(layer).__name__} returns {type(y).__name__} and not one tensor, so an update has no "
+                f"output to be added to. Exclude the layer.",
+                f"a {type(layer).__name__} returns more than one tensor",
+            )
+        plain_NO = F.linear(x_NI, weight, layer.bias)
+        return y.shape == plain_NO.shape and not y.is_meta and torch.allclose(y, plain_NO, rtol=1e-2, atol=1e-3)
