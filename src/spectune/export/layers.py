@@ -15,6 +15,10 @@ from ..checkpoint import PEFT_PREFIX
 from ..errors import ExportError, nearest
 from ..records import Delta, SparseCore
 
+# PEFT refuses a LoRA on these layers of these models (tuners_utils.py, _check_lora_target_modules_mamba).
+MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+READ_BY_KERNELS = ("out_proj", "conv1d")
+
 
 @dataclass(frozen=True, eq=False)
 class AdaptedLayer:
@@ -34,6 +38,7 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
             layer = model.get_submodule(path)
             base = _base_of(layer)
             _refuse_inexact(base_path(model, path), layer, base)
+            _refuse_what_peft_does(base_path(model, path), inner_model(model))
             found.append(AdaptedLayer(base_path(model, path), module, isinstance(base, Conv1D)))
     return found
 
@@ -98,6 +103,15 @@ def _base_of(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def _refuse_what_peft_does(path: str, model: Any) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in MAMBAS and path.rpartition(".")[2] in READ_BY_KERNELS:
+        raise ExportError(
+            f"{path}: PEFT loads no LoRA on this layer of a {kind} model, whose kernels read its weight. Merge the "
+            "adapter instead."
+        )
+
+
 def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module) -> None:
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise ExportError(
@@ -109,10 +123,10 @@ def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module) -> None:
             f"{path}: a {type(base).__name__} does more with its weight than a matrix product, so it has no exact "
             "LoRA. Merge the adapter instead."
         )
-    if getattr(layer, "weight_is_read", False):
+    if getattr(layer, "is_only_read", False):
         raise ExportError(
-            f"{path}: the model reads this layer's weight besides or instead of calling the layer, and a LoRA changes "
-            "only what a call gives. Merge the adapter instead."
+            f"{path}: the model reads this layer's weight and never calls it, and a LoRA changes only what a call "
+            "gives. Merge the adapter instead."
         )
     merged = getattr(layer, "merged_adapters", [])
     if merged:

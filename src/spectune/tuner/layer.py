@@ -40,6 +40,8 @@ class SpectralLayer(BaseTunerLayer):
     other_param_names = ()
     weight_is_read = False
     """Whether the code around this layer reads its weight, which then has the updates in it."""
+    is_only_read = False
+    """Whether that code never calls the layer."""
     runs_own_forward = False
     """Whether the base layer runs its own code on the tuned weight, so that no update is added to its output."""
 

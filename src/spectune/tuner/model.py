@@ -152,7 +152,7 @@ class SpectralTuner(BaseTuner):
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = kind_of(innermost, current_key)
         adapted = kind(target, adapter_name, peft_config, current_key, r, owner, basis)
-        adapted.weight_is_read = is_read(self._model, current_key)
+        adapted.weight_is_read, adapted.is_only_read = is_read(self._model, current_key)
         if kind is SpectralAttentionLinear:
             name = f"{current_key}.out_proj"
             innermost.out_proj = KINDS["linear"](innermost.out_proj, adapter_name, peft_config, name, r, owner)

@@ -24,22 +24,24 @@ PROPERTIES = (
 BEFORE_ANY_ADAPTER = ("torch.nn.modules.module", "transformers.modeling_utils")
 
 
-def is_read(model: nn.Module, path: str) -> bool:
-    """Ask whether the code of the modules around a layer reads its weight, besides or instead of calling the layer.
+def is_read(model: nn.Module, path: str) -> tuple[bool, bool]:
+    """Ask whether the code of the modules around a layer reads its weight, and whether it does nothing else with it.
 
     So do Mamba's mixers (kernels take the weights), torch's fast path of transformer encoders, heads that share an
     embedding by hand, and fused losses. Found in the source of every owner: `<...>.layer.weight` in the layer's parent,
     `self.<...>.layer.weight` further up. A weight handed on under another name is not found.
     """
-    parts = path.split(".")
+    parts, read, called = path.split("."), False, False
     for depth in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:depth]))
-        tail = re.escape(".".join(parts[depth:]))
         receiver = r"\w" if depth == len(parts) - 1 else r"\bself"
+        name = rf"{receiver}\.{re.escape('.'.join(parts[depth:]))}"
+        kind: Any = type(owner)
         own = [_source(forward)] if (forward := vars(owner).get("forward")) is not None else []
-        if any(_reads(source, rf"{receiver}\.{tail}\.weight\b") for source in (*_sources(type(owner)), *own)):
-            return True
-    return False
+        for source in (*_sources(kind), *own):
+            read = read or _reads(source, rf"{name}\.weight\b")
+            called = called or re.search(rf"{name}\(", source) is not None
+    return read, read and not called
 
 
 def _reads(source: str, name: str) -> bool:
