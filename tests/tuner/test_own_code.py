@@ -83,7 +83,13 @@ def encoder() -> nn.Module:
 
 def jamba() -> nn.Module:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
-    mamba = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_offset": 1, "attn_layer_period": 2}
+    mamba = {
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+    }
     return tf.JambaForCausalLM(tf.JambaConfig(**{**SIZES, "num_hidden_layers": 2}, **heads, **mamba, num_experts=2))
 
 

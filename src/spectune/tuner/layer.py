@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -18,9 +17,7 @@ from ..records import Spectrum
 from .base_weight import Layout, backend_of, layout_of
 from .bases import find_basis, plain_weight
 from .config import SpectralConfig
-
-# Whether the rows of the running forward name their adapters, so that no single weight serves them all.
-ROWS_DIFFER: ContextVar[bool] = ContextVar("rows_differ", default=False)
+from .mixed_rows import ROWS_DIFFER
 
 
 class SpectralLayer(BaseTunerLayer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from .config import SpectralConfig
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
 from .kinds import KINDS, SpectralAttentionLinear, kind_of
-from .layer import ROWS_DIFFER, SpectralLayer
+from .layer import SpectralLayer
+from .mixed_rows import rows_named
 from .origin import Origin
 from .own_code import is_read
 from .progress import decomposing
@@ -176,20 +176,9 @@ class SpectralTuner(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         self._refuse_unknown_adapters(names)
-        # New lists: the layers know a batch that they have seen by its list, and a caller may write into its own.
-        names, repeated = list(names), [name for name in names for _ in range(copies)]
-        hooks = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, names, repeated), with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (SpectralLayer, AuxiliaryTrainingWrapper))
-        ]
-        token = ROWS_DIFFER.set(True)
-        try:
+        wrappers = (SpectralLayer, AuxiliaryTrainingWrapper)
+        with rows_named([module for module in self.modules() if isinstance(module, wrappers)], names, copies):
             yield
-        finally:
-            ROWS_DIFFER.reset(token)
-            for hook in hooks:
-                hook.remove()
 
     def _refuse_unknown_adapters(self, names: list[str]) -> None:
         banks = [layer.bank for layer in self.model.modules() if isinstance(layer, SpectralLayer) and layer.bank]
@@ -291,11 +280,3 @@ def _add_up(layer: SpectralLayer, adapters: list[str], weights: list[float], ada
             if source in layer.spectune_adapter
         ]
         getattr(target, name).copy_(torch.stack(parts).sum(0))
-
-
-def _pass_adapter_names(
-    names: list[str], repeated: list[str], module: nn.Module, args: Any, kwargs: Any
-) -> tuple[Any, Any]:
-    """Give a layer the names of its rows: an encoder sees the rows as they were given, a decoder with their copies."""
-    as_given = args and isinstance(args[0], torch.Tensor) and len(args[0]) == len(names)
-    return args, {**kwargs, "adapter_names": names if as_given else repeated}
