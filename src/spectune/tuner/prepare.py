@@ -106,7 +106,7 @@ def _layers(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
 def _moments(name: str, layer: Any, config: SpectralConfig, r: int | None) -> Moments:
     W_OI = _matrix(layer, name)
     shape = (W_OI.shape[0], W_OI.shape[1])
-    rank, _ = config.build_method(r).basis(*shape)
+    rank, _ = config.method_for(name, r, *shape).basis(*shape)
     return Moments(config.directions, name, shape, rank, W_OI.device)
 
 

@@ -1,0 +1,110 @@
+"""Cores in directions of the data against LoRA, at equal trained numbers: GLUE tasks and 24 languages on MiniLM.
+
+    python benchmarks/data_spectra.py --data FOLDER [--work FOLDER] [--jobs N] [--tasks …] [--arms …] [--seeds …]
+
+Goes on when started again; `--tasks` and `--arms` choose a part of the table. FOLDER holds sst2_train, cola_train, mrpc_train
+and rte_train, each .jsonl.gz, with GLUE's columns. Each task is split once, by a fixed seed: test rows first, then
+validation rows, and the run's seed draws 2,000 training rows out of the rest. A new head is fitted first for every arm.
+Writes benchmarks/results/data_spectra.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import random
+from pathlib import Path
+from typing import Any
+
+from recorded_sweep import record_sweep
+
+from spectune.demo import base_folder, write_languages
+from spectune.sweeps import parse_sweep
+
+RESULTS = Path(__file__).parent / "results" / "data_spectra.json"
+SPLIT_SEED = 0
+QKV = ["query", "key", "value"]
+EVERY = r".*\.(query|key|value|output\.dense|intermediate\.dense)"
+PAIR = {"text": "sentence1", "text_pair": "sentence2"}
+# File, the columns of its texts, test rows, validation rows.
+GLUE: dict[str, tuple[str, dict[str, str], int, int]] = {
+    "sst2": ("sst2_train", {"text": "sentence"}, 3000, 1000),
+    "cola": ("cola_train", {"text": "sentence"}, 3000, 1000),
+    "mrpc": ("mrpc_train", PAIR, 1200, 400),
+    "rte": ("rte_train", PAIR, 900, 300),
+}
+LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": QKV}
+CORE = {"method": "svft", "pattern": "dense", "basis_rank": 78, "target_modules": QKV}
+# 18 weights of 384 x 384: LoRA r = 8 trains 110,592 numbers, a core of 78 x 78 109,512, r = 1 13,824, 27 x 27 13,122.
+# Over all 36 linear weights of the body a core of 55 x 55 trains 108,900; LoRA r = 1 41,472 and r = 3 124,416.
+ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "lora": (LORA, [3e-4, 1e-3, 3e-3, 6e-3]),
+    "lora_r1": (LORA | {"r": 1, "lora_alpha": 2}, [1e-3, 3e-3, 1e-2]),
+    "lora_every": (LORA | {"r": 3, "lora_alpha": 6, "target_modules": EVERY}, [1e-3, 3e-3]),
+    "dora": (LORA | {"use_dora": True}, [1e-3, 3e-3, 6e-3]),
+    "spectral_a": ({"method": "spectral_a", "r": 8, "target_modules": QKV}, [4e-4, 1.2e-3, 3.6e-3]),
+    "core_weight": (CORE, [3e-3, 1e-2]),
+    "core_gradient": (CORE | {"directions": "gradient"}, [3e-3]),
+    "core_mean": (CORE | {"directions": "gradient_mean"}, [3e-3]),
+    "core_activation": (CORE | {"directions": "activation"}, [3e-3]),
+    "core_gradient_27": (CORE | {"directions": "gradient", "basis_rank": 27}, [1e-2]),
+    "core_gradient_every": (CORE | {"directions": "gradient", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
+    "core_activation_every": (CORE | {"directions": "activation", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
+    "full": ("none", [3e-5, 1e-4]),  # type: ignore[dict-item]
+}
+
+
+def split_files(name: str, data: Path, work: Path) -> dict[str, Any]:
+    """Get the data section of a GLUE task, its rows split into three files of the work folder."""
+    file, columns, tested, validated = GLUE[name]
+    with gzip.open(data / f"{file}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = lines.readlines()
+    random.Random(SPLIT_SEED).shuffle(rows)
+    ends = {"test": (0, tested), "validation": (tested, tested + validated), "train": (tested + validated, None)}
+    section: dict[str, Any] = dict(columns)
+    for split, (start, end) in ends.items():
+        section[split] = str(work / f"{name}-{split}.jsonl")
+        Path(section[split]).write_text("".join(rows[start:end]), encoding="utf-8")
+    return section | {"max_tokens": 96}
+
+
+def tasks(asked: list[str], data: Path, work: Path) -> dict[str, Any]:
+    """Get task -> what goes over the base run."""
+    found: dict[str, Any] = {name: {"data": split_files(name, data, work)} for name in asked if name in GLUE}
+    if "languages" in asked:
+        files = {split: str(path) for split, path in write_languages(work).items()}
+        found["languages"] = {"data": files | {"max_tokens": 48}}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("data_spectra"))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--tasks", nargs="+", default=["languages", *GLUE], choices=["languages", *GLUE])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=3)
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    sweep = {
+        "title": "Cores in directions of the data against LoRA at equal trained numbers, MiniLM, 2,000 rows",
+        "run": {
+            "recipe": "text_classification",
+            "model": str(base_folder()),
+            "pooling": "mean",
+            "data": {"limit": {"train": 2000}},
+            "training": {"epochs": asked.epochs, "batch_size": 32, "head_first": True, "head_learning_rate": 1e-3},
+        },
+        "tasks": tasks(asked.tasks, asked.data, asked.work),
+        "methods": {name: {"adapter": ARMS[name][0], "learning_rates": ARMS[name][1]} for name in asked.arms},
+        "seeds": asked.seeds,
+        "tuning_seeds": 1,
+        "keep": "nothing",
+    }
+    record_sweep(parse_sweep(sweep), asked.work / "sweep", RESULTS, None, asked.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""`paired`: what a method gains over a baseline, seed by seed, so that what a seed makes hard or easy cancels."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Resamples of the bootstrap (Efron 1979): the ends of a 95% interval move by about a twentieth of its width.
+RESAMPLES = 2000
+INTERVAL = 0.95
+
+Scores = Mapping[tuple[str, str], Mapping[int, float]]
+"""(task, method) -> seed -> the reported figure at the chosen rate."""
+
+
+def paired(
+    scores: Scores, methods: Sequence[str], tasks: Sequence[str], smaller_is_better: Mapping[str, bool], baseline: str
+) -> list[dict[str, Any]]:
+    """Get each method's mean difference to the baseline, above zero where the method is better.
+
+    The mean over tasks of the mean over seeds that both have run; `error` is its standard error, over seeds, and `low`
+    to `high` the 95% bootstrap interval, with seeds drawn anew within each task. None where a task has no pair, or for
+    the errors with fewer than two seeds. Three seeds make narrow intervals: the standard error is the safer of the two.
+    """
+    return [
+        {"method": method} | _gain(_differences(scores, method, tasks, smaller_is_better, baseline))
+        for method in methods
+        if method != baseline
+    ]
+
+
+def _differences(
+    scores: Scores, method: str, tasks: Sequence[str], smaller_is_better: Mapping[str, bool], baseline: str
+) -> dict[str, list[float]]:
+    found = {}
+    for task in tasks:
+        mine, theirs = scores.get((task, method), {}), scores.get((task, baseline), {})
+        sign = -1.0 if smaller_is_better[task] else 1.0
+        found[task] = [sign * (mine[seed] - theirs[seed]) for seed in sorted(mine.keys() & theirs.keys())]
+    return found
+
+
+def _gain(differences: Mapping[str, list[float]]) -> dict[str, Any]:
+    by_task = {task: statistics.fmean(values) if values else None for task, values in differences.items()}
+    found: dict[str, Any] = {"by_task": by_task, "mean": None, "error": None, "low": None, "high": None}
+    found["pairs"] = sum(map(len, differences.values()))
+    parts = list(differences.values())
+    if not parts or not all(parts) or not all(math.isfinite(value) for part in parts for value in part):
+        return found
+    found["mean"] = statistics.fmean(map(statistics.fmean, parts))
+    if min(map(len, parts)) < 2:
+        return found
+    found["error"] = math.sqrt(sum(statistics.variance(part) / len(part) for part in parts)) / len(parts)
+    return found | dict(zip(("low", "high"), _interval(parts), strict=True))
+
+
+def _interval(parts: Sequence[list[float]]) -> tuple[float, float]:
+    stream = random.Random(0)
+    means = sorted(
+        statistics.fmean(sum(stream.choices(part, k=len(part))) / len(part) for part in parts) for _ in range(RESAMPLES)
+    )
+    cut = round((1 - INTERVAL) / 2 * RESAMPLES)
+    return means[cut], means[-cut - 1]

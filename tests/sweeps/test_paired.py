@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from spectune.sweeps.paired import paired
+
+TASKS = ["a", "b"]
+
+
+def gain(mine: dict[str, dict[int, float]], theirs: dict[str, dict[int, float]], smaller: bool = False) -> dict:  # type: ignore[type-arg]
+    scores = {(task, "m"): mine[task] for task in TASKS} | {(task, "base"): theirs[task] for task in TASKS}
+    (found,) = paired(scores, ["base", "m"], TASKS, dict.fromkeys(TASKS, smaller), "base")
+    return found
+
+
+def test_what_a_seed_does_to_both_cancels() -> None:
+    hard = {0: 0.0, 1: -20.0, 2: 30.0}
+    theirs = {task: {seed: 50 + shift for seed, shift in hard.items()} for task in TASKS}
+    mine = {"a": {s: v + 1 for s, v in theirs["a"].items()}, "b": {s: v + 3 for s, v in theirs["b"].items()}}
+    found = gain(mine, theirs)
+    assert found["by_task"] == {"a": pytest.approx(1), "b": pytest.approx(3)} and found["mean"] == pytest.approx(2)
+    assert found["error"] == pytest.approx(0) and found["low"] == found["high"] == pytest.approx(2)
+    assert gain(mine, theirs, smaller=True)["mean"] == pytest.approx(-2)
+
+
+def test_the_error_is_that_of_the_mean_over_tasks() -> None:
+    found = gain({"a": {0: 1.0, 1: 3.0}, "b": {0: 0.0, 1: 0.0}}, {task: {0: 0.0, 1: 0.0} for task in TASKS})
+    assert found["mean"] == 1 and found["error"] == pytest.approx(0.5)  # sqrt(2 / 2 + 0) / 2
+    assert found["low"] < 1 < found["high"]
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    stream, held = random.Random(1), 0
+    for _ in range(40):
+        mine = {task: {seed: stream.gauss(0, 1) for seed in range(20)} for task in TASKS}
+        found = gain(mine, {task: dict.fromkeys(range(20), 0.0) for task in TASKS})
+        held += found["low"] <= 0 <= found["high"]
+    assert 33 <= held <= 40  # 95% of 40 is 38
+
+
+def test_only_seeds_that_both_have_run_are_compared() -> None:
+    found = gain({"a": {0: 1.0, 1: 9.0}, "b": {2: 5.0}}, {"a": {0: 0.0, 2: 0.0}, "b": {2: 3.0}})
+    assert found["by_task"] == {"a": 1.0, "b": 2.0} and found["pairs"] == 2
+    assert found["mean"] == 1.5 and found["error"] is None
+
+
+def test_a_task_without_a_pair_leaves_no_mean() -> None:
+    found = gain({"a": {0: 1.0}, "b": {0: 1.0}}, {"a": {0: 0.0}, "b": {1: 0.0}})
+    assert found["mean"] is None and found["by_task"]["b"] is None
