@@ -2,9 +2,9 @@
 
     python benchmarks/data_spectra.py --data FOLDER [--work FOLDER] [--jobs N] [--tasks …] [--arms …] [--seeds …]
 
-Goes on when started again; `--tasks` and `--arms` choose a part of the table. FOLDER holds sst2_train, cola_train, mrpc_train
-and rte_train, each .jsonl.gz, with GLUE's columns. Each task is split once, by a fixed seed: test rows first, then
-validation rows, and the run's seed draws 2,000 training rows out of the rest. A new head is fitted first for every arm.
+Goes on when started again; `--tasks` and `--arms` choose a part of the table. FOLDER holds sst2_train, cola_train,
+mrpc_train and rte_train, each .jsonl.gz, with GLUE's columns. Each task is split once, by a fixed seed: test rows, then
+validation rows, and out of the rest the run's seed draws 2,000 training rows. Every arm begins with a fitted head.
 Writes benchmarks/results/data_spectra.json.
 """
 
