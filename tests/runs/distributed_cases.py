@@ -54,9 +54,10 @@ CASES: dict[str, tuple[str, Any, int]] = {
         2,
     ),
     "full fine-tuning": ("image", "none", 1),
+    "muon": ("text", {"method": "svft", "pattern": "dense", "target_modules": ["query"]}, 1),
 }
-# DeepSpeed's optimizer holds other tensors than the adapter's, so dynamics are refused there.
-ZERO2 = [name for name in CASES if name != "singular decay and gradient norm"]
+# DeepSpeed's optimizer holds other tensors than the adapter's, so dynamics and muon are refused there.
+ZERO2 = [name for name in CASES if name not in ("singular decay and gradient norm", "muon")]
 
 
 def prepare(folder: Path) -> None:
@@ -88,6 +89,7 @@ def config_of(name: str, folder: Path, processes: int) -> Any:
         "batch_size": EXAMPLES // forwards // processes,
         "gradient_accumulation": forwards,
         "learning_rate": 1e-3 if adapter == "none" else 1e-2,
+        "optimizer": "muon" if name == "muon" else "adamw_torch",
     }
     return parse_config(tiny.merged(values, {"adapter": adapter, "training": training}))
 

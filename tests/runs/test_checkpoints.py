@@ -41,6 +41,13 @@ RUNS = {
             "training": {"head_first": True},
         },
     ),
+    "muon": (
+        tiny.text_run,
+        {
+            "adapter": {"method": "specadapt", "target_modules": ["query", "value"], "singular_decay": 0.5},
+            "training": {"optimizer": "muon", "gradient_accumulation": 2},
+        },
+    ),
     "AdaLoRA": (tiny.text_run, {"adapter": ADALORA | {"target_modules": ["query", "value"]}}),
     "full fine-tuning": (tiny.text_run, {"adapter": "none"}),
     "augmented images": (tiny.image_run, {}),

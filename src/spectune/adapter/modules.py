@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..algebra import apply
+from ..errors import OptionError
 from ..methods.contract import Method
 from ..records import Delta, SparseCore, Spectrum
 from .dynamics import Dynamics, follow
@@ -99,6 +100,20 @@ class SpectralModule(KeptBasis):
 
     def forward(self, x_NI: torch.Tensor) -> torch.Tensor:
         return apply(self.delta_in(x_NI.dtype), x_NI)
+
+    def weight_size(self) -> float:
+        """Get the root mean square of the base weight's singular values, |W|_F / sqrt(K); `OptionError` for a weight of
+        zeros, or where the weight is not at hand."""
+        if self.base_matrix is None:
+            raise OptionError(f"{self.name}: the base weight is needed to measure its size. Attach the adapter to it.")
+        W_OI = self.base_matrix()
+        size = float(torch.linalg.vector_norm(W_OI, dtype=torch.float32)) / min(W_OI.shape) ** 0.5
+        if not 0 < size < float("inf"):
+            raise OptionError(
+                f"{self.name}: the base weight is all zeros or not finite, so no step can be a part of its size. "
+                f"Exclude the layer or use another optimizer."
+            )
+        return size
 
     def hold(self) -> Callable[[], None]:
         """Get a function that puts everything back as it is now, trained numbers into the tensors that they are in."""

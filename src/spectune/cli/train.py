@@ -30,7 +30,7 @@ def train(
     """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
     from ..recipes import load_config
     from ..runs import Run, RunResult, run, train_run
-    from ..training import Interrupted, advice, join, learning_rate, method_of
+    from ..training import Interrupted, advice, join, learning_rate, method_of, tuned_by
     from .progress import Stages
     from .run_page import print_metrics, write_run_page
     from .terminal import Console
@@ -39,7 +39,7 @@ def train(
     folder = output or Path("runs", config.stem)
     main = join().is_main_process
     console = Console(stderr=True, quiet=as_json or not main)
-    warning = advice(method_of(asked), learning_rate(asked))
+    warning = advice(tuned_by(asked), learning_rate(asked))
 
     def warn(said: str) -> None:
         Console(stderr=True).print(f"warning: {said}", markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from ..errors import OptionError
 from ..recipes.recipe import Recipe, Shown
 from ..training.loop import Loss, Plan
+from ..training.muon import MUON
 from ..training.processes import join
 from ..training.rates import head_learning_rate, learning_rate, usual_rate
 from ..tuner import build_adapter_config
@@ -113,6 +114,7 @@ class TextToImage(Recipe):
         """Get the rate of the text encoder's adapter beside one on the UNet."""
         asked, options = self.config.training.text_encoder_learning_rate, self.config.parts["text_encoder"]
         method = str(options.get("method") or str(options.get("peft_type", "")).upper())
+        method = MUON if self.config.training.optimizer == MUON and "method" in options else method
         return usual_rate(method, "training.text_encoder_learning_rate") if asked is None else asked
 
     def parts(self, model: Any) -> dict[str, int]:

@@ -119,6 +119,12 @@ class Method:
         axes where the tensor has a single norm."""
         raise NotImplementedError
 
+    def matrix_steps(self) -> dict[str, str]:
+        """Get, for each trained tensor that is a matrix to a spectral optimizer (muon), what a step in it is a part of:
+        "weight", the size of the weight, where dW is the tensor between factors with singular values near one; "one"
+        where it multiplies something of the weight's size. Empty: single numbers, which have no matrix form."""
+        return {}
+
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
         """Get 1 - s / s_max for every trained number that belongs to a singular direction, broadcastable to its
         tensor: how much of the singular-guided decay it takes. Empty where a method has no singular directions."""

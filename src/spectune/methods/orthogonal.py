@@ -74,6 +74,9 @@ class LiDB(Method):
     def gradient_axes(self) -> dict[str, int]:
         return {"A": 0, "B": 1}
 
+    def matrix_steps(self) -> dict[str, str]:
+        return {"A": "weight", "B": "one"}  # kaiming's B has singular values of about 0.6
+
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
         dtype = trained["A"].dtype
         whole = Delta(frozen["P"].to(dtype), trained["A"] @ trained["B"], frozen["Q"].to(dtype))
@@ -137,6 +140,9 @@ class OrthogonalAdaptation(Method):
 
     def gradient_axes(self) -> dict[str, int]:
         return {"B": 0}
+
+    def matrix_steps(self) -> dict[str, str]:
+        return {"B": "weight"}
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
         B_OR = trained["B"]

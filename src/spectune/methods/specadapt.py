@@ -94,6 +94,10 @@ class SpecAdapt(Method):
     def gradient_axes(self) -> dict[str, int]:
         return {"A": 0, "B": 1}
 
+    def matrix_steps(self) -> dict[str, str]:
+        # B starts with singular values near one, H at the identity.
+        return {"A": "weight", "B": "one", "H": "one"}
+
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
         weak_K = weakness(spectrum)
         return {"A": weak_K[:, None], "B": weak_K[None, :]}

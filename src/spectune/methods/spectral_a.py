@@ -57,6 +57,10 @@ class SpectralA(Method):
     def gradient_axes(self) -> dict[str, int]:
         return {"A_U": 0, "A_Vh": 1}
 
+    def matrix_steps(self) -> dict[str, str]:
+        # They stand beside unit vectors, and S is between them.
+        return {"A_U": "one", "A_Vh": "one"}
+
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
         weak_R = weakness(spectrum)
         return {"A_U": weak_R[None, :], "A_Vh": weak_R[:, None]}

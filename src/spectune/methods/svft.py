@@ -155,6 +155,9 @@ class SVFT(Method):
     def gradient_axes(self) -> dict[str, int | tuple[int, ...]]:
         return {"M": (0, 1) if self.pattern == DENSE else 0}
 
+    def matrix_steps(self) -> dict[str, str]:
+        return {"M": "weight"} if self.pattern == DENSE else {}
+
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
         weak_K = weakness(spectrum)
         if self.pattern == "plain":

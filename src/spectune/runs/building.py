@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import set_seed
@@ -11,7 +13,8 @@ from ..errors import OptionError
 from ..recipes.recipe import Recipe
 from ..training.config import HEAD, RunConfig
 from ..training.loop import Plan
-from ..training.rates import head_learning_rate, learning_rate
+from ..training.muon import MUON, refuse_without_matrices
+from ..training.rates import head_learning_rate, learning_rate, method_of, usual_rate
 from ..tuner import attach, build_adapter_config
 from .examples_first import directions_of_examples, fit_head
 
@@ -28,7 +31,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
     model = recipe.build_model()
     own = recipe.attach(model)
     if own is not None:
-        return own[0], Plan(own[1], recipe.loss)
+        return own[0], _plan(recipe, own[0], own[1])
     heads = recipe.head(model)
     options = config.adapter_options
     if config.training.head_first:
@@ -50,7 +53,15 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
         raise OptionError(f"adapter: {config.adapter} leaves nothing to train. Name other target_modules.")
     if not head and config.training.head_learning_rate is not None:
         raise OptionError("training.head_learning_rate: this run has no new head. Leave it out.")
-    return model, Plan([(body, learning_rate(config)), (head, head_learning_rate(config))], recipe.loss)
+    return model, _plan(recipe, model, [(body, learning_rate(config)), (head, head_learning_rate(config))])
+
+
+def _plan(recipe: Recipe, model: nn.Module, rates: Sequence[tuple[Sequence[nn.Parameter], float]]) -> Plan:
+    config = recipe.config
+    if config.training.optimizer != MUON:
+        return Plan(rates, recipe.loss)
+    refuse_without_matrices(model)
+    return Plan(rates, recipe.loss, muon=usual_rate(method_of(config), "training.learning_rate"))
 
 
 def _only(model: nn.Module, head: list[nn.Parameter], config: RunConfig) -> list[tuple[str, nn.Parameter]]:

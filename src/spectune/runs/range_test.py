@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.config import HEAD, RunConfig
-from ..training.loop import OnStep, Plan, Watch, quiet_libraries
+from ..training.loop import OnStep, Watch, quiet_libraries
 from ..training.rates import learning_rate, method_of
 from .building import build
 
@@ -76,7 +76,7 @@ def range_test(
     model, plan = build(recipe)
     watch, stop = Watch(on_step), _StopAtDivergence()
     with tempfile.TemporaryDirectory() as folder:
-        ramp = Plan(plan.rates, plan.loss, ramp=low / high)
+        ramp = replace(plan, ramp=low / high)
         trainer = recipe.trainer(model, ramp, Path(folder), [watch, stop], save_strategy="no")
         trainer.train()
     rates = [low * (high / low) ** (step / (steps - 1)) for step in range(len(watch.losses))]

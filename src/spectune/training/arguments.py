@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..errors import OptionError, one_line
 from .config import RunConfig
+from .muon import MUON
 
 
 def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
         "warmup_steps": asked.warmup,
         "lr_scheduler_type": asked.schedule,
         "max_grad_norm": asked.max_grad_norm,
-        "optim": asked.optimizer,
+        # Muon is the loop's own, made in `create_optimizer`.
+        "optim": "adamw_torch" if asked.optimizer == MUON else asked.optimizer,
         # Else transformers refuses bfloat16 on a CPU, which torch autocasts to as well.
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": asked.precision == "bfloat16",

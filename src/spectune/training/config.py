@@ -83,7 +83,10 @@ class Training(Section):
         "linear", description="How the rate falls after warmup."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 is never.")
-    optimizer: str = Field("adamw_torch", description="Any name that transformers' TrainingArguments(optim=) knows.")
+    optimizer: str = Field(
+        "adamw_torch",
+        description="muon (matrices of a spectral adapter), or any name that TrainingArguments(optim=) knows.",
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Autocast of the forward.")
     gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
     save_every: int = Field(500, gt=0, description="Steps between two checkpoints; the last step is always saved.")

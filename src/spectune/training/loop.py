@@ -23,9 +23,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter import bases_as_parameters, spectral_modules
+from ..errors import OptionError
 from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
 from .checkpoints import PARTIAL, OwnCheckpoints, save_whole, write_examples_a_step
 from .engines import refuse_deepspeed_options, refuse_fsdp_options
+from .muon import MUON, SpectralMuon, muon_groups
 
 OnStep = Callable[[int, int, float], None]
 """Called with (step, steps, loss) after each optimizer step."""
@@ -40,6 +42,8 @@ class Plan:
     """Parameters and their peak learning rate: the adapter (or model), the head, other adapters; the rest is frozen."""
     loss: Loss | None = None
     """In place of the loss that the model returns."""
+    muon: float | None = None
+    """Muon for the matrices of spectral adapters, and this rate, with AdamW, for what else they train."""
     ramp: float | None = None
     """For a range test: the first group's rate grows exponentially from this share of its peak to the peak."""
 
@@ -61,6 +65,11 @@ class Loop:
         """Shard the frozen bases with the model under FSDP2, and keep DDP from sending them."""
         me: Any = self
         modules = [module for _, _, module in spectral_modules(me.model)]
+        if self.plan.muon is not None and (me.is_fsdp_enabled or me.is_deepspeed_enabled):
+            raise OptionError(
+                f"training.optimizer={MUON}: FSDP and DeepSpeed cut matrices into parts, and a part cannot be "
+                f"orthogonalised alone. Use DDP, or optimizer: adamw_torch."
+            )
         if me.is_fsdp_enabled:
             refuse_fsdp_options(me.accelerator.state.fsdp_plugin)
             bases_as_parameters(me.model)
@@ -76,6 +85,10 @@ class Loop:
         if me.optimizer is None:
             decayed = set(me.get_decay_parameter_names(me.model))
             matrices = {id(p) for name, p in me.model.named_parameters() if name in decayed}
+            if self.plan.muon is not None:
+                rates, decay = self.plan.rates, me.args.weight_decay
+                me.optimizer = SpectralMuon(muon_groups(me.model, rates, matrices, decay, self.plan.muon))
+                return me.optimizer
             groups = []
             for parameters, rate in self.plan.rates:
                 for decays in (True, False):

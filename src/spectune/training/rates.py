@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import OptionError
 from ..methods import METHODS
 from .config import HEAD, NO_ADAPTER, RunConfig
+from .muon import MUON
 
 # "Far" is ten times outside: within it tuning decides, beyond it runs are dead or diverge. Chosen.
 FAR = 10.0
@@ -48,6 +49,7 @@ KNOWN: dict[str, KnownRates] = {
     "IA3": KnownRates(1e-4, 5e-3, f"{BENCH}: 1e-4 scored 31.1, 5e-3 scored 45.5", 5e-3),
     "LOKR": KnownRates(1e-4, 3e-3, BENCH, 3e-3),
     "HIRA": KnownRates(1e-4, 4.5e-3, BENCH, 4.5e-3),
+    MUON: KnownRates(2e-3, 2e-1, "a step as a part of the weight's size; chosen, not measured", 0.02),
     "none": KnownRates(1e-5, 8e-5, f"full fine-tuning: {SPECTRAL}: 1e-5; {SVFT}: 4e-5 and 8e-5 (ViT-B)", 2e-5),
 }
 
@@ -67,7 +69,13 @@ def learning_rate(config: RunConfig) -> float:
     asked = config.training.learning_rate
     if asked is not None:
         return asked
-    return usual_rate(method_of(config), "training.learning_rate")
+    return usual_rate(tuned_by(config), "training.learning_rate")
+
+
+def tuned_by(config: RunConfig) -> str:
+    """Get the word whose rates are known: the optimizer where its rates are the same for every method (muon)."""
+    method = method_of(config)
+    return MUON if config.training.optimizer == MUON and method in METHODS else method
 
 
 def usual_rate(method: str, where: str) -> float:
@@ -104,7 +112,7 @@ def advice(method: str, rate: float) -> str | None:
 
 def said(config: RunConfig) -> dict[str, Any]:
     """Get the rates of a run and what is known about them, for `check`."""
-    method, rate = method_of(config), learning_rate(config)
+    method, rate = tuned_by(config), learning_rate(config)
     known = KNOWN.get(method)
     return {
         "learning_rate": rate,
