@@ -83,7 +83,7 @@ FAILURES = [
     (["demo", "--output", "full"], 1, "full"),
     (["export", "nowhere", "-o", "out"], 1, "nowhere: asked for an adapter folder, found nothing"),
     (["export", "full", "-o", "out"], 1, "adapter_config.json"),
-    (["export", "full", "-o", "out", "--to", "merged", "--max-rank", "2"], 1, "belong to --to lora"),
+    (["export", "full", "-o", "out", "--to", "merged", "--max-rank", "2"], 1, "work only with --to lora"),
     (["demmo"], 2, "No such command 'demmo'"),
     (["demo", "--stepz", "3"], 2, "No such option"),
 ]

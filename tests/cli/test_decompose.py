@@ -30,7 +30,7 @@ def test_decompose_fills_the_default_cache_and_says_so(model: Path, capsys: pyte
     assert (first["solved"], first["found"], first["skipped"]) == (3, 0, {"embeddings and heads": 1})
     run("decompose", model, "--r", 2)
     out = " ".join(capsys.readouterr().out.split())
-    assert "0 weights decomposed, 3 were there already" in out and "left out: 1 (embeddings and heads)" in out
+    assert "0 weights decomposed, 3 already stored" in out and "left out: 1 (embeddings and heads)" in out
     assert str(model / "bases") in out
 
 
@@ -56,7 +56,7 @@ def test_the_cache_is_listed_and_cleared(model: Path, capsys: pytest.CaptureFixt
     "words, complaint",
     [
         (["--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
-        (["--columns", "middle"], "only top and bottom"),
+        (["--columns", "middle"], "must be top or bottom"),
         (["--max-memory", "few"], "'few' is not a size"),
         (["--max-memory", "1KB"], "more than --max-memory (0.00 GiB)"),
         (["--include", "("], "is not a regular expression"),

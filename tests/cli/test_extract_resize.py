@@ -49,9 +49,9 @@ def models(trio: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_extracting_says_what_is_kept_and_what_is_left_out(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert spectune("extract", "base", "tuned", "-o", "again", "--rank", "8") == 0
     said = capsys.readouterr().out
-    assert "measured in the written file:" in said and "of |dW|² of the 13 adapted layers is kept" in said
-    assert "28 changed tensors are left out" in said and "classifier.weight" in said and "head" in said
-    assert "kinds of layers told by: BertForSequenceClassification" in said
+    assert "the written file keeps" in said and "of |dW|² of the 13 adapted layers" in said
+    assert "left out: 28 changed tensors" in said and "classifier.weight" in said and "head" in said
+    assert "kinds of layers: from BertForSequenceClassification" in said
     assert (models / "again" / "adapter_model.safetensors").exists()
 
 
@@ -83,7 +83,7 @@ def test_columns_are_words_numbers_or_lists(models: Path, capsys: pytest.Capture
 def test_resizing_prints_ranks_losses_and_sizes(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert spectune("resize", "lora", "-o", "smaller", "--rank", "4", "--dtype", "bfloat16") == 0
     said = capsys.readouterr().out
-    assert "the most that a layer lost:" in said and "bytes; LoRA written to smaller" in said
+    assert "largest loss in a layer:" in said and "bytes; LoRA written to smaller" in said
     assert spectune("resize", "lora", "-o", "same", "--energy", "1", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert {layer["rank"] for layer in found["layers"]} == {8} and found["worst_loss"] < 1e-9

@@ -77,7 +77,7 @@ def test_gradient_reads_the_examples_of_each_adapter(shelf: Path, tmp_path: Path
 
 def test_schedule_hands_out_blocks() -> None:
     done = run("schedule", "--concepts", "2", "--r", "3")
-    assert "columns: [3, 4, 5]" in done.output and "weights need 6 directions or more" in done.output
+    assert "columns: [3, 4, 5]" in done.output and "weights need at least 6 directions" in done.output
     assert "SpectralConfig(method='spectral_a', r=3, columns=[0, 1, 2])" in done.output
     assert "spectune train RUN.yaml 'adapter.method=spectral_a' 'adapter.r=3' 'adapter.columns=[3,4,5]'" in done.output
     rows = run("schedule", "--concepts", "2", "--r", "3", "--method", "orthogonal_adaptation").output
@@ -93,7 +93,7 @@ def test_a_private_schedule_states_the_chance_of_a_clash() -> None:
 
 WRONG = [
     (["fuse", "dog", "clash"], AdapterError, "both tuned the singular columns 2"),
-    (["fuse", "dog", "cat", "--weights", "one"], OptionError, "--weights 'one': numbers with commas"),
+    (["fuse", "dog", "cat", "--weights", "one"], OptionError, "--weights 'one': must be numbers"),
     (["fuse", "dog", "cat", "--max-rank", "2"], OptionError, "Pass -o FOLDER"),
     (["fuse", "dog", "cat", "--rule", "gradient", "--examples", "dog.txt"], OptionError, "1 files for 2 adapters"),
     (
@@ -102,8 +102,8 @@ WRONG = [
         "none.txt: the examples cannot be read",
     ),
     (["fuse", "dog", "--rule", "gradient", "--examples", "bad.jsonl"], DataError, "bad.jsonl: line 1 is not"),
-    (["schedule", "--concepts", "2", "--private"], OptionError, "it needs --top K"),
-    (["schedule", "--concepts", "2", "--top", "9"], OptionError, "belong to --private"),
+    (["schedule", "--concepts", "2", "--private"], OptionError, "pass --top K"),
+    (["schedule", "--concepts", "2", "--top", "9"], OptionError, "work only with --private"),
     (["schedule", "--concepts", "2", "--method", "svft"], OptionError, "--method svft: there are"),
 ]
 

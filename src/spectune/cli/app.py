@@ -14,8 +14,8 @@ import typer
 from ..errors import SpectuneError, one_line, printable
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
-# Libraries may swallow a KeyboardInterrupt, seen while they were being imported; then it is raised again after so
-# many seconds. Cleaning up after the first one must be done by then, and deletes a few files. Chosen.
+# Libraries may swallow a KeyboardInterrupt (seen while they were being imported), so it is raised again after this many
+# seconds. By then the cleaning up after the first one, a few deleted files, is done. Chosen.
 AGAIN_SECONDS = 10
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ for verb in (
 ):  # fmt: skip
     app.command(name=verb)(getattr(import_module(f".{verb}", __package__), verb))
 
-# Typer brings a Click of its own; this is the base class of every complaint about the words of a command.
+# Typer contains its own Click; this is the base class of all its usage errors.
 WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
@@ -46,7 +46,7 @@ def _interrupt(number: int, frame: object) -> None:
 def main() -> None:
     """Run the command line: exit 0 when all went well, 1 for a refused request, 2 for wrong usage, 130 for Ctrl-C.
 
-    A failure is one line on stderr. SPECTUNE_DEBUG=1 shows where it came from.
+    A failure is one line on stderr. SPECTUNE_DEBUG=1 shows the traceback.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def _show_warnings_plainly() -> None:
-    """Have Python's warnings, which may quote a file, shown with every letter visible."""
+    """Escape control characters in Python's warnings, which may quote a file."""
     shown = warnings.formatwarning
 
     def plain(*words: Any, **more: Any) -> str:

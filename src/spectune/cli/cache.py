@@ -1,4 +1,4 @@
-"""`spectune cache`: what the cache of bases holds, and emptying it."""
+"""`spectune cache`: list or clear the cache of bases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Action(str, Enum):
 
 def cache(
     action: Annotated[Action, typer.Argument(help="ls lists the entries, clear deletes them all.")],
-    folder: Annotated[Path | None, typer.Option("--cache", help="Another folder than the default one.")] = None,
+    folder: Annotated[Path | None, typer.Option("--cache", help="Folder of the cache, if not the default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """List or delete the stored bases (SPECTUNE_CACHE, or ~/.cache/spectune/bases)."""

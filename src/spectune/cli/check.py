@@ -1,4 +1,4 @@
-"""`spectune check`: what a run would do, shown before it costs anything."""
+"""`spectune check`: show what a run would do before it costs anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_LAYERS, MOST_CLASSES = 12, 12
 def check(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value over the file, as training.steps=10.")
+        list[str] | None, typer.Argument(help="Settings that replace the file's, such as training.steps=10.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`spectune compare`: methods x learning rates x seeds x tasks, and who comes out where."""
+"""`spectune compare`: methods x learning rates x seeds x tasks, ranked."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import typer
 
 
 def compare(
-    sweep: Annotated[Path, typer.Argument(help="YAML file of the sweep; examples/sweep.yaml is one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value over the file, as seeds=[0].")] = None,
+    sweep: Annotated[Path, typer.Argument(help="YAML file of the sweep, such as examples/sweep.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that replace the file's, such as seeds=[0].")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: comparisons/ and the file's name.")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of cores.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time; they share the cores.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
-    """Compare methods: rates chosen on validation, figures on test. The same command goes on where it was stopped."""
+    """Compare methods: rates chosen on validation, figures on test. Repeat the command to continue a stopped sweep."""
     from ..sweeps import load_sweep
     from .comparison_files import print_comparison, run_under_bar, write_files
     from .terminal import Console

@@ -1,4 +1,4 @@
-"""What `compare` and `reproduce` share: running a sweep under a bar, and the files that come out of it."""
+"""Shared by `compare` and `reproduce`: running a sweep under a progress bar, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int = 1) -> list[SweepRecord]:
-    """Get every record of a sweep, with a bar of the runs and the steps of those at work."""
+    """Get every record of a sweep, showing a bar with the runs and the steps of those in progress."""
     from ..sweeps import run_sweep
     from .progress import Stages
 
@@ -35,7 +35,7 @@ def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int 
             records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run, jobs=jobs)
         except KeyboardInterrupt:
             stages.stop()
-            console.print(f"stopped; the same command goes on in {folder}", markup=False, soft_wrap=True)
+            console.print(f"stopped; repeat the command to continue in {folder}", markup=False, soft_wrap=True)
             raise
         stages.update(bar, total=len(records), completed=len(records), said="")
     return records
@@ -55,15 +55,15 @@ def write_files(
     from ..sweeps import summarise, to_markdown, write_method_comparison
 
     summary = summarise(sweep, records)
-    told = dict(summary) if published is None else summary | {"published": dict(published)}
-    write_atomically(folder / "comparison.json", json.dumps(told, indent=1) + "\n")
+    complete = dict(summary) if published is None else summary | {"published": dict(published)}
+    write_atomically(folder / "comparison.json", json.dumps(complete, indent=1) + "\n")
     write_atomically(folder / "comparison.md", printable(to_markdown(summary, published), "\n"))
     write_method_comparison(sweep, records, folder / "method_comparison")
     try:
         write_comparison(summary, folder / "comparison.html", published)
     except MissingExtraError as error:
         console.print(f"no comparison.html: {error}", markup=False, soft_wrap=True)
-    return told
+    return complete
 
 
 def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
@@ -92,7 +92,7 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
 
 
 def provenance() -> dict[str, Any]:
-    """Get what stands in every record: versions, machine, and the commit of the code where it is a checkout."""
+    """Get what every record contains: versions, machine, and the commit if the code is a git checkout."""
     from ..runs import machine, versions
 
     return {"versions": versions("datasets", "accelerate", "trl"), "machine": machine(), "commit": commit()}

@@ -1,4 +1,4 @@
-"""`spectune decompose`: the bases of a whole checkpoint on the disk, so that training starts without any SVD."""
+"""`spectune decompose`: store the bases of a whole checkpoint, so that training starts without an SVD."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 def decompose(
     model: Annotated[str, typer.Argument(help="Model folder, safetensors or GGUF file, or hub name.")],
-    r: Annotated[int, typer.Option("--r", help="Directions to store; they serve every smaller r.")] = 64,
+    r: Annotated[int, typer.Option("--r", help="Directions to store; any smaller r can use them.")] = 64,
     columns: Annotated[str, typer.Option(help="Which directions: top or bottom.")] = "top",
     include: Annotated[
         str | None, typer.Option(help="Regex of the weights; default: all but embeddings, heads.")
@@ -28,13 +28,15 @@ def decompose(
     exclude: Annotated[str | None, typer.Option(help="Regex of weights to leave out.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest angle to the true subspace, in radians.")] = 1e-4,
     dtype: Annotated[str | None, typer.Option(help=f"Dtype the model will be loaded in: {', '.join(FLOATS)}.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help='For weights and work, such as "2GiB".')] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help='Limit for weights and working memory, such as "2GiB".')
+    ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder to fill; default: SPECTUNE_CACHE, ~/.cache/spectune.")
+        Path | None, typer.Option(help="Folder to fill; default: SPECTUNE_CACHE, or ~/.cache/spectune/bases.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
-    """Find and store the singular directions of a whole checkpoint, shard by shard; can be interrupted and resumed."""
+    """Compute and store the singular directions of a whole checkpoint, shard by shard. Can be stopped and resumed."""
     import torch
 
     from ..checkpoint import find_base, find_targets
@@ -43,10 +45,9 @@ def decompose(
     if dtype is not None and dtype not in FLOATS:
         raise OptionError(f"--dtype {dtype!r} does not exist. {nearest(dtype, FLOATS)}")
     if columns not in ("top", "bottom"):
-        raise OptionError(f"--columns {columns!r}: only top and bottom are stored, and top serves any list inside it.")
+        raise OptionError(f"--columns {columns!r}: must be top or bottom. A list of columns uses what top stores.")
     checkpoint = find_base(model).checkpoint
     targets, left_out = find_targets(checkpoint, include, exclude)
-    # A weight with fewer directions than asked for gives all that it has.
     store = BasisCache(cache or default_folder())
     asked = Request(r, columns, tolerance=tolerance)
     limit = None if max_memory is None else parse_bytes(max_memory)
@@ -80,7 +81,7 @@ def _run(
 
 
 def _by_rank(targets: list[Target], request: Request) -> list[tuple[Request, list[Target]]]:
-    """Get the targets with what is asked of them: r directions, or all where there are not so many."""
+    """Get the targets with their requests: r directions, or all of a weight that has no more than r."""
     from dataclasses import replace
 
     wide = [target for target in targets if min(target.shape) > (request.rank or 0)]
@@ -113,7 +114,7 @@ def _report(found: tuple[list[Done], float], store: BasisCache, left_out: dict[s
         print(json.dumps(figures, indent=2))
     else:
         rate = f"{size / 2**30:.2f} GiB in {seconds:.1f} s"
-        say(f"{solved} weights decomposed, {sum(one.cached for one in done)} were there already ({rate})")
+        say(f"{solved} weights decomposed, {sum(one.cached for one in done)} already stored ({rate})")
         say("".join(f"left out: {count} ({reason})\n" for reason, count in left_out.items()), end="")
         say(f"stored in {store.folder}")
     if missing:

@@ -1,4 +1,4 @@
-"""`spectune demo`: the run that ships, from a pretrained model to a page that one can look at."""
+"""`spectune demo`: the run that ships, from a pretrained model to a page with its results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 150,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the adapter; default: a tuned one.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder to write; a demo that was stopped in it goes on.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder to write; continues a demo that was stopped there.")] = Path(
         "spectune-demo"
     ),
-    sentences: Annotated[int | None, typer.Option(help="Use only so many sentences (a quick look).")] = None,
+    sentences: Annotated[int | None, typer.Option(help="Use only this many sentences, for a quick look.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder if there is one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
@@ -36,14 +36,14 @@ def demo(
     from .terminal import Console
 
     options = DemoOptions(method=method, r=r, steps=steps, rate=lr, seed=seed, sentences=sentences)
-    options.check()  # refuses what is wrong before any work
+    options.check()
     console = Console(stderr=as_json)
     with opened_folder(output, overwrite), Stages(console) as stages:
         try:
             done = run_demo(options, output, console.print, stages.begin)
         except Interrupted:
             stages.stop()
-            words = f"interrupted; the same command goes on in {output}"
+            words = f"interrupted; repeat the command to continue in {output}"
             print(f"spectune: {printable(words)}", file=sys.stderr)
             raise SystemExit(130) from None
         write_run_page(done.result, done.page, console)

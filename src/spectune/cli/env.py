@@ -41,16 +41,16 @@ def _version(package: str) -> str | None:
 
 
 def _note() -> str | None:
-    """Get a sentence where the installed transformers refuses the installed PEFT: its own `add_adapter` then raises."""
+    """Get a warning if the installed transformers refuses the installed PEFT: then its `add_adapter` raises."""
     from packaging.version import Version
     from transformers.integrations import peft as integration
 
-    wanted, there = str(getattr(integration, "MIN_PEFT_VERSION", "0")), _version("peft")
-    if there is None or Version(there) >= Version(wanted):
+    needed, installed = str(getattr(integration, "MIN_PEFT_VERSION", "0")), _version("peft")
+    if installed is None or Version(installed) >= Version(needed):
         return None
     return (
-        f"transformers {_version('transformers')} wants peft {wanted} for its own add_adapter and load_adapter, and "
-        f"{there} is installed. Install another version of one of them."
+        f"transformers {_version('transformers')} needs peft {needed} or newer for its own add_adapter and "
+        f"load_adapter, but {installed} is installed. Upgrade peft or downgrade transformers."
     )
 
 

@@ -1,4 +1,4 @@
-"""`spectune evaluate`: the metrics of a finished run, computed anew from its folder."""
+"""`spectune evaluate`: compute the metrics of a finished run again from its folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import typer
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="evaluation.key=value, as 'evaluation.lm_eval={tasks: [gsm8k]}'.")
+        list[str] | None, typer.Argument(help="evaluation.key=value, such as 'evaluation.lm_eval={tasks: [gsm8k]}'.")
     ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Of the model before tuning: what the run began with.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the model as it was before tuning.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Load a run's adapter on its base and print the metrics on the held-out examples. Writes nothing.
 
-    With --base the adapter is left out, and a new head is as the run's seed made it.
+    With --base, the adapter is left out, and a new head has the values that the run's seed gives it.
     """
     from ..runs import load_base, load_run, measure
     from .run_page import print_metrics

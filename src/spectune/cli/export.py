@@ -1,4 +1,4 @@
-"""`spectune export`: a spectral adapter in a form that other software loads, with the proof."""
+"""`spectune export`: write a spectral adapter in a form that other software loads, with the proof."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def export(
         ExportForm, typer.Option("--to", help="A LoRA folder, or the base checkpoint merged.")
     ] = ExportForm.lora,
     base: Annotated[
-        str | None, typer.Option("--base", help="Base: folder, file or hub name; default: what the adapter names.")
+        str | None, typer.Option("--base", help="Base: folder, file or hub name; default: the one the adapter names.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (lora).")] = None,
-    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose something.")] = False,
-    pad_to: Annotated[int | None, typer.Option(help="Give every layer this rank, with zeros (lora).")] = None,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose part of an update.")] = False,
+    pad_to: Annotated[int | None, typer.Option(help="Pad every layer to this rank with zeros (lora).")] = None,
     diffusers: Annotated[
         str | None,
         typer.Option(help="Also write diffusers' names for this part: unet, transformer, text_encoder (lora)."),
@@ -44,7 +44,7 @@ def export(
     if to is ExportForm.merged:
         if max_rank is not None or pad_to is not None or allow_lossy or diffusers:
             raise OptionError(
-                "--max-rank, --allow-lossy, --pad-to and --diffusers belong to --to lora. Leave them out."
+                "--max-rank, --allow-lossy, --pad-to and --diffusers work only with --to lora. Leave them out."
             )
         _show(_merge(adapter, output, base), as_json)
         return
@@ -89,7 +89,7 @@ def _show(done: Merged, as_json: bool) -> None:
         print(json.dumps(done.to_json(), indent=2))
         return
     say(f"{len(done.tensors)} weights merged into {done.path}, in float32, rounded once to the base's {done.dtype}")
-    say(f"rounding took at most {done.worst_rounding:.2%} of an update (its Frobenius norm)")
+    say(f"rounding lost at most {done.worst_rounding:.2%} of an update (Frobenius norm)")
     if done.copied:
         say(f"trained in full and copied: {', '.join(done.copied)}")
     if done.architecture:
@@ -98,7 +98,7 @@ def _show(done: Merged, as_json: bool) -> None:
         more = f" and {len(done.left_out) - 1} more" if len(done.left_out) > 1 else ""
         say(f"left out, because this class has no place for it: {done.left_out[0]}{more}")
     if done.untied:
-        say(f"no longer one weight: {', '.join(done.untied)} (tie_word_embeddings is false in the new config.json)")
+        say(f"no longer tied: {', '.join(done.untied)} (tie_word_embeddings is false in the new config.json)")
 
 
 def _print_proof(done: LoraExport) -> None:
@@ -119,5 +119,5 @@ def _print_proof(done: LoraExport) -> None:
     if any(done.lost.values()):
         console.print(f"lossy: --max-rank cut off at most {max(done.lost.values()):.1%} of an update")
     served = done.vllm_max_lora_rank
-    console.print(f"vLLM: --max-lora-rank {served}" if served else f"rank {done.max_rank} is more than vLLM serves")
+    console.print(f"vLLM: --max-lora-rank {served}" if served else f"vLLM serves no rank as high as {done.max_rank}")
     console.print(f"LoRA written to {done.path}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`spectune extract`: an adapter out of a full fine-tune."""
+"""`spectune extract`: get an adapter from a full fine-tune."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ class Dtype(str, Enum):
 
 def extract(
     base: Annotated[str, typer.Argument(help="The pretrained model: folder, file or hub name.")],
-    tuned: Annotated[str, typer.Argument(help="The fully tuned model: the same, or a run with adapter: none.")],
+    tuned: Annotated[
+        str, typer.Argument(help="The fully tuned model: folder, file, hub name, or a run with adapter: none.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
     to: Annotated[Form, typer.Option("--to", help="What the change becomes.")] = Form.lora,
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Rank, or directions; default 8.")] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", help="Rank (lora) or directions (spectral_a); default: 8.")
+    ] = None,
     energy: Annotated[
         float | None, typer.Option(help="Keep this share of |dW|^2 in each layer, such as 0.99 (lora).")
     ] = None,
@@ -49,7 +53,7 @@ def extract(
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Also adapt embeddings and output heads.")] = False,
     save_rest: Annotated[
         bool,
-        typer.Option("--save-rest", help="Save what changed elsewhere (norms, heads, …) whole, beside the adapter."),
+        typer.Option("--save-rest", help="Also save other changed tensors (norms, heads, …) in full."),
     ] = False,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Leave out modules or tensors of this name; repeatable.")
@@ -57,7 +61,7 @@ def extract(
     dtype: Annotated[Dtype, typer.Option(help="How the factors are stored (lora).")] = Dtype.float32,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
-    """Write an adapter that turns BASE into TUNED, and measure how much of the change it holds."""
+    """Write an adapter that turns BASE into TUNED, and measure how much of the change it captures."""
     chosen = _columns(columns)
     import torch
 
@@ -100,7 +104,9 @@ def _columns(words: str | None) -> str | int | list[int] | None:
     try:
         places = [int(word) for word in words.split(",")]
     except ValueError:
-        raise OptionError(f"--columns {words}: give top, bottom, random, a start index, or a list 0,2,5.") from None
+        raise OptionError(
+            f"--columns {words}: must be top, bottom, random, a start index, or a list such as 0,2,5."
+        ) from None
     return places if "," in words else places[0]
 
 
@@ -117,18 +123,18 @@ def _show(found: Extracted) -> None:
         table.add_row(layer.name, str(layer.rank), f"{layer.relative:.1e}", f"{layer.kept:.2%}", f"{layer.lost:.2%}")
     console.print(table)
     if found.rest:
-        rest = Table("tensor", "what", "change", "saved whole", title="changed outside of the adapted layers")
+        rest = Table("tensor", "what", "change", "saved in full", title="changed outside the adapted layers")
         for tensor in found.rest:
             change = "–" if tensor.relative is None else f"{tensor.relative:.1e}"
             rest.add_row(tensor.name, tensor.why, change, "yes" if tensor.saved else "no")
         console.print(rest)
-    say(f"measured in the written file: {found.kept:.2%} of |dW|² of the {len(found.layers)} adapted layers is kept")
+    say(f"the written file keeps {found.kept:.2%} of |dW|² of the {len(found.layers)} adapted layers")
     if found.left_out:
         say(
-            f"{len(found.left_out)} changed tensors are left out, {found.left_out_share:.2%} of the whole change "
-            f"(Frobenius norm); --save-rest saves what PEFT can load"
+            f"left out: {len(found.left_out)} changed tensors, {found.left_out_share:.2%} of the whole change "
+            f"(Frobenius norm); --save-rest saves those that PEFT can load"
         )
     if len(set(found.dtypes)) > 1:
         say(f"the models are stored in {' and '.join(found.dtypes)}: part of the change is rounding")
-    say(f"kinds of layers told by: {found.told_by}; {len(found.unchanged)} tensors did not change")
+    say(f"kinds of layers: from {found.told_by}; {len(found.unchanged)} tensors did not change")
     say(f"{found.form} written to {found.path} ({found.bytes:,} bytes)")

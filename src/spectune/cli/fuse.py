@@ -1,4 +1,4 @@
-"""`spectune fuse`: several adapters of one base as one, with a report of how much they overlap."""
+"""`spectune fuse`: make one adapter of several on the same base, with a report of how much they overlap."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ def fuse(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of saved adapters or runs, spectral or LoRA.")],
     rule: Annotated[str, typer.Option(help="spectral, average, gradient or orthogonal.")] = "spectral",
     weights: Annotated[
-        str | None, typer.Option(help="One number for all, or one each: 1 or 0.5,0.3,0.2. Default: 1/N.")
+        str | None, typer.Option(help="One number for all, or one for each: 1 or 0.5,0.3,0.2; default: 1/N.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty. Without: report only.")
+        Path | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty. Default: report only.")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the overlap report as an HTML page.")] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Base: folder, file or hub name; default: what the adapters name.")
+        str | None, typer.Option("--base", help="Base: folder, file or hub name; default: the one the adapters name.")
     ] = None,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Go on where adapters tuned the same columns or rows.")
+        bool, typer.Option("--allow-overlap", help="Fuse even if adapters tuned the same columns or rows.")
     ] = False,
     examples: Annotated[
         list[Path] | None,
         typer.Option(help="Text or JSONL file of each adapter's own examples, in their order (gradient)."),
     ] = None,
-    eps: Annotated[float | None, typer.Option(help="Pull towards no change; 0 is the limit (gradient).")] = None,
-    as_lora: Annotated[
-        bool, typer.Option("--as-lora", help="Write a LoRA also where a spectral_a is possible.")
-    ] = False,
+    eps: Annotated[
+        float | None, typer.Option(help="Strength of the pull towards no change; 0 takes the limit (gradient).")
+    ] = None,
+    as_lora: Annotated[bool, typer.Option("--as-lora", help="Write a LoRA even if a spectral_a is possible.")] = False,
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (LoRA).")] = None,
-    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose something.")] = False,
+    allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose part of an update.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
-    """Make one adapter out of several, and tell how much of each is left and how much they overlap."""
+    """Make one adapter out of several, and show how much of each is kept and how much they overlap."""
     from ..fusion import fuse as fuse_adapters
 
     if output is None and (as_lora or max_rank is not None or allow_lossy):
-        raise OptionError("--as-lora, --max-rank and --allow-lossy say how the result is written. Pass -o FOLDER.")
+        raise OptionError("--as-lora, --max-rank and --allow-lossy need a folder to write to. Pass -o FOLDER.")
     fused = fuse_adapters(
         adapters,
         rule=rule,
@@ -71,7 +71,7 @@ def _weights(words: str | None) -> list[float] | float | None:
     try:
         numbers = [float(word) for word in words.split(",")]
     except ValueError:
-        raise OptionError(f"--weights {words!r}: numbers with commas between them are needed, as 0.5,0.5.") from None
+        raise OptionError(f"--weights {words!r}: must be numbers separated by commas, such as 0.5,0.5.") from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -91,7 +91,7 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
     with Stages(Console(stderr=True)) as stages:
         for path, lines in zip(adapters, texts, strict=True):
             model, of = open_adapted(path, base)
-            # Of a repository the tokenizer's own files may not be here yet.
+            # A repository's tokenizer files may not be downloaded yet.
             place = of.name if of.from_hub else of.config_folder
             tokenizer = load_tokenizer(place, of.revision)
             step = stages.begin(f"examples of {path.name}", len(lines))
@@ -106,15 +106,15 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
 
 
 def _texts(path: Path) -> list[str]:
-    """Get one text per line; of a .jsonl file the field `text` of each line."""
+    """Get one text per line; from a .jsonl file, the field `text` of each line."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the examples cannot be read: {error}. Pass a text or JSONL file.") from None
+        raise DataError(f"{path}: cannot read the examples: {error}. Pass a text or JSONL file.") from None
     if path.suffix == ".jsonl":
         lines = [_field(path, place, line) for place, line in enumerate(lines, 1)]
     if not lines:
-        raise DataError(f"{path}: found no example in it. Write one text on each line.")
+        raise DataError(f"{path}: contains no examples. Write one text on each line.")
     return lines
 
 
@@ -124,7 +124,7 @@ def _field(path: Path, place: int, line: str) -> str:
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise DataError(f'{path}: line {place} is not {{"text": "..."}}. Write it so, or pass a plain text file.')
+        raise DataError(f'{path}: line {place} is not {{"text": "..."}}. Correct it, or pass a plain text file.')
     return str(row["text"])
 
 
@@ -142,7 +142,7 @@ def _show(fused: Fused, saved: Saved | None, page: Path | None, as_json: bool) -
         if any(saved.lost.values()):
             console.print(f"lossy: --max-rank cut off at most {max(saved.lost.values()):.1%} of an update")
         console.print(f"{saved.kind} written to {saved.path}: {what} of rank {saved.max_rank}", soft_wrap=True)
-        console.print(f"rounding to float32 took at most {saved.error:.1e} of an update")
+        console.print(f"rounding to float32 lost at most {saved.error:.1e} of an update")
     if page is not None:
         console.print(f"report: {page.resolve().as_uri()}", soft_wrap=True)
 
@@ -177,6 +177,8 @@ def _print_report(console: Any, report: OverlapReport) -> None:
         kept.add_row(name, f"{weight:.3g}", f"{report.kept[name]:.1%}")
     if report.pairs:
         console.print(pairs)
-        console.print("shared: singular columns that both tuned; angles: 90° is apart; cross: terms that fusing adds")
+        console.print(
+            "shared: singular columns that both tuned; angles: 90° is no overlap; cross: terms that fusing adds"
+        )
     console.print(kept)
     console.print(f"base: {report.base}", soft_wrap=True)

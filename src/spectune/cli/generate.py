@@ -1,4 +1,4 @@
-"""`spectune generate`: let a trained language model write, through the template that it was trained with."""
+"""`spectune generate`: text from a trained language model, through the template of its training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def generate(
         typer.Option(
             "--prompt",
             "-p",
-            help="What to answer (JSON for a prompt of several columns); default: each line of stdin.",
+            help="Prompt (JSON if it has several columns), repeatable; default: each line of stdin.",
         ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="How much to write; default: the run's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Limit for each answer; default: the run's.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for a temperature above 0.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Print what a run's model writes after each prompt."""
@@ -32,7 +32,7 @@ def generate(
         raise OptionError("generate: --temperature must be at least 0, --max-new-tokens at least 1.")
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
-        raise OptionError("generate: asked to continue nothing. Pass --prompt TEXT, or lines on stdin.")
+        raise OptionError("generate: no prompt was given. Pass --prompt TEXT, or lines on stdin.")
     import torch
 
     from ..runs import load_run

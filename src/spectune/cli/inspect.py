@@ -1,4 +1,4 @@
-"""`spectune inspect`: what the spectra of a model or an adapter say, and what every method would cost."""
+"""`spectune inspect`: the spectra of a model or an adapter, and what every method would cost."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ def inspect(
         str, typer.Argument(help="A model, a saved adapter (also LoRA), or a run: folder, file, hub name.")
     ],
     base: Annotated[
-        str | None, typer.Option(help="Base of an adapter: folder, file or hub name; default: what it names.")
+        str | None, typer.Option(help="Base of an adapter: folder, file or hub name; default: the one it names.")
     ] = None,
-    r: Annotated[int, typer.Option("--r", help="Directions: of each method in the budget, of the overlaps.")] = 8,
-    include: Annotated[str | None, typer.Option(help="Only weights whose name has this regex (model).")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Without weights whose name has this regex (model).")] = None,
-    sample: Annotated[int | None, typer.Option(help="Look at so many weights of each kind (model).")] = None,
+    r: Annotated[int, typer.Option("--r", help="Directions of each method in the budget, and for the overlaps.")] = 8,
+    include: Annotated[str | None, typer.Option(help="Only weights whose name matches this regex (model).")] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Leave out weights whose name matches this regex (model).")
+    ] = None,
+    sample: Annotated[int | None, typer.Option(help="Look at only this many weights of each kind (model).")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="No timing (model); no overlaps and intruders (adapter).")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a page that one can look at.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Show a model's spectra and the budget of every method, or what an adapter does to its base."""
@@ -69,9 +71,9 @@ def _survey(
 
     adapter = is_adapter(path)
     foreign = {"--include": include, "--exclude": exclude, "--sample": sample} if adapter else {"--base": base}
-    if asked := [option for option, value in foreign.items() if value is not None]:
-        kind = "an adapter" if adapter else "a model"
-        raise OptionError(f"{path}: {', '.join(asked)} is not for {kind}, which this is. Leave it out.")
+    if given := [option for option, value in foreign.items() if value is not None]:
+        kind, other = ("an adapter", "a model") if adapter else ("a model", "an adapter")
+        raise OptionError(f"{path} is {kind}, and {', '.join(given)} works only for {other}. Leave it out.")
     with Stages(Console(stderr=True)) as stages:
         step: Any = None
 

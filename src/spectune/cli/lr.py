@@ -1,4 +1,4 @@
-"""`spectune lr`: a learning rate range test on a run, with its curve."""
+"""`spectune lr`: a learning rate range test of a run, with its curve."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import typer
 
 def lr(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value over the file.")] = None,
-    low: Annotated[
-        float | None, typer.Option(help="Where the ramp begins; default: a hundredth of the run's rate.")
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that replace the file's, such as training.steps=10.")
     ] = None,
-    high: Annotated[float | None, typer.Option(help="Where it ends; default: a hundred times the run's rate.")] = None,
+    low: Annotated[
+        float | None, typer.Option(help="First rate of the ramp; default: a hundredth of the run's rate.")
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option(help="Last rate of the ramp; default: a hundred times the run's rate.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of the ramp.")] = 100,
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file with the curve.")] = Path("lr.html"),
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
-    """Train on an exponentially growing rate until the loss diverges, and propose a rate. Saves no model."""
+    """Train with an exponentially growing rate until the loss diverges, and propose a rate. Saves no model."""
     from ..pages import write_rate_page
     from ..recipes import load_config
     from ..runs import range_test
@@ -47,5 +51,5 @@ def lr(
     said = "no rate made the loss fall; try a higher --high" if found.proposed is None else f"{found.proposed:.2g}"
     ends = "it did not diverge" if found.diverged is None else f"it diverged at {found.diverged:.2g}"
     steepest = "nowhere" if found.steepest is None else f"at {found.steepest:.2g}"
-    console.print(f"the loss falls fastest {steepest}; {ends}; the run would take {found.current:g}")
+    console.print(f"the loss falls fastest {steepest}; {ends}; the run's own rate is {found.current:g}")
     console.print(f"proposed learning rate: {said}; curve: {output.resolve().as_uri()}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Progress bars for long work: what is done, how fast, how long it takes."""
+"""Progress bars for long work: what is done, how fast, time left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .terminal import Console
 
 
 class Words(ProgressColumn):
-    """Words about a task, with names of files and layers in them, of which no letter is obeyed."""
+    """Words about a task; control characters in names of files and layers are escaped."""
 
     def __init__(self, words: str) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Words(ProgressColumn):
 
 
 class Rate(ProgressColumn):
-    """Steps a second."""
+    """Steps per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "", style="progress.data.speed")
@@ -46,7 +46,7 @@ class Stages(Progress):
         super().__init__(*columns, Words("{task.fields[said]}"), console=console)
 
     def begin(self, name: str, steps: int) -> Callable[[int, int, float | None], None]:
-        """Start a bar, and get what must be called after each step with (step, steps, loss or None)."""
+        """Start a bar, and get the function to call after each step with (step, steps, loss or None)."""
         bar = self.add_task(name, total=steps, said="")
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
@@ -56,7 +56,7 @@ class Stages(Progress):
 
 
 class Bytes(Progress):
-    """One bar that counts bytes: GiB done, GiB a second, time left, what was done last."""
+    """One bar that counts bytes: GiB done, GiB per second, time left, the last item."""
 
     def __init__(self, console: Console) -> None:
         columns = (Words("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
@@ -64,6 +64,6 @@ class Bytes(Progress):
         super().__init__(*columns, *more, console=console)
 
     def begin(self, name: str, total: int) -> Callable[[int, str], None]:
-        """Start the bar, and get what must be called with (bytes just done, what they were)."""
+        """Start the bar, and get the function to call with (bytes just done, name of the item)."""
         bar = self.add_task(name, total=total, said="")
         return lambda size, said: self.update(bar, advance=size, said=said)

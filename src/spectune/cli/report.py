@@ -13,7 +13,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
-    """Write report.html into a run's folder; a run that was not looked at when it ended is loaded and looked at now."""
+    """Write report.html into a run's folder. If the adapter was not analysed when the run ended, do it now."""
     from ..checkpoint import refuse_links
     from ..pages import write_report
     from ..runs import Run, load_run, look

@@ -1,4 +1,4 @@
-"""`spectune reproduce`: the papers' experiments, the printed figure beside the measured one."""
+"""`spectune reproduce`: the papers' experiments, with published and measured figures side by side."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="Experiment; leave it out for the list.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the experiment; without it, they are listed.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value over the sweep, as seeds=[0]; named in the report.")
+        list[str] | None,
+        typer.Argument(help="Settings that replace the sweep's, such as seeds=[0]; the report lists them."),
     ] = None,
-    small: Annotated[bool, typer.Option("--small", help="On models and data at hand, in minutes.")] = False,
-    data: Annotated[Path | None, typer.Option("--data", help="Folder with files that an experiment names.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Small models and data, in minutes.")] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with the files that the experiment needs.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: reproductions/ and the name.")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time; each gets its share of cores.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time; they share the cores.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
-    """Run a published experiment and name every deviation. The same command goes on where it was stopped."""
+    """Run a published experiment and list every deviation. Repeat the command to continue a stopped one."""
     from ..errors import OptionError
     from ..papers import load_experiment, prepare
     from .comparison_files import run_under_bar, write_files
@@ -41,7 +44,9 @@ def reproduce(
     folder = output or Path("reproductions", f"{name}-small" if small else name)
     if experiment.compute is not None:
         if overrides or data is not None:
-            raise OptionError(f"{name}: it is computed, nothing is trained, and takes neither key=value nor --data.")
+            raise OptionError(
+                f"{name} is computed without training, so key=value and --data do not apply. Leave them out."
+            )
         _compute(experiment, folder, as_json, console)
         return
     ready = prepare(

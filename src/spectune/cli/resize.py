@@ -1,4 +1,4 @@
-"""`spectune resize`: a LoRA at a lower rank."""
+"""`spectune resize`: cut a LoRA to a lower rank."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 def resize(
     lora: Annotated[Path, typer.Argument(help="LoRA folder of PEFT, a run's folder, or a file of diffusers or kohya.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or new file, as the LoRA is.")],
-    rank: Annotated[int | None, typer.Option("--rank", "-r", help="The most that a layer keeps.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder or new file, like the LoRA.")],
+    rank: Annotated[int | None, typer.Option("--rank", "-r", help="Largest rank that a layer keeps.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of |dW|² in each layer, such as 0.99.")] = None,
     frobenius: Annotated[
         float | None, typer.Option(help="Lose at most this share of |dW| in each layer, such as 0.1.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="How the factors are stored; default: as they were.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the factors; default: unchanged.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
-    """Write a LoRA cut to its best approximation of a lower rank, layer by layer, in the layout that it came in."""
+    """Write the best approximation of a LoRA at a lower rank, layer by layer, in the same file layout."""
     import torch
 
     from ..extraction import resize_lora
@@ -61,8 +61,8 @@ def _show(done: Resized) -> None:
         table.add_row(layer.name, str(layer.old_rank), str(layer.rank), *figures)
     Console().print(table)
     if done.at_their_rank:
-        say(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed there")
+        say(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed")
     if done.carried:
         say(f"{len(done.carried)} tensors of modules trained in full are copied")
-    say(f"the most that a layer lost: {done.worst_loss:.2%} of |dW|")
+    say(f"largest loss in a layer: {done.worst_loss:.2%} of |dW|")
     say(f"{done.bytes_before:,} -> {done.bytes_after:,} bytes; LoRA written to {done.path}")

@@ -1,4 +1,4 @@
-"""What the verbs of runs share: the page of a run, and its metrics as a table."""
+"""Shared by the verbs of runs: the page of a run, and its metrics as a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def write_run_page(result: RunResult, page: Path, console: Console) -> None:
-    """Write a run's page; without jinja2 it is left out, and that is said."""
+    """Write a run's page, or say that it needs jinja2."""
     from ..errors import MissingExtraError
     from ..pages import write_report
 
@@ -22,7 +22,7 @@ def write_run_page(result: RunResult, page: Path, console: Console) -> None:
 
 
 def print_metrics(metrics: dict[str, dict[str, float]], console: Console) -> None:
-    """Print a table of split, metric and figure; a line where nothing was held out."""
+    """Print a table of split, metric and figure, or a line if nothing was held out."""
     from rich.table import Table
 
     if not metrics:

@@ -19,24 +19,26 @@ def schedule(
     concepts: Annotated[int, typer.Option(help="How many adapters will be fused.")],
     r: Annotated[int, typer.Option("--r", help="Directions that each of them tunes.")] = 8,
     private: Annotated[
-        bool, typer.Option("--private", help="Draw columns for tuners who do not know of each other.")
+        bool, typer.Option("--private", help="Draw random columns, for people who tune independently.")
     ] = False,
-    top: Annotated[int | None, typer.Option(help="Draw from so many of the strongest columns (--private).")] = None,
+    top: Annotated[int | None, typer.Option(help="Draw from this many of the strongest columns (--private).")] = None,
     seed: Annotated[int, typer.Option(help="Adapter t draws with seed + t (--private).")] = 0,
     start: Annotated[int, typer.Option(help="First column of the first block.")] = 0,
     method: Annotated[str, typer.Option(help="spectral_a, or orthogonal_adaptation for its rows.")] = "spectral_a",
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
-    """Hand out singular columns to several adapters, and print the lines that train them."""
+    """Assign singular columns to several adapters, and print the settings that train them."""
     from ..fusion import disjoint_schedule, sampled_schedule
     from .terminal import say
 
     if private and (top is None or start or method != "spectral_a"):
-        raise OptionError("--private draws spectral_a columns: it needs --top K, and neither --start nor --method.")
+        raise OptionError("--private draws spectral_a columns: pass --top K, and leave out --start and --method.")
     if not private and (top is not None or seed):
-        raise OptionError("--top and --seed belong to --private; without it columns are handed out in blocks.")
+        raise OptionError(
+            "--top and --seed work only with --private. Leave them out: columns are then assigned in blocks."
+        )
     if method not in METHODS_WITH_ROOM or (start and method != "spectral_a"):
-        raise OptionError(f"--method {method}: there are {', '.join(METHODS_WITH_ROOM)} (the latter without --start).")
+        raise OptionError(f"--method {method}: must be {' or '.join(METHODS_WITH_ROOM)} (the latter without --start).")
     plan = sampled_schedule(concepts, r, top or 0, seed) if private else disjoint_schedule(concepts, r, start)
     if as_json:
         print(json.dumps({"method": method, **plan.to_json()}, indent=2))
@@ -45,14 +47,14 @@ def schedule(
 
 
 def _lines(plan: Schedule, method: str) -> list[str]:
-    lines = [f"{len(plan.columns)} adapters, {plan.r} directions each; weights need {plan.top} directions or more"]
+    lines = [f"{len(plan.columns)} adapters, {plan.r} directions each; weights need at least {plan.top} directions"]
     if plan.seeds:
         lines.append(f"chance that two adapters share no column: {plan.clear_pair:.1%}")
         lines.append(f"chance that no two of {len(plan.columns)} share one: {plan.clear_all:.1%}")
         for first, second, shared in plan.clashes:
             lines.append(f"adapters {first} and {second} share the columns {', '.join(map(str, shared))}")
         if not plan.clashes:
-            lines.append("in this draw no two adapters share a column")
+            lines.append("in this draw, no two adapters share a column")
     for place, columns in enumerate(plan.columns):
         own = f", seed {plan.seeds[place]}" if plan.seeds else ""
         lines += ["", f"adapter {place}{own}"]

@@ -1,6 +1,6 @@
-"""What the commands print on: everything that they say goes through here, so that no name in a file steers a terminal.
+"""Everything that the commands print goes through here, so that nothing read from a file can control the terminal.
 
-Letters that cannot be seen are shown as escapes, and rich's [markup], :emoji: and links are words like any others.
+Invisible characters are shown as escapes, and rich's [markup], :emoji: and links are plain text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..errors import printable
 
-# What a text of several lines may hold; spaces that keep words together are harmless.
+# Allowed in a text of several lines; non-breaking spaces are harmless.
 LAYOUT = "\n\t\u00a0"
 
 
@@ -28,5 +28,5 @@ class Console(rich.console.Console):
 
 
 def say(words: object = "", end: str = "\n") -> None:
-    """Print words on stdout without rich, which would break long lines."""
+    """Print on stdout without rich, which would break long lines."""
     print(printable(words, LAYOUT), end=end)

@@ -1,4 +1,4 @@
-"""`spectune train`: a run from its YAML file to a folder with adapter, figures and report."""
+"""`spectune train`: train a run from its YAML file; its folder gets adapter, figures and report."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from ..errors import printable
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value over the file, as training.steps=10.")
+        list[str] | None, typer.Argument(help="Settings that replace the file's, such as training.steps=10.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; default: runs/ and the file's name.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint, if there is one.")
+    ] = False,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace the run in the folder, once the first step of this one is done."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
-    """Train a run. Ctrl-C saves a checkpoint and ends; --resume goes on to the same weights as if never stopped."""
+    """Train a run. Ctrl-C saves a checkpoint and stops; --resume then reaches the same weights as an unbroken run."""
     from ..recipes import load_config
     from ..runs import Run, RunResult, run, train_run
     from ..training import Interrupted, advice, join, learning_rate, method_of, tuned_by
