@@ -40,7 +40,7 @@ def test_a_saved_adapter_says_what_it_holds(folder):
 
 def test_an_adapter_of_another_kind_is_named(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(AdapterError, match="asked for a SPECTUNE adapter, found a IA3 one"):
+    with pytest.raises(AdapterError, match="a SPECTUNE adapter is needed, but this is a IA3 one"):
         read_adapter_folder(folder).require("SPECTUNE")
 
 
@@ -48,7 +48,7 @@ def test_an_adapter_of_another_kind_is_named(folder):
     ("content", "found"),
     [
         ("{", "not valid JSON"),
-        ("[]", "found a list"),
+        ("[]", "this is a list"),
         ("{}", "no peft_type"),
         ('{"peft_type": 3}', "no peft_type"),
     ],
@@ -64,15 +64,15 @@ def test_a_config_larger_than_a_mebibyte_is_refused_unread(folder):
 
 
 def test_what_is_missing_is_said(folder, tmp_path):
-    assert "found nothing" in refused(tmp_path / "nowhere")
-    assert "found a file" in refused(folder / "adapter_config.json")
+    assert "there is nothing here" in refused(tmp_path / "nowhere")
+    assert "this is a file" in refused(folder / "adapter_config.json")
     assert "There is one in: adapter" in refused(tmp_path)
     (folder / "adapter_model.safetensors").unlink()
     assert "there is no such file" in refused(folder)
     (folder / "adapter_model.bin").touch()
     assert "is a pickle" in refused(folder)
     (folder / "adapter_config.json").rename(folder / "config.json")
-    assert "It holds a whole model" in refused(folder)
+    assert "It is a whole model" in refused(folder)
 
 
 def test_links_as_in_the_hugging_face_cache_are_followed(folder, tmp_path):
@@ -86,4 +86,4 @@ def test_links_as_in_the_hugging_face_cache_are_followed(folder, tmp_path):
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert "found something" in refused(folder)
+    assert "not a regular file" in refused(folder)

@@ -107,7 +107,7 @@ def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path: Path, finish
         with fresh_folder(tmp_path / "out") as partial:
             (partial / "new").touch()
     else:
-        with pytest.raises(OutputError, match="found 1 entry"), fresh_folder(tmp_path / "out"):
+        with pytest.raises(OutputError, match="contains 1 entry"), fresh_folder(tmp_path / "out"):
             pass
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new" if finished else "old"]
 

@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "dora": (kohya_tensors() | {"lora_unet_mid_to_q.dora_scale": torch.ones(5)}, "DoRA"),
     "loha": (kohya_tensors() | {"x.hada_w1_a": torch.ones(5)}, "LoHa"),
     "tucker": (kohya_tensors() | {"lora_unet_mid_conv.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "Tucker"),
-    "half": (renamed(UP, "x.weight"), "has no partner"),
+    "half": (renamed(UP, "x.weight"), "lacks its partner"),
     "no lora": ({"a.weight": torch.ones(2, 2)}, "no pair of factors"),
     "ranks differ": (renamed(UP, UP, torch.ones(5, 3)), "do not fit together as B A"),
     "rank zero": (kohya_tensors() | {DOWN: torch.ones(0, 6), UP: torch.ones(5, 0)}, "do not fit together as B A"),
@@ -156,11 +156,11 @@ def test_a_damaged_header_of_options_is_refused(text: str, tmp_path: Path) -> No
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"peft_type": "ADALORA"}, "found a ADALORA one"),
+    "dora": ({"peft_type": "ADALORA"}, "this is a ADALORA one"),
     "bias": ({"bias": "all"}, "trained biases"),
     "experts": ({"target_parameters": ["experts.w"]}, "target_parameters"),
-    "pissa": ({"init_lora_weights": "pissa_niter_16"}, "takes part of the base weight"),
-    "alpha": ({"lora_alpha": "many"}, "must be a finite number, found 'many'"),
+    "pissa": ({"init_lora_weights": "pissa_niter_16"}, "moves part of the base weight"),
+    "alpha": ({"lora_alpha": "many"}, "must be a finite number, not 'many'"),
     "alpha list": ({"alpha_pattern": [1]}, "not a map from layers"),
     "alpha regex": ({"alpha_pattern": {"(": 1}}, "which is not a usable pattern"),
 }

@@ -120,10 +120,10 @@ def test_a_pickle_is_refused_in_a_folder_and_by_name(tmp_path, name):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    assert "found no safetensors file" in refused(tmp_path)
-    assert "found nothing" in refused(tmp_path / "nowhere")
+    assert "contains no safetensors file" in refused(tmp_path)
+    assert "no such model folder" in refused(tmp_path / "nowhere")
     (tmp_path / "model.safetensors").mkdir()
-    assert "found something else" in refused(tmp_path)
+    assert "not a regular file" in refused(tmp_path)
 
 
 def test_several_files_without_an_index_are_refused(sharded):
@@ -133,9 +133,9 @@ def test_several_files_without_an_index_are_refused(sharded):
 
 def test_an_index_that_promises_too_much_is_refused(sharded):
     write_index(sharded, {"a.weight": "part0.safetensors", "c": "part1.safetensors"})
-    assert "promises the tensor 'c' in part1.safetensors" in refused(sharded)
+    assert "lists the tensor 'c' in part1.safetensors" in refused(sharded)
     write_index(sharded, {"a.weight": "part7.safetensors"})
-    assert "part7.safetensors: asked for a safetensors file, there is no such file" in refused(sharded)
+    assert "part7.safetensors: a safetensors file is needed, but there is no such file" in refused(sharded)
 
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "x/../../y", "..\\y", "C:\\y", ""])

@@ -60,7 +60,7 @@ def test_include_replaces_the_choice_and_exclude_takes_from_it(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("include", "exclude", "said"),
-    [("q_prj", None, "Did you mean|Choose from"), ("(", None, "--include"), (None, ".", "found no weights for '.'")],
+    [("q_prj", None, "Did you mean|Choose from"), ("(", None, "--include"), (None, ".", "has no weights for '.'")],
 )
 def test_a_choice_that_finds_nothing_says_so(
     include: str | None, exclude: str | None, said: str, tmp_path: Path

@@ -61,7 +61,7 @@ def test_an_occupied_path_is_refused_before_any_work(tmp_path, kind):
         goal.write_text("kept") if kind == "file" else goal.symlink_to(tmp_path / "file")
     before = sorted(os.listdir(tmp_path))
     worked = False
-    with pytest.raises(OutputError, match="found 1 entry in it" if kind == "folder" else "found a file") as caught:
+    with pytest.raises(OutputError, match="contains 1 entry" if kind == "folder" else "this is a file") as caught:
         with fresh_folder(goal):
             worked = True
     assert not worked
@@ -130,7 +130,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
 def test_a_place_where_nothing_can_be_created_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     for goal in (tmp_path / "file" / "out", Path("/proc/spectune/out"), Path("/proc/out")):
-        with pytest.raises(OutputError, match="cannot be created") as caught, fresh_folder(goal):
+        with pytest.raises(OutputError, match="cannot create this folder") as caught, fresh_folder(goal):
             pass
         assert str(goal) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -149,7 +149,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OutputError, match="3 bytes could not be written: No space left on device"):
+    with pytest.raises(OutputError, match="cannot write 3 bytes: No space left on device"):
         write_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
@@ -194,5 +194,5 @@ def test_files_have_the_permissions_that_open_would_give(tmp_path):
 
 
 def test_tensors_into_a_missing_folder_are_an_output_error(tmp_path):
-    with pytest.raises(OutputError, match="8 bytes could not be written"):
+    with pytest.raises(OutputError, match="cannot write 8 bytes"):
         save_tensors(tmp_path / "missing" / "a.safetensors", {"x": torch.ones(2)})

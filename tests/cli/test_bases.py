@@ -227,13 +227,16 @@ def test_a_base_that_is_nowhere_is_the_same_line_at_every_verb(verb: str, shelf:
     )
     remedy = "Pass --base with a folder, a safetensors or GGUF file, or a hub name."
     assert lines[0].startswith(f"{adapter}: its config names the base '{MISSING}' (revision v2), but {looked} {remedy}")
-    assert lines[1] == f"{MISSING} (revision v2): asked for the base of {adapter}, but {looked} Check the name."
+    assert (
+        lines[1]
+        == f"{MISSING} (revision v2): as the base of {adapter}, a model is needed, but {looked} Check the name."
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("verb", MODEL_VERBS)
 def test_a_model_that_is_nowhere_is_the_same_line_at_every_verb(verb: str, shelf: Shelf, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=f"^{MISSING}: asked for a model, but there is no .* HF_HUB_OFFLINE is set"):
+    with pytest.raises(AdapterError, match=f"^{MISSING}: a model is needed, but there is no .* HF_HUB_OFFLINE is set"):
         MODEL_VERBS[verb](shelf, MISSING, tmp_path / "out")
 
 
@@ -248,7 +251,7 @@ def test_pickled_weights_are_refused_by_every_verb(
     write_repository(tmp_path / "hub", "org/old", {"main": tmp_path / "old"})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     base = "org/old" if cached else str(tmp_path / "old")
-    with pytest.raises(AdapterError, match=r"pytorch_model\.bin is a pickle, and reading it runs code"):
+    with pytest.raises(AdapterError, match=r"pytorch_model\.bin is a pickle, and reading it would run code"):
         if verb in ADAPTER_VERBS:
             ADAPTER_VERBS[verb](naming(shelf, tmp_path / "a", base), None, tmp_path / "out")
         else:

@@ -81,7 +81,7 @@ FAILURES = [
     (["demo", "--method", "svft", "--r", "4"], 1, "method 'svft' has no option 'r'"),
     (["demo", "--steps", "0"], 1, "training.steps: found 0"),
     (["demo", "--output", "full"], 1, "full"),
-    (["export", "nowhere", "-o", "out"], 1, "nowhere: asked for an adapter folder, found nothing"),
+    (["export", "nowhere", "-o", "out"], 1, "nowhere: an adapter folder is needed, but there is nothing"),
     (["export", "full", "-o", "out"], 1, "adapter_config.json"),
     (["export", "full", "-o", "out", "--to", "merged", "--max-rank", "2"], 1, "work only with --to lora"),
     (["demmo"], 2, "No such command 'demmo'"),

@@ -93,12 +93,12 @@ def test_resizing_prints_ranks_losses_and_sizes(models: Path, capsys: pytest.Cap
 
 FAILURES = [
     (["extract", "base", "base", "-o", "out"], 1, "are equal to those of base"),
-    (["extract", "base", "nowhere", "-o", "out"], 1, "nowhere: asked for a model, but there is no folder"),
-    (["extract", "base", "tuned", "-o", "lora"], 1, "found 2 entries in it"),
-    (["extract", "base", "tuned", "-o", "out", "--columns", "1,x"], 1, "--columns 1,x: give top"),
+    (["extract", "base", "nowhere", "-o", "out"], 1, "nowhere: a model is needed, but there is no folder"),
+    (["extract", "base", "tuned", "-o", "lora"], 1, "contains 2 entries"),
+    (["extract", "base", "tuned", "-o", "out", "--columns", "1,x"], 1, "--columns 1,x: must be top"),
     (["extract", "base", "tuned", "-o", "out", "--to", "spectral_a", "--columns", "tpo"], 1, "Did you mean 'top'"),
     (["resize", "lora", "-o", "out"], 1, "nothing says how much to keep"),
-    (["resize", "base", "-o", "out", "--rank", "2"], 1, "found no pair of factors"),
+    (["resize", "base", "-o", "out", "--rank", "2"], 1, "contains no pair of factors"),
     (["resize", "lora", "-o", "out", "--rank", "two"], 2, "valid integer"),
 ]
 

@@ -99,12 +99,12 @@ WRONG = [
     (
         ["fuse", "dog", "--rule", "gradient", "--examples", "none.txt"],
         DataError,
-        "none.txt: the examples cannot be read",
+        "none.txt: cannot read the examples",
     ),
     (["fuse", "dog", "--rule", "gradient", "--examples", "bad.jsonl"], DataError, "bad.jsonl: line 1 is not"),
     (["schedule", "--concepts", "2", "--private"], OptionError, "pass --top K"),
     (["schedule", "--concepts", "2", "--top", "9"], OptionError, "work only with --private"),
-    (["schedule", "--concepts", "2", "--method", "svft"], OptionError, "--method svft: there are"),
+    (["schedule", "--concepts", "2", "--method", "svft"], OptionError, "-method svft: must be"),
 ]
 
 

@@ -61,11 +61,11 @@ def test_json_is_all_of_stdout(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 FAILURES: list[tuple[str, dict[str, Any], str]] = [
-    ("nowhere", {}, "asked for a model, but there is no"),
+    ("nowhere", {}, "a model is needed, but there is no"),
     ("model", {"base": Path("model")}, "-base works only for an adapter"),
     ("lora", {"sample": 2, "include": "q"}, "-include, --sample works only for a model"),
     ("model", {"r": 0}, "--r 0 must be at least 1"),
-    ("model", {"include": "q_prog"}, "found no weights for 'q_prog'"),
+    ("model", {"include": "q_prog"}, "has no weights for 'q_prog'"),
 ]
 
 

@@ -92,7 +92,7 @@ WRONG = {
     "an adapter for a model": (("extract", "llama", "first", "-o", "out"), "this run trained an adapter"),
     "an adapter for a base": (("export", "first", "--base", "lora", "-o", "out"), "this run trained an adapter"),
     "a run that was only begun": (("inspect", "begun"), "the run is not finished"),
-    "a run of another kind of adapter": (("resize", "first", "--rank", "1", "-o", "out"), "asked for a LORA adapter"),
+    "a run of another kind of adapter": (("resize", "first", "--rank", "1", "-o", "out"), "a LORA adapter is needed"),
 }
 
 
@@ -117,5 +117,5 @@ def test_a_run_file_beside_a_model_or_an_adapter_changes_nothing(folder: Path, t
         shutil.copy(folder / "first" / "run.yaml", tmp_path / inner)
     assert read_adapter_folder(tmp_path / "first" / "adapter").path == tmp_path / "first" / "adapter"
     assert find_base(tmp_path / "whole" / "model").path == tmp_path / "whole" / "model"
-    with pytest.raises(AdapterError, match="found no adapter_config.json"):
+    with pytest.raises(AdapterError, match="has no adapter_config.json"):
         read_adapter_folder(tmp_path / "whole" / "model")

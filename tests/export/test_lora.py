@@ -197,7 +197,7 @@ def test_a_folder_that_holds_something_is_refused_before_any_work(tmp_path, monk
     (tmp_path / "out" / "precious").touch()
     worked = []
     monkeypatch.setattr(lora_file, "open_source", lambda *args: worked.append(args))
-    with pytest.raises(OutputError, match="found 1 entry in it"):
+    with pytest.raises(OutputError, match="contains 1 entry"):
         export_lora(adapted("llama-spectral_a"), tmp_path / "out")
     assert not worked
     monkeypatch.undo()

@@ -174,7 +174,7 @@ def test_damaged_and_foreign_adapters_are_refused(saved, tmp_path):
 def test_an_adapter_of_another_method_is_named(saved, tmp_path):
     _, folder, _ = saved("llama-spectral_a")
     edit(folder, peft_type="LORA")
-    assert "asked for a SPECTUNE adapter, found a LORA one" in refused(AdapterError, folder, tmp_path)
+    assert "a SPECTUNE adapter is needed, but this is a LORA one" in refused(AdapterError, folder, tmp_path)
 
 
 @pytest.mark.parametrize("output", ["adapter", "."])

@@ -107,7 +107,7 @@ def test_wrong_shapes_scaling_and_missing_layers_are_found(exported):
 def test_a_spectral_folder_is_not_taken_for_a_lora(exported, tmp_path):
     model, _ = exported
     model.save_pretrained(tmp_path / "spectral")
-    with pytest.raises(AdapterError, match="asked for a LORA adapter, found a SPECTUNE one"):
+    with pytest.raises(AdapterError, match="a LORA adapter is needed, but this is a SPECTUNE one"):
         verify_lora(model, "default", tmp_path / "spectral")
 
 

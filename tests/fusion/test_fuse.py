@@ -159,7 +159,7 @@ def test_cutting_the_rank_needs_the_word(shelf: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cut").exists()
     saved = fused.save(tmp_path / "cut", max_rank=3, allow_lossy=True)
     assert saved.max_rank == 3 and 0 < max(saved.lost.values()) < 1
-    with pytest.raises(OutputError, match="asked for an empty output folder"):
+    with pytest.raises(OutputError, match="the output folder must be empty"):
         fused.save(tmp_path / "cut")
     with pytest.raises(OptionError, match="a spectral_a adapter cannot be cut"):
         fuse([shelf / "a"]).save(tmp_path / "more", max_rank=3)
@@ -268,7 +268,7 @@ def test_wrong_requests_are_refused(shelf: Path) -> None:
     refused(OptionError, "activations: 1 were given for 2 adapters", [a, b], rule="gradient", activations=[{}])
     refused(OptionError, "needs the inputs that a sees in this layer", [a, b], rule="gradient")
     refused(OptionError, "the same adapter is named twice", [a, a], rule="average")
-    refused(AdapterError, "asked for an adapter folder", [shelf / "nowhere"])
+    refused(AdapterError, "an adapter folder is needed", [shelf / "nowhere"])
     refused(
         AdapterError,
         "rule 'spectral' only takes spectral_a adapters, but rotated is spectral_r",

@@ -182,6 +182,6 @@ def test_whoever_writes_into_the_folder_a_full_disk_is_an_output_error(tmp_path:
 def test_an_unreadable_input_is_no_full_disk(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), fresh_folder(tmp_path / "out"):
         open(tmp_path / "missing")
-    with pytest.raises(SpectuneError, match="found nothing"), fresh_folder(tmp_path / "out"):
+    with pytest.raises(SpectuneError, match="no such model folder"), fresh_folder(tmp_path / "out"):
         open_checkpoint(tmp_path / "missing")
     assert os.listdir(tmp_path) == []

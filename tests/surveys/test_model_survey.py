@@ -74,5 +74,5 @@ def test_a_weight_with_nan_and_a_folder_without_a_model_are_named(tmp_path: Path
     save_file({"l.q.weight": torch.full((3, 3), float("nan"))}, tmp_path / "m.safetensors")
     with pytest.raises(WeightError, match=r"l\.q: .*NaN"):
         survey_model(tmp_path)
-    with pytest.raises(AdapterError, match="asked for a model, but there is no such folder or file"):
+    with pytest.raises(AdapterError, match="a model is needed, but there is no such folder or file"):
         survey_model(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Files <-> tensors: nothing is read before it is asked for, nothing half-written stands under its name."""
+"""Files <-> tensors: read only when needed, and never left half-written."""
 
 from .adapter_folder import CONFIG_FILE as CONFIG_FILE
 from .adapter_folder import CONFIG_LIMIT as CONFIG_LIMIT

@@ -1,4 +1,4 @@
-"""`read_adapter_folder`: a saved PEFT adapter, checked, with its tensors still on the disk."""
+"""`read_adapter_folder`: a saved PEFT adapter, checked; its tensors stay on the disk."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 # What PEFT puts before the path of every layer.
 PEFT_PREFIX = "base_model.model."
-# A config of an adapter or a model is a few kilobytes; a longer one is not a config. Chosen, not measured.
+# Configs of adapters and models have a few kilobytes. Chosen, not measured.
 CONFIG_LIMIT = 2**20
-# Of one part of a model an adapter holds ten tensors at most (basis, sketch, pattern, numbers). Chosen above it.
+# An adapter has ten tensors at most for one part of a model (basis, sketch, pattern, numbers). Chosen above it.
 MOST_PER_PART = 32
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What a saved adapter is: its config, and the names and shapes of its tensors."""
+    """A saved adapter: its config, and the names and shapes of its tensors."""
 
     path: Path
     config: dict[str, Any] = field(repr=False)
@@ -39,7 +39,7 @@ class AdapterFolder:
 
     @property
     def base_name(self) -> str:
-        """What its config calls its base model; empty where it names none."""
+        """The base model's name in its config; empty if there is none."""
         name = self.config.get("base_model_name_or_path")
         return name.rstrip("/") or name if isinstance(name, str) else ""
 
@@ -54,34 +54,34 @@ class AdapterFolder:
         return self.file.shapes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; `AdapterError` with the near misses where there is none of that name."""
+        """Read one tensor; `AdapterError` with the near misses if there is no such name."""
         return self.file.tensor(name)
 
     def refuse_surplus(self, parts: int, base: object) -> None:
-        """Raise `AdapterError` where there are far more tensors than a base of so many modules or tensors has places.
+        """Raise `AdapterError` for far more tensors than a base with `parts` modules or tensors can have places for.
 
-        Other packages walk, and print, every tensor that has no place.
+        Other packages walk through, and print, every tensor that has no place.
         """
         if len(self.shapes) > MOST_PER_PART * max(parts, 1):
             raise AdapterError(
-                f"{self.path}: found {len(self.shapes):,} tensors, {base} has {parts:,} parts that they could belong "
-                f"to. Load the adapter on the base that it was trained on."
+                f"{self.path}: its {len(self.shapes):,} tensors are too many for the {parts:,} parts of {base}. "
+                f"Load the adapter on the base that it was trained on."
             )
 
     def require(self, *peft_types: str) -> AdapterFolder:
         """Get this folder if it is of one of these kinds; `AdapterError` says which kind it is."""
         if self.peft_type not in peft_types:
             raise AdapterError(
-                f"{self.path}: asked for a {' or '.join(peft_types)} adapter, found a {self.peft_type} one. "
+                f"{self.path}: a {' or '.join(peft_types)} adapter is needed, but this is a {self.peft_type} one. "
                 f"Pass the folder of the right adapter."
             )
         return self
 
 
 def adapter_path(path: str | Path) -> Path:
-    """Get where an adapter's files are: of a run's folder its `adapter/`, of PEFT's tensor file the folder around it.
+    """Get the folder of an adapter's files: `adapter/` for a run's folder, the parent for PEFT's tensor file.
 
-    Any other path comes back as it is, and may be no adapter.
+    Any other path comes back as it is, whether or not it is an adapter.
     """
     path = adapter_in(path)
     beside_config = path.name == TENSOR_FILE and os.path.exists(path.parent / CONFIG_FILE)
@@ -89,27 +89,27 @@ def adapter_path(path: str | Path) -> Path:
 
 
 def read_adapter_folder(path: str | Path) -> AdapterFolder:
-    """Get a saved adapter of any PEFT method, its config and the header of its tensors checked.
+    """Get a saved adapter of any PEFT method; its config and the header of its tensors are checked.
 
-    `path` is its folder, or what `adapter_path` takes for it.
+    `path` is its folder, or any path that `adapter_path` resolves to it.
     Links are followed (the Hugging Face cache is made of them) but must end at regular files.
-    `AdapterError` for what is missing, damaged or of another kind; pickled adapters are refused.
+    `AdapterError` for files that are missing, damaged, of another kind, or pickled.
     """
     path = adapter_path(path)
     if not os.path.isdir(path):
-        found = "a file" if os.path.exists(path) else "nothing"
-        raise AdapterError(f"{path}: asked for an adapter folder, found {found}. Check the path.")
+        why = "this is a file" if os.path.exists(path) else "there is nothing here"
+        raise AdapterError(f"{path}: an adapter folder is needed, but {why}. Check the path.")
     if not (path / CONFIG_FILE).exists():
-        raise AdapterError(f"{path}: asked for an adapter folder, found no {CONFIG_FILE} in it. {_whose_folder(path)}")
+        raise AdapterError(f"{path}: this is not an adapter folder: it has no {CONFIG_FILE}. {_whose_folder(path)}")
     config = read_json(path / CONFIG_FILE, CONFIG_LIMIT)
     if not isinstance(config.get("peft_type"), str):
         raise AdapterError(
-            f"{path / CONFIG_FILE}: the config has no peft_type, so it is not known which method wrote it. "
+            f"{path / CONFIG_FILE}: the config has no peft_type, so its method is unknown. "
             f"Save the adapter with PEFT's save_pretrained."
         )
     if not (path / TENSOR_FILE).exists() and (path / "adapter_model.bin").exists():
         raise AdapterError(
-            f"{path}: adapter_model.bin is a pickle, and reading one would run code that it brings. "
+            f"{path}: adapter_model.bin is a pickle, and reading it would run code in it. "
             f"Save the adapter as safetensors instead."
         )
     file = TensorFile.open(path / TENSOR_FILE)
@@ -119,6 +119,6 @@ def read_adapter_folder(path: str | Path) -> AdapterFolder:
 
 def _whose_folder(path: Path) -> str:
     if (path / "config.json").exists():
-        return "It holds a whole model; pass the adapter's folder."
+        return "It is a whole model; pass the adapter's folder."
     inner = sorted(child.parent.name for child in path.glob(f"*/{CONFIG_FILE}"))
-    return f"There is one in: {', '.join(inner[:5])}." if inner else "Check the path."
+    return f"Its subfolders have one: {', '.join(inner[:5])}." if inner else "Check the path."

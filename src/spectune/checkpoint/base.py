@@ -1,4 +1,4 @@
-"""`find_base`: the files of a base model, by what a user said or by what an adapter's config names."""
+"""`find_base`: the files of a base model, by the name that a user gave or an adapter's config contains."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from .adapter_folder import CONFIG_FILE, AdapterFolder
 from .reader import Checkpoint, open_checkpoint
 from .run_folder import model_in
 
-# What is fetched of a repository: weights that are not pickles, and configs. Not folders inside it, and not the second
-# copy of the weights that Mistral's and Meta's repositories hold for their own code.
+# Downloaded from a repository: weights that are not pickles, configs and tokenizers. Not its subfolders, and not the
+# second copy of the weights that Mistral's and Meta's repositories have for their own code.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
 UNWANTED = ["*/*", "consolidated*.safetensors"]
-# By any of these the folder of a cached repository is found.
+# Any of these leads to the folder of a cached repository.
 CACHED_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
-# As huggingface_hub checks it (utils/_validators.py), once more because it does not export the check.
+# The check of huggingface_hub (utils/_validators.py), which does not export it.
 HUB_NAME = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
 REMEDY = "Pass --base with a folder, a safetensors or GGUF file, or a hub name."
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this disk, its tensors not yet read."""
+    """A base model on this disk; its tensors are not read yet."""
 
     name: str
-    """As it was named: what the config of an adapter says of it."""
+    """The name given for it, as adapter configs contain it."""
     path: Path
     """A folder, a safetensors file or a GGUF file."""
     checkpoint: Checkpoint = field(repr=False)
     revision: str | None = None
-    """Of a hub name; None for its main one, and for a folder or a file."""
+    """Revision of a hub name; None for the main one, and for a folder or a file."""
     from_hub: bool = False
 
     @property
     def gguf(self) -> Path | None:
-        """The GGUF file behind it; None for safetensors."""
+        """Its GGUF file; None for safetensors."""
         return next((file.path for file in self.checkpoint.files.values() if file.path.suffix == ".gguf"), None)
 
     @property
     def config_folder(self) -> Path:
-        """Where its config.json stands, if it has one: the folder itself, or the one around the file."""
+        """The folder where its config.json would be: the base itself, or the folder of its file."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -56,33 +56,33 @@ class Base:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Which model is wanted, and on whose word."""
+    """The name of the model to find, and who gave it."""
 
     name: str
     revision: str | None
     adapter: Path | None
     said: bool
-    """A user named it; else an adapter's config did, which may come from anybody."""
+    """True if the user named it; False for an adapter's config, which may come from anybody."""
 
     def refuse(self, why: str, remedy: str | None = None) -> AdapterError:
-        """Get the error that says whose base was not found, and why."""
+        """Get the error that says which base was not found, and why."""
         at = f" (revision {self.revision})" if self.revision else ""
         if self.said:
-            wanted = f"asked for the base of {self.adapter}" if self.adapter else "asked for a model"
-            return AdapterError(f"{self.name}{at}: {wanted}, but {why}. {remedy or 'Check the name.'}")
+            role = f"as the base of {self.adapter}, " if self.adapter else ""
+            return AdapterError(f"{self.name}{at}: {role}a model is needed, but {why}. {remedy or 'Check the name.'}")
         return AdapterError(
             f"{self.adapter}: its config names the base {self.name!r}{at}, but {why}. {remedy or REMEDY}"
         )
 
 
 def find_base(said: str | Path | None, adapter: AdapterFolder | None = None) -> Base:
-    """Get a model's files: what the user said, else what the adapter's config names.
+    """Get a model's files by the name that the user gave, else by the one in the adapter's config.
 
     A name is, in this order: a folder (also of a run with adapter: none), a safetensors or GGUF file; a hub name in
     the local cache; a hub name that is downloaded now, unless HF_HUB_OFFLINE is set. A relative path starts at the
     working directory, as in transformers, and never at the adapter's folder. A hub name has the adapter's revision
-    where the adapter names that model. Only headers are read. `AdapterError` says where the model was looked for, or
-    why what stands there is no base: pickled weights are never read.
+    if the adapter names that model. Only headers are read. `AdapterError` says where the model was looked for, or
+    why it cannot be used: pickled weights are never read.
     """
     asked = _asked(said, adapter)
     found = _on_disk(asked) or _cached(asked)[0]
@@ -90,7 +90,7 @@ def find_base(said: str | Path | None, adapter: AdapterFolder | None = None) -> 
 
 
 def base_at_hand(adapter: AdapterFolder) -> Base | None:
-    """Get the base that an adapter's config names if it is on this disk, and None if not: for who can do without."""
+    """Get the base that an adapter's config names, or None if it is not on this disk. Downloads nothing."""
     if not adapter.base_name:
         return None
     asked = _asked(None, adapter)
@@ -101,23 +101,23 @@ def _asked(said: str | Path | None, adapter: AdapterFolder | None) -> _Asked:
     named, place = ("", None) if adapter is None else (adapter.base_name, adapter.path)
     name = named if said is None else str(said.as_posix() if isinstance(said, Path) else os.path.expanduser(said))
     if not name:
-        found = "the name is empty" if place is None or said is not None else "its config does not name its base model"
-        raise AdapterError(f"{place or 'base'}: {found}. {REMEDY}")
+        why = "the name is empty" if place is None or said is not None else "its config does not name its base model"
+        raise AdapterError(f"{place or 'base'}: {why}. {REMEDY}")
     revision = None if adapter is None or name != named else adapter.config.get("revision")
     asked = _Asked(name, None, place, said is not None)
     if revision and (not isinstance(revision, str) or not revision.isprintable() or _leaves(revision)):
-        raise asked.refuse(f"the revision {str(revision)[:100]!r} is none that a repository can have")
+        raise asked.refuse(f"{str(revision)[:100]!r} is not a valid revision")
     return replace(asked, revision=revision or None)
 
 
 def _leaves(revision: str) -> bool:
-    """Ask whether a revision, which is part of a path in the cache, would lead out of it."""
+    """Ask whether a revision, which becomes part of a path in the cache, would lead outside it."""
     return ".." in revision or os.path.isabs(revision) or "\\" in revision
 
 
 def _on_disk(asked: _Asked) -> Base | None:
     name = asked.name
-    # On Windows merely asking for \\host\share signs in there, and a stranger's config may name any host.
+    # On Windows, merely checking for \\host\share signs in there, and a stranger's config may name any host.
     if (not asked.said and name.startswith(("\\\\", "//"))) or not os.path.exists(name):
         return None
     path = model_in(name)
@@ -129,18 +129,20 @@ def _on_disk(asked: _Asked) -> Base | None:
     except AdapterError as error:
         if asked.said:
             raise
-        raise AdapterError(f"{asked.adapter}: its config names the base {name!r}, and that is none: {error}") from error
+        raise AdapterError(
+            f"{asked.adapter}: its config names the base {name!r}, which cannot be used: {error}"
+        ) from error
 
 
 def _cached(asked: _Asked) -> tuple[Base | None, str]:
-    """Get the model in the local cache, or None and why there is none."""
+    """Get the model in the local cache, or None and the reason."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     folder: Path | None = None
     for file in CACHED_FILES:
         try:
             found = try_to_load_from_cache(asked.name, file, revision=asked.revision)
-        except (OSError, ValueError):  # no name that the hub or the disk can have
+        except (OSError, ValueError):  # not a possible name on the hub or the disk
             break
         if isinstance(found, str):
             folder = Path(found).parent
@@ -149,7 +151,7 @@ def _cached(asked: _Asked) -> tuple[Base | None, str]:
         return None, f"not in the cache {constants.HF_HUB_CACHE}"
     try:
         return Base(asked.name, folder, open_checkpoint(folder), asked.revision, from_hub=True), ""
-    except AdapterError as error:  # a config alone, shards that are missing, pickles
+    except AdapterError as error:  # only a config, missing shards, pickles
         return None, f"not usable in the cache ({str(error).rstrip('.')})"
 
 
@@ -167,12 +169,12 @@ def _downloaded(asked: _Asked) -> Base:
         folder = Path(
             snapshot_download(asked.name, revision=asked.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         )
-    except Exception as error:  # of the hub, of the client beneath it, or of the disk
+    except Exception as error:  # from the hub, its client or the disk
         answer = f"{type(error).__name__}: {one_line(error)}"
-        raise asked.refuse(f"{looked}, and the hub does not give it: {answer}") from error
+        raise asked.refuse(f"{looked}, and it cannot be downloaded: {answer}") from error
     try:
         return Base(asked.name, folder, open_checkpoint(folder), asked.revision, from_hub=True)
     except AdapterError as error:
         raise asked.refuse(
-            f"the repository has no safetensors that can be read, and pickled weights (.bin) never are: {error}"
+            f"its repository has no readable safetensors, and pickled weights (.bin) are never read: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Whose folder it is: claims that end with their process, however it ends, and two folders swapped in one step."""
+"""Which process owns a folder: claims that end with their process, and swapping two folders in one step."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ RENAME_EXCHANGE, AT_FDCWD = 2, -100
 
 
 def sibling(goal: Path, word: str) -> Path:
-    """Get a hidden name beside `goal` that nothing has: `.NAME.WORD-` and eight random digits."""
+    """Get an unused hidden name beside `goal`: `.NAME.WORD-` and eight random digits."""
     return goal.with_name(f".{goal.name}.{word}-{secrets.token_hex(4)}")
 
 
 @contextmanager
 def hold_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Be the only process that writes into an existing folder; `OutputError` where another one does.
+    """Be the only process that writes into an existing folder; `OutputError` if another one does.
 
-    The lock belongs to the open `.lock` in it, so it ends with the process, also by kill -9; the empty file stays.
-    `patience` are seconds to wait for it. What cannot be locked, or has links in it, is an `OutputError`, too.
+    The lock belongs to the open file `.lock` in it, so it ends with the process, even after kill -9; the empty file
+    stays. `patience`: seconds to wait for it. `OutputError` also for a folder that cannot be locked or contains links.
     """
-    refuse_links(folder)  # before the lock, whose file would be emptied through one
+    refuse_links(folder)  # before the lock, which would empty a file through a link
     lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=patience)
@@ -45,7 +45,7 @@ def hold_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"{folder}: the folder cannot be locked: {why}. Choose a folder on another disk.") from error
+        raise OutputError(f"{folder}: cannot lock this folder: {why}. Choose a folder on another disk.") from error
     try:
         yield
     finally:
@@ -55,7 +55,7 @@ def hold_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
 def refuse_links(folder: Path) -> None:
     """Raise `OutputError` for a link anywhere in a folder that is written into.
 
-    A folder from somebody else could send a checkpoint, or the deleting of one, to any place through one.
+    Through a link, a stranger's folder could redirect a checkpoint, or the deletion of one, to any place.
     """
     for inside, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -63,13 +63,13 @@ def refuse_links(folder: Path) -> None:
             if path.is_symlink():
                 raise OutputError(
                     f"{folder}: {path.relative_to(folder)} is a link, and nothing is written or deleted through links. "
-                    f"Replace it with what it leads to, or choose another folder."
+                    f"Replace it with its target, or choose another folder."
                 )
 
 
 @contextmanager
 def claimed_folder(goal: Path) -> Iterator[Path]:
-    """Get a new hidden folder beside `goal`, and be known as the one who works in it."""
+    """Get a new hidden folder beside `goal`, claimed by this process."""
     while True:
         partial = sibling(goal, PARTIAL)
         partial.mkdir()
@@ -78,7 +78,7 @@ def claimed_folder(goal: Path) -> Iterator[Path]:
             if claim is None or _is_same(claim, partial):
                 break
             os.close(claim)
-        # Before it was claimed, another process took it for an abandoned one and deletes it: once more.
+        # Another process deleted it as abandoned before it was claimed: try again.
     try:
         yield partial
     finally:
@@ -87,9 +87,9 @@ def claimed_folder(goal: Path) -> Iterator[Path]:
 
 
 def clear_abandoned(goal: Path) -> None:
-    """Delete what killed processes left beside `goal`, and give back what one of them was about to replace.
+    """Delete what killed processes left beside `goal`, and restore a folder that one of them was about to replace.
 
-    Nothing is touched that a living process works in, or where the disk cannot tell.
+    Never touches a folder that a living process works in, nor one whose disk has no locks.
     """
     for left in _left_beside(goal, REPLACED):
         if not os.path.lexists(goal):
@@ -104,7 +104,7 @@ def clear_abandoned(goal: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders at once, so that neither name is ever free; False where the system or the disk cannot."""
+    """Swap two folders atomically, so that both names always exist; False if the system or the disk cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -121,7 +121,7 @@ def _left_beside(goal: Path, word: str) -> list[Path]:
 
 
 def _claim(folder: Path) -> int | None:
-    """Get an open handle that holds the folder's lock, None where the disk has no such locks.
+    """Get an open handle that holds the folder's lock, or None if the disk has no such locks.
 
     BlockingIOError if another process holds it, FileNotFoundError if the folder is gone.
     """

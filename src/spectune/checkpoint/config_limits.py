@@ -1,4 +1,4 @@
-"""Configs that would build a model of absurd size: refused before anything is built."""
+"""Refuse configs of absurdly large models before anything is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_MODULES = 1_000_000
 
 
 def refuse_absurd_size(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise `AdapterError` for a model config whose layers, experts or labels no model has; sub-configs too."""
+    """Raise `AdapterError` for a config with more layers, experts or labels than any model has; sub-configs too."""
     largest = dict.fromkeys(MOST, 1)
     for key, value in _counts(config):
         kind = next((kind for kind in ("experts", "labels") if key.endswith(kind)), "layers")

@@ -24,7 +24,7 @@ def fingerprint(tensor: torch.Tensor) -> str:
     """
     if tensor.is_meta or tensor.layout is not torch.strided:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-        raise WeightError(f"fingerprint: asked for a tensor's bytes, found one {kind}. Load its data first.")
+        raise WeightError(f"fingerprint: the tensor's bytes are needed, but it is {kind}. Load its data first.")
     tensor = tensor.detach().resolve_conj().resolve_neg()
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     for block in _blocks(tensor):

@@ -15,7 +15,7 @@ from .gguf_header import check_gguf_header
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What one GGUF file holds; a tensor is dequantised to float32 when it is asked for.
+    """The contents of one GGUF file; a tensor is dequantised to float32 when it is read.
 
     transformers' own tables are used (names, and the order of the rows of q and k, which llama.cpp permutes), so a
     tensor equals the one in the model that `from_pretrained(..., gguf_file=...)` makes, bit for bit.
@@ -36,7 +36,7 @@ class GgufFile:
             import gguf
         except ImportError:
             raise MissingExtraError(
-                f"{path}: a GGUF file is read with the package gguf, which is missing. Run: pip install gguf"
+                f"{path}: reading a GGUF file needs the package gguf. Run: pip install gguf"
             ) from None
         check_gguf_header(path)
         try:
@@ -44,7 +44,7 @@ class GgufFile:
             parts = {part.name: part for part in gguf.GGUFReader(str(path)).tensors}
         except SpectuneError:
             raise
-        except Exception as error:  # two foreign parsers on foreign bytes: whatever they raise, the file is the reason
+        except Exception as error:  # two foreign parsers: whatever they raise, the file is the reason
             why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise AdapterError(f"{path}: transformers cannot read this GGUF file: {why}. Convert it first.") from error
         # GGUF counts the sides from the innermost one.
@@ -53,18 +53,18 @@ class GgufFile:
         return cls(path, shapes, dtypes, parts, processor, {theirs: name for name, theirs in names.items()})
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read and dequantise one tensor; `AdapterError` with the near misses where there is none of that name."""
+        """Read and dequantise one tensor; `AdapterError` with the near misses if there is no such name."""
         import gguf
 
         if name not in self.shapes:
-            raise AdapterError(f"{self.path}: asked for the tensor {name!r}. {nearest(name, list(self.shapes))}")
+            raise AdapterError(f"{self.path}: the tensor {name!r} does not exist. {nearest(name, list(self.shapes))}")
         part = self._parts[self._names[name]]
         try:
             whole = gguf.dequantize(part.data, part.tensor_type)
             done = self._processor.process(weights=whole, name=part.name, tensor_key_mapping={}, parsed_parameters={})
             tensor = torch.from_numpy(done.weights.copy())
         except Exception as error:  # as in open
-            raise AdapterError(f"{self.path}: the tensor {name!r} cannot be dequantised: {error}.") from error
+            raise AdapterError(f"{self.path}: cannot dequantise the tensor {name!r}: {error}.") from error
         return tensor.to(device)
 
 

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, walked once with every count held against the bytes that are there.
+"""Check the header of a GGUF file: every count must fit into the bytes of the file.
 
-gguf's own reader believes the counts: an array of 2^60 entries in a file of a hundred bytes keeps it busy for years.
+gguf's own reader trusts the counts: an array of 2^60 entries in a file of a hundred bytes keeps it busy for years.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_SIDES = 4
 
 
 def check_gguf_header(path: Path) -> int:
-    """Get the number of tensors; `AdapterError` for a header that promises more than the file holds.
+    """Get the number of tensors; `AdapterError` for a header that promises more than the file contains.
 
     Takes time and memory in proportion to the header, and reads no tensor.
     """
@@ -31,13 +31,13 @@ def check_gguf_header(path: Path) -> int:
         with path.open("rb") as file:
             return _Walk(file, path.stat().st_size).run()
     except OSError as error:
-        raise AdapterError(f"{path}: the file cannot be read: {error.strerror}. Check its permissions.") from error
+        raise AdapterError(f"{path}: cannot read the file: {error.strerror}. Check its permissions.") from error
     except ValueError as error:
         raise AdapterError(f"{path}: transformers cannot read this GGUF file: {error}. Copy it again.") from error
 
 
 class _Walk:
-    """One pass over the header; `ValueError` where it does not hold together."""
+    """One pass over the header; `ValueError` if it contradicts itself."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left, self.order, self.entries = file, size, "<", 0
@@ -63,13 +63,13 @@ class _Walk:
 
     def take(self, count: int) -> bytes:
         if count > self.left:
-            raise ValueError("its header ends in the middle, or promises more than the file holds")
+            raise ValueError("its header is incomplete, or promises more than the file contains")
         self.left -= count
         return self.file.read(count)
 
     def skip(self, count: int) -> None:
         if count > self.left:
-            raise ValueError("its header promises more than the file holds")
+            raise ValueError("its header promises more than the file contains")
         self.left -= count
         self.file.seek(count, 1)
 
@@ -78,9 +78,9 @@ class _Walk:
         return number
 
     def expect(self, count: int, least: int) -> None:
-        """Refuse a count of things that take at least so many bytes each."""
+        """Refuse a count of entries that take at least `least` bytes each."""
         if count * least > self.left:
-            raise ValueError(f"it promises {count:,} entries, which the file cannot hold")
+            raise ValueError(f"it promises {count:,} entries, more than the file can contain")
         self.entries += count
         if self.entries > MOST_ENTRIES:
             raise ValueError(f"its header has more than {MOST_ENTRIES:,} entries")

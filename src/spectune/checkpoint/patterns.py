@@ -1,4 +1,4 @@
-"""Regular expressions that a file brings along: matched in bounded time."""
+"""Regular expressions from a file: matched in bounded time."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-# `re` cannot be told to stop, and "(a|aa)+b" against sixty letters a takes it years. transformers needs `regex` too.
+# `re` has no timeout, and needs years for "(a|aa)+b" against sixty letters a. transformers needs `regex` too.
 import regex
 
 from ..errors import AdapterError
 
 # Patterns of real files are module paths or short expressions. Chosen, not measured.
 LONGEST = 1_000
-# A file that names each layer brings thousands of plain names, which are looked up; expressions are few. Chosen.
+# A file may list thousands of plain names, which are looked up; true expressions are few. Chosen.
 MOST = 1_000
-# All matches of one config together take milliseconds; what takes this long was made to. Chosen.
+# All matches of an honest config together take milliseconds. Chosen.
 SECONDS = 1.0
 # regex copies what is repeated, so "((a{1000}){1000}){1000}" would take all memory to compile. Real files count the
 # digits of a number, \d{1,3}. Chosen.
 MOST_COPIES = 1_000
-# Plain names that are alike up to their dots, dashes and underscores; more are matched as expressions. Chosen.
+# Plain names that differ only in dots, dashes and underscores; more than these are matched as expressions. Chosen.
 MOST_ALIKE = 16
 
 # PEFT's forms (get_pattern_key, check_target_module_exists), word for word.
@@ -33,16 +33,16 @@ COUNTED = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?[.\-])+")
 PARTS = re.compile(r"\\?(.)")
-# Escaped letters and classes, inside of which no sign repeats or chooses.
+# Escaped letters and classes: signs inside them neither repeat nor choose.
 INNARDS = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
 REPEATED_GROUP = re.compile(r"\)[*+{]")
-# So many steps take `re` about two seconds, and its true steps are far fewer. Chosen.
+# This many steps take `re` about two seconds, and this bound is far above the true number. Chosen.
 MOST_STEPS, MOST_SIGNS = 10**8, 30
 REPEATS = re.compile(r"\{(?:(\d*)(?:,(\d*))?\})?")
 
 
 class Clock:
-    """How much time is left to compile and match the patterns of one config, and how many more it may bring."""
+    """Time left to compile and match the patterns of one config, and how many more patterns it may have."""
 
     def __init__(self) -> None:
         self.seconds, self.patterns = SECONDS, MOST
@@ -53,7 +53,7 @@ class Expression:
 
     def __init__(self, pattern: Any, form: str, clock: Clock) -> None:
         if not isinstance(pattern, str) or len(pattern) > LONGEST:
-            raise AdapterError(f"the config has {pattern!r} for a pattern of layer names. Repair the config.")
+            raise AdapterError(f"the config has {pattern!r} as a pattern of layer names. Repair the config.")
         clock.patterns -= 1
         if clock.patterns < 0:
             raise AdapterError(f"the config has more than {MOST:,} patterns of layer names. Repair the config.")
@@ -61,7 +61,7 @@ class Expression:
         self._compiled: Any = None
 
     def match(self, layer: str, whole: bool = False) -> Any:
-        """Get regex's match object or None; `AdapterError` for what is not a pattern, or when the time is up."""
+        """Get regex's match object or None; `AdapterError` for an invalid pattern, or when the time is up."""
         began = time.perf_counter()
         try:
             if self.clock.seconds <= 0:
@@ -90,14 +90,14 @@ class Expression:
         if copies > MOST_COPIES:
             raise ValueError(f"its repeats make more than {MOST_COPIES:,} copies")
         words = self.form.format(self.pattern)
-        re.compile(words)  # what PEFT could not read is not a pattern, whatever else regex understands
+        re.compile(words)  # PEFT must be able to read it, too
         return regex.compile(words)
 
 
 def is_tame(pattern: str, letters: int) -> bool:
-    """Ask whether Python's `re`, which nothing can stop, is sure to match a pattern on such names in a moment.
+    """Ask whether Python's `re`, which cannot be stopped, is sure to match a pattern on such names in a moment.
 
-    Where no group is repeated, a name of n letters takes at most n^a 2^b steps: a repeats, b choices (`?` and `|`).
+    If no group is repeated, a name of n letters takes at most n^a 2^b steps: a repeats, b choices (`?` and `|`).
     """
     bare = INNARDS.sub("x", pattern)
     if REPEATED_GROUP.search(bare) or bare.count("(?") != bare.count("(?:"):
@@ -107,7 +107,7 @@ def is_tame(pattern: str, letters: int) -> bool:
 
 
 class LayerPatterns:
-    """The keys of a rank_pattern or alpha_pattern: which of them is the first to name a layer, as PEFT counts."""
+    """The keys of a rank_pattern or alpha_pattern; finds the first that matches a layer, as PEFT does."""
 
     def __init__(self, patterns: Iterable[Any], clock: Clock | None = None) -> None:
         clock = clock or Clock()
@@ -122,7 +122,7 @@ class LayerPatterns:
                 self._expressions.append((place, Expression(pattern, END, clock)))
 
     def first(self, layer: str) -> str | None:
-        """Get the first pattern that names a layer, or the end of its path; `AdapterError` as `Expression.match`."""
+        """Get the first pattern that matches a layer or its path's end; `AdapterError` as in `Expression.match`."""
         best, found = math.inf, None
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", layer))]
         for start in starts:
@@ -140,12 +140,12 @@ def _unescaped(pattern: str) -> str:
 
 
 def _folded(name: str) -> str:
-    """Get a name with every separator as a dot: an unescaped dot of a pattern may stand for any of them."""
+    """Get a name with a dot for every separator: an unescaped dot in a pattern may match any of them."""
     return re.sub(r"[^A-Za-z0-9]", ".", name)
 
 
 def _names(pattern: str, ending: str, whole: bool) -> bool:
-    """Ask whether a plain pattern is this ending, letter by letter; an unescaped dot stands for any letter."""
+    """Ask whether a plain pattern matches this ending, letter by letter; an unescaped dot matches any letter."""
     if pattern.startswith("^") and not whole:
         return False
     parts = zip(PARTS.finditer(pattern.removeprefix("^")), ending, strict=True)

@@ -1,4 +1,4 @@
-"""What transformers loads by a name in somebody's config: its own classes only, and never code that a folder holds."""
+"""Loading by name with transformers: only its own classes, never code from a model's folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..errors import AdapterError, OptionError, SpectuneError, one_line
 
 
 def load_auto(kind: Any, name: str | Path, **options: Any) -> Any:
-    """Get what `kind.from_pretrained(name)` gives, without running code of the folder and without asking whether to.
+    """Get `kind.from_pretrained(name)`, without running code of the folder and without a prompt whether to.
 
-    `AdapterError` where the config asks for such code (auto_map); else whatever transformers raises.
+    `AdapterError` if the config needs such code (auto_map); else whatever transformers raises.
     """
     try:
         return kind.from_pretrained(str(name), trust_remote_code=False, **options)
@@ -20,15 +20,15 @@ def load_auto(kind: Any, name: str | Path, **options: Any) -> Any:
         if isinstance(error, SpectuneError) or "trust_remote_code" not in str(error):
             raise
         raise AdapterError(
-            f"{name}: its config asks for Python code of its own (auto_map), and code of a model is not run here. Use "
-            f"a model whose class is part of transformers."
+            f"{name}: its config needs its own Python code (auto_map), which spectune never runs. Use a model whose "
+            f"class is part of transformers."
         ) from error
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
-    """Get the tokenizer of a model; `OptionError` where there is none, `AdapterError` for one that needs its own code.
+    """Get the tokenizer of a model; `OptionError` if it cannot be loaded, `AdapterError` if it needs its own code.
 
-    Tokenizers are read by foreign parsers that check little, so whatever they raise, the files are the reason.
+    Foreign parsers read tokenizers and check little, so whatever they raise, the files are the reason.
     """
     from transformers import AutoTokenizer
 
@@ -37,4 +37,4 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     except SpectuneError:
         raise
     except Exception as error:
-        raise OptionError(f"model: the tokenizer of {name} cannot be loaded: {one_line(error)}.") from error
+        raise OptionError(f"model: cannot load the tokenizer of {name}: {one_line(error)}.") from error

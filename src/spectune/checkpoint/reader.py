@@ -1,6 +1,6 @@
 """Lazy reading of models: names, shapes and dtypes from the headers, one tensor at a time from the disk.
 
-Nothing here unpickles: a `.bin` or `.pt` file is refused, since reading one runs code that it brings.
+Nothing is unpickled: `.bin` and `.pt` files are refused, because reading one runs code in it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..errors import AdapterError, nearest
 from .gguf_file import GgufFile
 from .tensor_file import HEADER_LIMIT, TensorFile
 
-# Names under which transformers and diffusers store a model, in the order in which they are looked for.
+# File names of a model in transformers and diffusers, in search order.
 STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class LazyFile(Protocol):
-    """What the names, shapes and dtypes of are known and the tensors of which wait on the disk."""
+    """A file whose names, shapes and dtypes are known and whose tensors stay on the disk."""
 
     @property
     def path(self) -> Path: ...
@@ -60,9 +60,9 @@ class Checkpoint:
         return {name: file.dtypes[name] for name, file in self.files.items()}
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read one tensor; `AdapterError` with the near misses where there is none of that name."""
+        """Read one tensor; `AdapterError` with the near misses if there is no such name."""
         if name not in self.files:
-            raise AdapterError(f"{self.path}: asked for the tensor {name!r}. {nearest(name, self.names)}")
+            raise AdapterError(f"{self.path}: the tensor {name!r} does not exist. {nearest(name, self.names)}")
         return self.files[name].tensor(name, device)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,9 +74,8 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Get the tensors of a model folder (single file or shards with an index), of one safetensors or one GGUF file.
 
-    Only headers are read; GGUF goes by transformers' names, and its tensors are dequantised when asked for.
-    `AdapterError` says what was found where a model was expected, which names an index promises and no file holds,
-    and that a pickle is not read.
+    Only headers are read; GGUF tensors have transformers' names and are dequantised when they are read.
+    `AdapterError` for a path that is not a model, for tensors in an index that no file has, and for pickles.
     """
     path = Path(path)
     if path.suffix in PICKLES:
@@ -84,7 +83,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if os.path.isfile(path):
         return _of_gguf(path, path) if path.suffix == ".gguf" else _of_one_file(path, path)
     if not os.path.isdir(path):
-        raise AdapterError(f"{path}: asked for a model folder or a safetensors file, found nothing. Check the path.")
+        raise AdapterError(f"{path}: no such model folder or safetensors file. Check the path.")
     for stem in STEMS:
         if (path / f"{stem}.safetensors").exists():
             return _of_one_file(path, path / f"{stem}.safetensors")
@@ -98,19 +97,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def read_json(path: Path, limit: int) -> dict[str, Any]:
     """Get the object in a JSON file of at most `limit` bytes; `AdapterError` for anything else."""
     if not os.path.isfile(path):
-        found = "found something that is not a file" if os.path.exists(path) else "there is no such file"
-        raise AdapterError(f"{path}: asked for a JSON file, {found}. Check the path.")
+        why = "this is not a regular file" if os.path.exists(path) else "there is no such file"
+        raise AdapterError(f"{path}: a JSON file is needed, but {why}. Check the path.")
     size = path.stat().st_size
     if size > limit:
-        raise AdapterError(f"{path}: the file is {size:,} bytes, a file of this kind has at most {limit:,}. Check it.")
+        raise AdapterError(f"{path}: {size:,} bytes are too many for this kind of file (limit {limit:,}). Check it.")
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise AdapterError(f"{path}: the file cannot be read: {error.strerror}. Check its permissions.") from error
+        raise AdapterError(f"{path}: cannot read the file: {error.strerror}. Check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: the file is not valid JSON: {error}. Copy it again.") from error
     if not isinstance(content, dict):
-        raise AdapterError(f"{path}: asked for a JSON object, found a {type(content).__name__}. Copy it again.")
+        raise AdapterError(f"{path}: a JSON object is needed, but this is a {type(content).__name__}. Copy it again.")
     return content
 
 
@@ -138,8 +137,8 @@ def _of_shards(path: Path, index: Path) -> Checkpoint:
     for name, shard in weight_map.items():
         if name not in shards[shard].shapes:
             raise AdapterError(
-                f"{index}: the index promises the tensor {name!r} in {shard}, which does not hold it. "
-                f"Copy the index and the files again, from one version of the model."
+                f"{index}: the index lists the tensor {name!r} in {shard}, which does not contain it. "
+                f"Copy the index and the files again, all from one version of the model."
             )
     return Checkpoint(path, {name: shards[shard] for name, shard in weight_map.items()})
 
@@ -149,14 +148,14 @@ def _only_file(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if found:
-        raise AdapterError(f"{path}: found {len(found)} safetensors files and no index over them. Name one of them.")
+        raise AdapterError(f"{path}: contains {len(found)} safetensors files and no index. Name one of them.")
     pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
     raise AdapterError(
         f"{path}: {_why_no_pickle(pickles[0])}"
         if pickles
-        else f"{path}: asked for a model, found no safetensors file in this folder. Check the path."
+        else f"{path}: a model is needed, but this folder contains no safetensors file. Check the path."
     )
 
 
 def _why_no_pickle(name: str) -> str:
-    return f"{name} is a pickle, and reading it runs code that it brings. Save the model as safetensors instead."
+    return f"{name} is a pickle, and reading it would run code in it. Save the model as safetensors instead."

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..errors import AdapterError
 
-# By any of these a folder is a model or an adapter itself, whatever else somebody put into it.
+# With any of these, a folder is itself a model or an adapter, whatever else it contains.
 OWN_FILES = ("config.json", "adapter_config.json")
-# A run's configuration, and the folder that holds what it trained: one of the two.
+# A run's configuration, and the folder of what it trained: one of the two.
 RUN_FILE = "run.yaml"
 ADAPTER, MODEL = "adapter", "model"
 
@@ -23,22 +23,22 @@ def trained_in(path: str | Path) -> Path:
         if os.path.isdir(path / name):
             return path / name
     raise AdapterError(
-        f"{path}: the run is not finished, there is neither {ADAPTER}/ nor {MODEL}/ in it. Continue it with --resume."
+        f"{path}: the run is not finished: it has neither {ADAPTER}/ nor {MODEL}/. Continue it with --resume."
     )
 
 
 def adapter_in(path: str | Path) -> Path:
-    """Get the adapter's folder of a run; any other path as it is."""
+    """Get a run's adapter folder; any other path as it is."""
     return _in_run(
         path,
         ADAPTER,
-        f"an adapter is needed, but this run trained the whole model (adapter: none). Make an adapter of it: spectune "
+        f"an adapter is needed, but this run trained the whole model (adapter: none). Extract one: spectune "
         f"extract BASE {path} -o FOLDER",
     )
 
 
 def model_in(path: str | Path) -> Path:
-    """Get the model's folder of a run that trained the whole model; any other path as it is."""
+    """Get the model folder of a run that trained the whole model; any other path as it is."""
     return _in_run(
         path,
         MODEL,

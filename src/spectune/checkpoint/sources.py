@@ -1,4 +1,4 @@
-"""What is read must outlive what is written: `refuse_to_replace`."""
+"""`refuse_to_replace`: never overwrite what is being read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..errors import OutputError
 
 
 def refuse_to_replace(output: str | Path, *sources: str | Path) -> None:
-    """Raise `OutputError` where the output is one of the sources or holds it: replacing would delete what is read.
+    """Raise `OutputError` if the output is one of the sources or contains one.
 
-    Links, `..` and other spellings of one place are seen through. A source that is not on this disk, such as the name
-    of a repository, cannot be lost.
+    Links, `..` and other spellings of a path are resolved. Sources that are not on this disk, such as names of
+    repositories, are safe.
     """
     for source in sources:
-        with suppress(OSError, ValueError):  # no such place, or a name that no disk can hold
+        with suppress(OSError, ValueError):  # no such path, or an impossible name
             place = Path(os.path.realpath(source))
             if any(os.path.samefile(output, part) for part in (place, *place.parents)) and os.path.exists(place):
                 break

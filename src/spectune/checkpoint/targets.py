@@ -1,4 +1,4 @@
-"""`find_targets`: the weights of a checkpoint that an adapter would be put on, found by name and shape alone."""
+"""`find_targets`: the weights of a checkpoint that an adapter would tune, by name and shape alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .adapter_folder import CONFIG_LIMIT
 from .reader import Checkpoint
 
 WEIGHT_ENDINGS = (".weight", "in_proj_weight")
-# What an adapter usually leaves alone: embeddings, position and relative-bias tables, and heads.
+# Usually not adapted: embeddings, position and relative-bias tables, and heads.
 SKIPPED = r"embed|(^|\.)(wte|wpe|shared|lm_head|classifier|score|qa_outputs|head|relative_attention_bias|cls)(\.|$)"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# transformers' models whose linear layers are Conv1D, which stores in x out; nothing in the tensors tells.
+# transformers' models whose linear layers are Conv1D, which stores in x out; the tensors do not show it.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_NAMES = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)$")
 
@@ -35,9 +35,9 @@ class Target:
     shape: tuple[int, int]
     """(O, I); the kernels of a convolution are flattened."""
     group: str
-    """What it is called in every block: `q_proj`, `attention.output.dense`."""
+    """Its name in every block: `q_proj`, `attention.output.dense`."""
     transposed: bool = False
-    """True where the checkpoint stores in x out."""
+    """True if the checkpoint stores in x out."""
 
     def matrix(self, base: Checkpoint) -> torch.Tensor:
         """Read W_OI."""
@@ -50,10 +50,10 @@ def find_targets(
 ) -> tuple[list[Target], dict[str, int]]:
     """Get the weights to look at, and how many matrices were left out, by reason.
 
-    By default every matrix and every convolution's kernel but embeddings, position tables and heads. `include`
-    (a regex, searched in the name) replaces that choice; `exclude` takes from it. Norms and biases are no
-    matrices; weights stored as integers or in 8-bit floats have scales elsewhere and are left out. `OptionError` for a
-    wrong regex, and where nothing is left, with what there is.
+    By default every matrix and every convolution's kernel except embeddings, position tables and heads. `include`
+    (a regex, searched in the name) replaces that choice; `exclude` removes some. Norms and biases are not matrices;
+    weights stored as integers or in 8-bit floats have their scales elsewhere and are left out. `OptionError` for a
+    wrong regex, and if no weight is left.
     """
     wanted, unwanted = _pattern("include", include), _pattern("exclude", exclude)
     conv1d = _model_type(base.path) in CONV1D_MODELS
@@ -71,9 +71,9 @@ def find_targets(
         rows_O, cols_I = shape[0], math.prod(shape[1:])
         kept[name] = (tensor, (cols_I, rows_O) if transposed else (rows_O, cols_I), transposed)
     if not kept:
-        what = "weights to survey" if include is None and exclude is None else f"weights for {include or exclude!r}"
+        what = "weights to adapt" if include is None and exclude is None else f"weights for {include or exclude!r}"
         names = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) >= 2]
-        raise OptionError(f"{base.path}: found no {what}. {nearest(include or '', names) if names else 'Check it.'}")
+        raise OptionError(f"{base.path}: has no {what}. {nearest(include or '', names) if names else 'Check it.'}")
     groups = group_names(kept)
     targets = [Target(name, kept[name][0], kept[name][1], groups[name], kept[name][2]) for name in ordered(kept)]
     return targets, dict(left_out)
@@ -97,7 +97,7 @@ def _pattern(option: str, words: str | None) -> re.Pattern[str] | None:
 
 
 def _model_type(path: Path) -> str:
-    """Get the model_type of a folder's config.json; nothing where there is none to read."""
+    """Get the model_type from a folder's config.json, or ""."""
     place = path / "config.json"
     try:
         if place.stat().st_size > CONFIG_LIMIT:
@@ -109,7 +109,7 @@ def _model_type(path: Path) -> str:
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:
-    """Get, for each layer, the shortest ending that names the same place in every block and no other.
+    """Get, for each layer, the shortest ending that names the same place in every block and no other place.
 
     Numbers in a name count as one: `layers.0.mlp.up_proj` and `layers.1.mlp.up_proj` are `up_proj`.
     """
@@ -130,7 +130,7 @@ def _shortest(parts: list[str], endings: Counter[str]) -> str:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Get names in the order of their blocks: numbers count as numbers."""
+    """Get names in the order of their blocks: numbers sort as numbers."""
     return sorted(
         names,
         key=lambda name: [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")],
@@ -138,11 +138,11 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def spread(targets: list[Target], sample: int | None) -> list[Target]:
-    """Get `sample` targets of each group, evenly spread from the first block to the last; all for None."""
+    """Get `sample` targets of each group, evenly spread over the blocks; None for all."""
     if sample is None:
         return targets
     if sample < 1:
-        raise OptionError(f"--sample {sample}: at least 1 weight of each kind is needed.")
+        raise OptionError(f"-sample {sample}: must be at least 1.")
     members: dict[str, list[str]] = {}
     for target in targets:
         members.setdefault(target.group, []).append(target.name)

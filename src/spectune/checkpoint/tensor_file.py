@@ -1,4 +1,4 @@
-"""One safetensors file, read lazily: the header is checked on opening, the tensors wait on the disk."""
+"""One safetensors file, read lazily: the header is checked on opening, the tensors stay on the disk."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .tensor_header import foreign, read_header, stamp
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What one safetensors file holds; its tensors are read when asked for."""
+    """The contents of one safetensors file; each tensor is read when it is needed."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     dtypes: dict[str, torch.dtype] = field(repr=False)
     metadata: dict[str, str] = field(repr=False)
     _places: dict[str, tuple[int, int]] = field(repr=False)
-    """Name -> first byte in the file, and how many there are."""
+    """Name -> first byte in the file, and number of bytes."""
     _stamp: tuple[int, ...] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFile:
-        """Get a file by its header alone; `AdapterError` when it is missing, cut short, or no safetensors."""
+        """Read the header; `AdapterError` if the file is missing, cut short, or not safetensors."""
         path = Path(path)
         header = read_header(path)
         return cls(path, header.shapes, header.dtypes, header.metadata, header.places, header.stamp)
@@ -40,9 +40,9 @@ class TensorFile:
         return tuple(sorted(self.shapes))
 
     def refuse_foreign(self) -> None:
-        """Raise `AdapterError` for what safetensors itself would not read: its JSON is stricter, and it wants no hole.
+        """Raise `AdapterError` if safetensors itself would not read it: its JSON is stricter, and gaps are errors.
 
-        For files that PEFT and transformers will open after us; nothing but the header is read.
+        For files that PEFT and transformers will open after us; only the header is read.
         """
         try:
             with safe_open(str(self.path), framework="pt"):
@@ -51,29 +51,29 @@ class TensorFile:
             raise AdapterError(foreign(self.path, self.path.stat().st_size)) from error
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read one tensor; `AdapterError` with the near misses where there is none of that name.
+        """Read one tensor; `AdapterError` with the near misses if there is no such name.
 
-        The bytes are read here, by the header as it was on opening: safetensors would parse the header once more for
-        every tensor. Nothing is mapped, so a file that is cut short meanwhile is an error and no crash.
+        Uses the header as it was on opening: safetensors would parse it again for every tensor. Nothing is mapped into
+        memory, so a file that is cut short meanwhile is an error and not a crash.
         """
         if name not in self.shapes:
-            raise AdapterError(f"{self.path}: asked for the tensor {name!r}. {nearest(name, self.names)}")
+            raise AdapterError(f"{self.path}: the tensor {name!r} does not exist. {nearest(name, self.names)}")
         self._refuse_overlaps()
         try:
             data = self._bytes(name)
             flat = torch.frombuffer(data, dtype=self.dtypes[name]) if data else torch.empty(0, dtype=self.dtypes[name])
             return flat.reshape(self.shapes[name]).to(device)
         except (OSError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
-            # The others than OSError: numbers beyond what torch can address.
+            # All but OSError: numbers beyond what torch can address.
             raise AdapterError(
-                f"{self.path}: the tensor {name!r} cannot be read: {one_line(error)}. Copy the file again."
+                f"{self.path}: cannot read the tensor {name!r}: {one_line(error)}. Copy the file again."
             ) from error
 
     def _bytes(self, name: str) -> bytearray:
         first, count = self._places[name]
         with self.path.open("rb") as file:
             if stamp(file) != self._stamp:
-                raise OSError("the file was exchanged or cut since it was opened")
+                raise OSError("the file has changed since it was opened")
             data = bytearray(count)
             file.seek(first)
             if file.readinto(data) != count:
@@ -82,7 +82,7 @@ class TensorFile:
 
     @cached_property
     def _overlaps(self) -> bool:
-        """Whether bytes stand for two tensors: a small file could otherwise be read as any number of large ones."""
+        """Whether two tensors share bytes: a small file could otherwise contain any number of large tensors."""
         end = 0
         for first, count in sorted(self._places.values()):
             if count and first < end:

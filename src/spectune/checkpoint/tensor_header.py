@@ -1,4 +1,4 @@
-"""The header of a safetensors file: checked against the file's size, parsed once, and what it says as plain tables."""
+"""The header of a safetensors file: parsed once, checked against the file's size, as plain tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADER_LIMIT = 100_000_000
 NAME_LIMIT = 500
 # torch takes 64 dimensions at most. Without a limit the product of a million long sides takes minutes.
 MOST_SIDES = 64
-# Of what a file system addresses: 2^63. A longer side or a larger product stands for nothing.
+# The limit of file systems; a longer side or a larger product is nonsense.
 LARGEST = 2**63
 DTYPES = {
     "F64": torch.float64,
@@ -36,35 +36,35 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# A header of so many bytes is remembered: parsing 100 MB takes seconds, and every door opens its files several times.
-# Chosen; honest adapters are below it, large models above.
+# Headers of at least this many bytes are remembered: parsing 100 MB takes seconds, and files are opened several times.
+# Chosen: adapters are below it, large models above.
 LONG_HEADER = 2**18
 MOST_RECENT = 4
 
 Parsed: TypeAlias = tuple[
     dict[str, str], dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, tuple[int, int]]
 ]
-# By the header's own bytes, so that a file that is written again is another one.
+# Keyed by the header's bytes, so that a rewritten file is parsed again.
 RECENT: dict[tuple[bytes, int], Parsed] = {}
 
 
 class Header(NamedTuple):
-    """What a header says; the tables may be shared and are not to be changed."""
+    """A parsed header; the tables may be shared and must not be changed."""
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     places: dict[str, tuple[int, int]]
-    """Name -> first byte in the file, and how many there are."""
+    """Name -> first byte in the file, and number of bytes."""
     stamp: tuple[int, ...]
 
 
 def read_header(path: Path) -> Header:
-    """Get the header, where the tensors begin, and what the file was when it was read."""
-    # os.path, unlike pathlib, takes a name that no disk can hold for a file that is not there.
+    """Get the header, where the tensors begin, and a stamp of the file's state."""
+    # os.path, unlike pathlib, treats an impossible name as a missing file.
     if not os.path.isfile(path):
-        found = "found something else" if os.path.exists(path) else "there is no such file"
-        raise AdapterError(f"{path}: asked for a safetensors file, {found}. Check the path.")
+        why = "this is not a regular file" if os.path.exists(path) else "there is no such file"
+        raise AdapterError(f"{path}: a safetensors file is needed, but {why}. Check the path.")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -74,12 +74,12 @@ def read_header(path: Path) -> Header:
             _check_start(path, size, start, length)
             text = file.read(length)
     except OSError as error:
-        raise AdapterError(f"{path}: the file cannot be read: {error.strerror}. Check its permissions.") from error
+        raise AdapterError(f"{path}: cannot read the file: {error.strerror}. Check its permissions.") from error
     return _remembered(path, size, text, now)
 
 
 def _remembered(path: Path, size: int, text: bytes, now: tuple[int, ...]) -> Header:
-    """Get the parsed header; a long one that was read a moment ago is not parsed again, whoever asks for the file."""
+    """Get the parsed header; a long one is parsed only once."""
     if len(text) < LONG_HEADER:
         return Header(*_parsed(path, size, text), now)
     key = (hashlib.blake2b(text).digest(), size)
@@ -91,14 +91,14 @@ def _remembered(path: Path, size: int, text: bytes, now: tuple[int, ...]) -> Hea
 
 
 def _parsed(path: Path, size: int, text: bytes) -> Parsed:
-    """Parse and check a header; the collector of garbage, which would look at every new object again, waits."""
+    """Parse and check a header, with garbage collection off: it would visit every new object again and again."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         header = json.loads(text, object_pairs_hook=_each_once)
         promised = 8 + len(text) + _bytes_of_tensors(header, size)
         if size < promised:
-            raise AdapterError(_cut_short(path, size, f"its header promises {promised:,}"))
+            raise AdapterError(_cut_short(path, size, f"but its header promises {promised:,}"))
         _check_dtypes(path, header)
         metadata = header.pop("__metadata__", {})
         shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
@@ -119,26 +119,26 @@ def _place(entry: dict[str, Any], start: int) -> tuple[int, int]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Get a JSON object; ValueError for a key that stands twice, of which parsers believe different ones."""
+    """Get a JSON object; ValueError for a duplicate key, which parsers resolve differently."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a duplicate key")
     return found
 
 
 def stamp(file: IO[bytes]) -> tuple[int, ...]:
-    """Get what changes when a file is exchanged or cut."""
+    """Get values that change when a file is replaced or cut."""
     status = os.fstat(file.fileno())
     return status.st_size, status.st_ino  # not the time: a cache touches its entries when it serves them
 
 
 def _check_start(path: Path, size: int, start: bytes, length: int) -> None:
     if start == b"version ":
-        raise AdapterError(f"{path}: this is a Git LFS pointer and not the file itself. Run: git lfs pull")
+        raise AdapterError(f"{path}: this is only a Git LFS pointer to the file. Run: git lfs pull")
     if len(start) < 8 or length > HEADER_LIMIT:
         raise AdapterError(foreign(path, size))
     if 8 + length > size:
-        raise AdapterError(_cut_short(path, size, f"its header alone would be {length:,}"))
+        raise AdapterError(_cut_short(path, size, f"but its header alone would be {length:,}"))
 
 
 def _bytes_of_tensors(header: Any, size: int) -> int:
@@ -151,12 +151,12 @@ def _bytes_of_tensors(header: Any, size: int) -> int:
         start, stop = entry["data_offsets"]
         sides = entry["shape"]
         if not isinstance(sides, list) or len(sides) > MOST_SIDES:
-            raise ValueError("no list of sides, or more than there are dimensions")
+            raise ValueError("not a list of sides, or too many of them")
         if any(type(number) is not int for number in (start, stop, *sides)):
             raise ValueError("an offset or a side is not an integer")
         if min([start, *sides]) < 0 or max([start, stop, *sides]) > LARGEST:
             raise ValueError("a negative or an absurd offset or side")
-        # No byte stands behind a side of an empty tensor, and who counts by it would allocate without end.
+        # The sides of an empty tensor have no bytes behind them; allocating by one would never end.
         if 0 in sides and max(sides) > size:
             raise ValueError("an empty tensor has a side longer than the file")
         if len(name) > NAME_LIMIT or not name.isprintable():
@@ -170,22 +170,22 @@ def _bytes_of_tensors(header: Any, size: int) -> int:
 
 def _check_metadata(metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("the metadata are no texts")
+        raise ValueError("the metadata are not text")
 
 
 def _check_dtypes(path: Path, header: dict[str, Any]) -> None:
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] not in DTYPES:
             raise AdapterError(
-                f"{path}: the tensor {name!r} is stored as {entry['dtype']}, which is not read here. "
+                f"{path}: the tensor {name!r} is stored as {entry['dtype']}, which spectune does not read. "
                 f"Save it in another dtype."
             )
 
 
 def _cut_short(path: Path, size: int, promise: str) -> str:
-    return f"{path}: the file is {size:,} bytes, {promise}. Copy it again."
+    return f"{path}: the file has {size:,} bytes, {promise}. Copy it again."
 
 
 def foreign(path: Path, size: int) -> str:
-    """Get the message for what is not a safetensors file."""
-    return f"{path}: {size:,} bytes that are not a safetensors file. Check the path, or copy it again."
+    """Get the message for a file that is not safetensors."""
+    return f"{path}: this file of {size:,} bytes is not a safetensors file. Check the path, or copy it again."

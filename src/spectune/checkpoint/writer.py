@@ -1,9 +1,9 @@
-"""Files and folders that are complete or not there: `fresh_folder`, `write_atomically`, `save_tensors`.
+"""Files and folders that are either complete or absent: `fresh_folder`, `write_atomically`, `save_tensors`.
 
-Everything is written under a temporary name beside its goal, pushed to the disk, and then renamed. A
+Everything is written under a temporary name beside its goal, flushed to the disk, and then renamed. A
 rename inside one folder is atomic, so a crash or Ctrl-C never leaves half a file under the real name.
-A process that is killed outright may leave a `.NAME.partial-*` behind: the next `fresh_folder` of that name deletes a
-folder, a file can be deleted by hand.
+A killed process may leave a `.NAME.partial-*` behind: the next `fresh_folder` of that name deletes such a folder; a
+file can be deleted by hand.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from safetensors.torch import save_file
 from ..errors import OutputError
 from .claim import PARTIAL, REPLACED, claimed_folder, clear_abandoned, exchange, sibling
 
-# What the disk says when it takes no more; other errors of a block that writes are not about the disk.
+# Errors of a full, read-only or broken disk.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
-# safetensors tells its errors in words, and torch's writer knows no more than that fewer bytes were written.
+# safetensors puts the number into its message; torch's writer only says that too few bytes were written.
 FOREIGN_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = "inline_container.cc"
 
 
 @contextmanager
 def fresh_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Get an empty folder to write in, which becomes `path` when the block ends, and vanishes when it raises.
+    """Get an empty folder to write in, which becomes `path` when the block ends, and is deleted if it raises.
 
-    Missing parents are created. `OutputError`, before the block runs, where `path` is a file, a folder
-    that holds something, or cannot be written; after it, where another process has filled `path` meanwhile.
-    With `overwrite` a full folder is replaced in one step, once the new one is complete (where the system
-    cannot swap folders, in two; what a kill between them left is put back by the next call): of two
-    processes the last one stands. A folder that holds the working or the home directory is never replaced.
+    Missing parents are created. `OutputError`, before the block runs, if `path` is a file, a folder that is not
+    empty, or cannot be written; after it, if another process has filled `path` meanwhile.
+    With `overwrite`, a full folder is replaced in one step, once the new one is complete (in two steps if the system
+    cannot swap folders; the next call repairs what a kill between them left): of two processes, the last one wins.
+    A folder that contains the working or the home directory is never replaced.
     A full disk in the block is an `OutputError`, whoever wrote.
     """
     goal = Path(os.path.realpath(path))
@@ -53,10 +53,10 @@ def fresh_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
                 _put_in_place(partial, goal, overwrite)
             except BaseException as error:
                 shutil.rmtree(partial, ignore_errors=True)
-                if isinstance(error, OutputError):  # the hidden name is gone and tells nobody anything
+                if isinstance(error, OutputError):  # the hidden name means nothing to the user
                     raise OutputError(str(error).replace(str(partial), str(goal))) from error
                 if reason := disk_error(error):
-                    raise OutputError(f"{goal}: the folder could not be written: {reason}. {_remedy(goal)}") from error
+                    raise OutputError(f"{goal}: cannot write this folder: {reason}. {_remedy(goal)}") from error
                 raise
     except BaseException:
         _remove_empty(created)
@@ -64,20 +64,20 @@ def fresh_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def disk_error(error: BaseException) -> str | None:
-    """Get what the disk said, if that is what an error is about: full, read-only, or broken."""
+    """Get the reason if an error is about the disk: full, read-only, or broken; else None."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return _reason(error)
-    told = FOREIGN_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
-    if told and int(told[1]) in DISK_ERRORS:
-        return os.strerror(int(told[1]))
+    number = FOREIGN_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+    if number and int(number[1]) in DISK_ERRORS:
+        return os.strerror(int(number[1]))
     if isinstance(error, RuntimeError) and TORCH_WRITER in str(error):
-        return "torch could not write all bytes"
+        return "torch did not write all bytes"
     return None
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Write a whole file or leave what was there; text is written as UTF-8. `OutputError` if it cannot be."""
-    # A lone surrogate, which JSON can hold and UTF-8 cannot, is written as its escape.
+    """Write a whole file or leave the old one; text becomes UTF-8. `OutputError` if it cannot be written."""
+    # A lone surrogate, possible in JSON but not in UTF-8, is written as its escape.
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with _replaced_file(Path(path), len(data)) as partial:
         partial.write_bytes(data)
@@ -86,15 +86,14 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whole or leave what was there. Tensors on any device; views are copied.
+    """Write a whole safetensors file or leave the old one. Tensors on any device; views are copied.
 
-    `metadata` is joined to `{"format": "pt"}`, which transformers asks for. `OutputError` if it cannot
-    be written.
+    `metadata` is added to `{"format": "pt"}`, which transformers needs. `OutputError` if it cannot be written.
     """
     owned = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
     for name, tensor in owned.items():
-        # safetensors refuses two names on one storage: readers would not know that they were tied.
+        # safetensors refuses two names on one storage.
         place = tensor.untyped_storage().data_ptr()
         if place in seen and tensor.numel():
             owned[name] = tensor.clone()
@@ -102,7 +101,7 @@ def save_tensors(
     size = sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
     with _replaced_file(Path(path), size) as partial:
         save_file(owned, str(partial), metadata={"format": "pt"} | dict(metadata or {}))
-        # safetensors creates its file readable by the owner alone; give it what `open` would.
+        # safetensors makes its file readable by the owner alone; give it the permissions of `open`.
         partial.chmod(0o666 & ~_umask())
 
 
@@ -115,27 +114,26 @@ def _replaced_file(path: Path, size: int) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, goal)
     except BaseException as error:
-        with suppress(OSError):  # no folder, or a disk that takes no change: the first error is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
-            raise OutputError(
-                f"{path}: {size:,} bytes could not be written: {_reason(error)}. {_remedy(goal)}"
-            ) from error
+            raise OutputError(f"{path}: cannot write {size:,} bytes: {_reason(error)}. {_remedy(goal)}") from error
         raise
-    with suppress(OSError):  # it stands there whole already
+    with suppress(OSError):  # the file is already complete
         _sync(goal.parent)
 
 
 def _refuse_occupied(goal: Path, overwrite: bool) -> None:
     if os.path.lexists(goal) and not goal.is_dir():
-        raise OutputError(f"{goal}: asked for an output folder, found a file. Choose another folder.")
+        raise OutputError(f"{goal}: an output folder is needed, but this is a file. Choose another folder.")
     if not goal.is_dir():
         return
     count = len(os.listdir(goal))
     if count and not overwrite:
         things = "1 entry" if count == 1 else f"{count} entries"
         raise OutputError(
-            f"{goal}: asked for an empty output folder, found {things} in it. Choose another folder, or empty this one."
+            f"{goal}: the output folder must be empty, but contains {things}. "
+            f"Choose another folder, or empty this one."
         )
     for precious in (Path.cwd(), Path.home()):
         if goal in (precious, *precious.parents):
@@ -143,13 +141,13 @@ def _refuse_occupied(goal: Path, overwrite: bool) -> None:
 
 
 def _make_parents(goal: Path) -> list[Path]:
-    """Create the missing parents and get them, the deepest first."""
+    """Create the missing parents and get them, deepest first."""
     missing = [parent for parent in goal.parents if not parent.exists()]
     try:
         goal.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _remove_empty(missing)
-        raise OutputError(f"{goal}: the folder cannot be created: {_reason(error)}. {_remedy(goal)}") from error
+        raise OutputError(f"{goal}: cannot create this folder: {_reason(error)}. {_remedy(goal)}") from error
     return missing
 
 
@@ -159,7 +157,7 @@ def _made_folder(goal: Path) -> Iterator[Path]:
         try:
             partial = stack.enter_context(claimed_folder(goal))
         except OSError as error:
-            raise OutputError(f"{goal}: the folder cannot be created: {_reason(error)}. {_remedy(goal)}") from error
+            raise OutputError(f"{goal}: cannot create this folder: {_reason(error)}. {_remedy(goal)}") from error
         yield partial
 
 
@@ -179,18 +177,17 @@ def _put_in_place(partial: Path, goal: Path, overwrite: bool) -> None:
     try:
         if goal.exists() and (overwrite or os.name == "nt"):
             goal.rename(old) if overwrite else goal.rmdir()
-        partial.rename(goal)  # takes the place of an empty folder, and of nothing else
+        partial.rename(goal)  # replaces an empty folder, and nothing else
     except BaseException as error:
         if old.exists() and not goal.exists():
             old.rename(goal)
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise OutputError(
-                f"{goal}: another process has written into this folder meanwhile. Look at what is there, or choose "
-                f"another folder."
+                f"{goal}: another process has written into this folder meanwhile. Check it, or choose another folder."
             ) from error
         if isinstance(error, OSError):
             raise OutputError(
-                f"{goal}: the finished folder cannot be moved here: {_reason(error)}. {_remedy(goal)}"
+                f"{goal}: cannot move the finished folder here: {_reason(error)}. {_remedy(goal)}"
             ) from error
         raise
     with suppress(OSError):
@@ -199,7 +196,7 @@ def _put_in_place(partial: Path, goal: Path, overwrite: bool) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Push a folder's files to the disk, so that a rename cannot overtake them; OSError where the disk is full."""
+    """Flush a folder's files to the disk, so that a rename cannot overtake them; OSError if the disk is full."""
     for parent, _, files in os.walk(folder):
         for file in files:
             _sync(Path(parent, file))
@@ -215,7 +212,7 @@ def _sync(path: Path) -> None:
             os.close(handle)
     except OSError as error:
         # Windows cannot open a folder, and some network disks refuse to sync one; the data are written anyway. But a
-        # disk that notices only now that it is full (quotas, network disks) has not written them.
+        # disk that only now notices that it is full (quotas, network disks) has not written them.
         if error.errno in DISK_ERRORS - {errno.EROFS}:
             raise
 
