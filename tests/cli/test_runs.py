@@ -210,7 +210,7 @@ def test_init_prints_what_check_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["train", "nowhere.yaml"], "nowhere.yaml: asked for a YAML file, found nothing"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: a YAML file is needed, but there is no such file"),
         (["check", "bad.yaml"], "seeed: unknown key. Did you mean 'seed'?"),
         (["evaluate", "."], "there is no run.yaml here"),
         (["report", "."], "there is no run.yaml here"),

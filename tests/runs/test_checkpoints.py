@@ -145,7 +145,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        OutputError, match=r"checkpoint-4: .*No space left on device; the last whole one is checkpoint-2"
+        OutputError, match=r"checkpoint-4: .*No space left on device; the last complete one is checkpoint-2"
     ):
         run(config, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"

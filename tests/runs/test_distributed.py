@@ -195,7 +195,7 @@ def test_what_deepspeed_cannot_do_with_an_adapter_is_refused() -> None:
     acting, still = (SimpleNamespace(dynamics=Dynamics(grad_norm=norm)) for norm in ("rms", None))
     agrees = SimpleNamespace(mismatches=[])
     refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still])
-    with pytest.raises(OptionError, match="singular_decay or grad_norm under DeepSpeed"):
+    with pytest.raises(OptionError, match="singular_decay and grad_norm have no effect under DeepSpeed"):
         refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still, acting])
     with pytest.raises(OptionError, match="ZeRO-3.* Use FSDP2"):
         refuse_deepspeed_options(SimpleNamespace(zero_stage=3, hf_ds_config=agrees), [still])

@@ -37,10 +37,10 @@ def written(folder: Path, text: str) -> Path:
             r"training.learning_rte: unknown key. Did you mean 'learning_rate'",
         ),
         ({"data": {"train": "a.csv", "max_token": 3}}, r"data.max_token: unknown key. Did you mean 'max_tokens'"),
-        ({"training": {"steps": 5, "epochs": 1}}, "training: give steps or epochs, one of them"),
-        ({"training": {}}, "training: give steps or epochs, one of them"),
-        ({"training": {"steps": 0}}, "training.steps: found 0, input should be greater than 0"),
-        ({"training": {"steps": 5, "schedule": "cosin"}}, "training.schedule: found 'cosin'"),
+        ({"training": {"steps": 5, "epochs": 1}}, "training: give either steps or epochs"),
+        ({"training": {}}, "training: give either steps or epochs"),
+        ({"training": {"steps": 0}}, "training.steps=0: input should be greater than 0"),
+        ({"training": {"steps": 5, "schedule": "cosin"}}, "training.schedule='cosin'"),
         ({"data": {"train": "a", "validation": "b", "validation_share": 0.1}}, "both given"),
         (
             {"recipe": "text_clasification"},
@@ -56,7 +56,7 @@ def test_a_wrong_configuration_is_refused(change: dict[str, Any], line: str) -> 
 
 def test_a_missing_part_is_named() -> None:
     for name in ("model", "adapter", "training", "data"):
-        with pytest.raises(OptionError, match=f"{name}: must be given"):
+        with pytest.raises(OptionError, match=f"{name}: is missing"):
             parse_config({key: value for key, value in GOOD.items() if key != name})
 
 
@@ -69,17 +69,17 @@ def test_overrides_reach_the_configuration(tmp_path: Path) -> None:
     assert config.training.report_to == ["tensorboard"]
     with pytest.raises(OptionError, match="Did you mean 'learning_rate'"):
         load_config(path, ["training.learning_rat=1"])
-    with pytest.raises(OptionError, match="asked for key=value"):
+    with pytest.raises(OptionError, match="must be key=value"):
         load_config(path, ["training.steps"])
-    with pytest.raises(OptionError, match="model is 'somewhere' and holds no keys"):
+    with pytest.raises(OptionError, match="model is 'somewhere' which has no keys"):
         load_config(path, ["model.name=x"])
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
-        ("a: {b: 1, b: 2}\n", "the key 'b' stands twice"),
+        ("seed: 1\nseed: 2\n", "duplicate key 'seed'"),
+        ("a: {b: 1, b: 2}\n", "duplicate key 'b'"),
         ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
         ("- 1\n", "asked for keys with values, found list"),
         ("a: [\n", "not YAML"),
@@ -148,5 +148,5 @@ def test_a_length_over_the_file_replaces_the_files(length: dict[str, int], overr
     name, value = override.split("=")
     told = load_config(path, [f"training.{override}"]).training
     assert getattr(told, name) == int(value) and getattr(told, next(iter(length))) is None
-    with pytest.raises(OptionError, match="give steps or epochs, one of them"):
+    with pytest.raises(OptionError, match="give either steps or epochs"):
         load_config(path, ["training.steps=1", "training.epochs=1"])

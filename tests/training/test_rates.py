@@ -51,7 +51,7 @@ def test_the_rate_of_a_run_is_asked_or_the_methods(tmp_path: Path) -> None:
     assert head_learning_rate(parse_config(values)) == HEAD_RATE
     full = parse_config(values | {"adapter": "none"})
     assert head_learning_rate(full) == learning_rate(full) == KNOWN["none"].usual
-    with pytest.raises(OptionError, match="no rate is known for PSOFT"):
+    with pytest.raises(OptionError, match="PSOFT has no default rate"):
         learning_rate(parse_config(values | {"adapter": {"peft_type": "PSOFT"}}))
 
 

@@ -1,4 +1,4 @@
-"""The loop that trains: what a run is told, its rates, its checkpoints, its processes."""
+"""The training loop: a run's configuration, rates, checkpoints and processes."""
 
 from .checkpoints import Interrupted as Interrupted
 from .config import RunConfig as RunConfig

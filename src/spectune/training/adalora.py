@@ -1,7 +1,7 @@
-"""AdaLoRA's part of each step, and what a checkpoint of it needs so that the run can go on: PEFT does neither.
+"""AdaLoRA's part of each step, and the state that its checkpoints need: PEFT does neither.
 
-AdaLoRA (Zhang et al., arXiv 2303.10512, section 3) gives ranks up during training, by running means of how important
-each is. PEFT's own file holds the ranks that were kept, and neither the others nor the means.
+AdaLoRA (Zhang et al., arXiv 2303.10512, section 3) drops ranks during training, by running means of their importance.
+PEFT's own file has only the ranks that were kept, without the others and the means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ..checkpoint import save_tensors
 
 BUDGET_FILE = "adalora_budget.safetensors"
-# How PEFT's RankAllocator names its means: importance, its running mean, the running mean of its uncertainty.
+# Attributes of PEFT's RankAllocator: importance, its running mean, the running mean of its uncertainty.
 MEANS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
@@ -26,7 +26,7 @@ def is_adalora(model: Any) -> bool:
 
 
 class AllocateBudget(TrainerCallback):
-    """Does AdaLoRA's part of each step: without it PEFT moves no rank, and every option of its budget does nothing."""
+    """Does AdaLoRA's part of each step; without it, PEFT drops no rank and ignores every option of the budget."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if is_adalora(model):
@@ -34,7 +34,7 @@ class AllocateBudget(TrainerCallback):
 
 
 def save_budget(model: Any, checkpoint: Path) -> None:
-    """Write every number of the adapter, ranks that are switched off included, and the means."""
+    """Write every number of the adapter, including the ranks that are switched off, and the means."""
     tensors = {f"numbers.{name}": p for name, p in _numbers(model).items()}
     for kind in MEANS:
         tensors |= {f"{kind}.{name}": mean for name, mean in getattr(model.base_model.rankallocator, kind).items()}
@@ -43,7 +43,7 @@ def save_budget(model: Any, checkpoint: Path) -> None:
 
 
 def load_budget(model: Any, checkpoint: Path) -> None:
-    """Put a checkpoint's numbers and means in place."""
+    """Load a checkpoint's numbers and means."""
     numbers, allocator = _numbers(model), model.base_model.rankallocator
     with safe_open(checkpoint / BUDGET_FILE, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (a file, not a dict)
@@ -61,6 +61,6 @@ def _config(model: Any) -> Any:
 
 
 def _numbers(model: Any) -> dict[str, Any]:
-    """Get what trains, and how many ranks each layer has, by the names that the allocator uses."""
+    """Get the trained parameters and each layer's number of ranks, by the allocator's names."""
     named = model.base_model.model.named_parameters()
     return {name: p for name, p in named if p.requires_grad or ".ranknum." in name}

@@ -14,7 +14,7 @@ from .muon import MUON
 
 
 def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -> dict[str, Any]:
-    """Get what transformers' TrainingArguments and trl's SFTConfig are told for a run."""
+    """Get a run's values for transformers' TrainingArguments and trl's SFTConfig."""
     asked = config.training
     return {
         "output_dir": str(folder),
@@ -29,7 +29,7 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
         "max_grad_norm": asked.max_grad_norm,
         # Muon is the loop's own, made in `create_optimizer`.
         "optim": "adamw_torch" if asked.optimizer == MUON else asked.optimizer,
-        # Else transformers refuses bfloat16 on a CPU, which torch autocasts to as well.
+        # Otherwise transformers refuses bfloat16 on a CPU, although torch can autocast to it.
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": asked.precision == "bfloat16",
         "fp16": asked.precision == "float16",
@@ -45,7 +45,7 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": config.seed,
         "logging_steps": 1,
-        # Otherwise the Trainer replaces NaN by the mean of the losses before it, and a run that diverged looks well.
+        # Otherwise the Trainer replaces NaN by the mean of the earlier losses, which hides that a run diverged.
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -53,7 +53,7 @@ def loop_arguments(config: RunConfig, folder: Path, device: str | None = None) -
 
 
 def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
-    """Get transformers' (or trl's) arguments; what they refuse, such as an optimizer's name, is an `OptionError`."""
+    """Get transformers' (or trl's) arguments; `OptionError` for values they refuse, such as an optimizer's name."""
     try:
         return one_device(kind(**values))
     except (ValueError, ImportError) as error:
@@ -61,8 +61,9 @@ def checked_arguments(kind: type[TrainingArguments], values: dict[str, Any]) -> 
 
 
 def one_device(arguments: Any) -> Any:
-    """Get the arguments with one device a process: else transformers trains on all that it sees with nn.DataParallel,
-    and a step has so many times the examples that were asked for. `accelerate launch` is the way to several.
+    """Get the arguments with one device per process. `accelerate launch` is the way to several.
+
+    Otherwise transformers uses every visible device with nn.DataParallel, and a step has that many times the examples.
     """
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1

@@ -1,4 +1,4 @@
-"""Runs that survive: checkpoints that are whole or not there, and Ctrl-C that saves before it ends the run."""
+"""Runs that survive: checkpoints are complete or absent, and Ctrl-C saves before it ends the run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .processes import anywhere
 
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
-# How many examples one optimizer step sees, over all processes: what must stay when a run moves to more or fewer.
+# Examples in one optimizer step, over all processes: must stay the same when a run moves to more or fewer of them.
 STEP_FILE = "step.json"
-# Everything is written in here first; what a killed process left is deleted when the next checkpoint is saved.
+# Everything is written here first; leftovers of a killed process are deleted when the next checkpoint is saved.
 PARTIAL = ".partial"
 
 
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop, saved its checkpoint and stopped; `--resume` continues it."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(folder, step)  # not the sentence: pickle makes an exception anew from these
+        super().__init__(folder, step)  # pickle rebuilds an exception from these
         self.folder, self.step = folder, step
 
     def __str__(self) -> str:
@@ -41,30 +41,30 @@ class Interrupted(KeyboardInterrupt):
 
 
 class OwnCheckpoints:
-    """A model that says itself what a checkpoint of it holds, as one of several parts; the loop asks it."""
+    """A model that writes and reads its checkpoints itself, such as one with several parts."""
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write what is trained, and whatever else decides the steps to come."""
+        """Write what is trained, and any other state that the next steps depend on."""
         raise NotImplementedError
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Put back what `save_checkpoint` wrote."""
+        """Load what `save_checkpoint` wrote."""
         raise NotImplementedError
 
 
 @dataclass
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether the run was asked to stop."""
 
     asked: bool = False
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Get a request that SIGINT (Ctrl-C) and SIGTERM (a scheduler) set; a second one ends the process at once."""
+    """Get a request that SIGINT (Ctrl-C) or SIGTERM (a scheduler) sets; a second signal ends the process at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may take signals
+        yield request  # only the main thread may handle signals
         return
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
@@ -85,9 +85,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 class StopWhenAsked(TrainerCallback):
-    """Saves and ends the loop after the step in which a stop was asked for, of any process.
+    """Saves and ends the loop after the step in which any process was asked to stop.
 
-    A scheduler may signal one process alone, or all of them in different steps; they must save the same step.
+    A scheduler may signal only one process, or all of them in different steps; they must save the same step.
     """
 
     def __init__(self, request: StopRequest) -> None:
@@ -100,30 +100,30 @@ class StopWhenAsked(TrainerCallback):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Get the complete checkpoints of a run, the oldest first."""
+    """Get the complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     whole = [path for path in found if (path / STATE_FILE).is_file()]
     return sorted(whole, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def steps_done(checkpoint: Path) -> int:
-    """Get the optimizer steps that a checkpoint has behind it."""
+    """Get the number of optimizer steps before a checkpoint."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def history(checkpoint: Path) -> list[dict[str, Any]]:
-    """Get what was logged until a checkpoint."""
+    """Get the log up to a checkpoint."""
     read: list[dict[str, Any]] = json.loads((checkpoint / STATE_FILE).read_text())["log_history"]
     return read
 
 
 def write_examples_a_step(checkpoint: Path, examples: int) -> None:
-    """Note beside a checkpoint how many examples an optimizer step of its run sees."""
+    """Store in a checkpoint how many examples one optimizer step of its run has."""
     (checkpoint / STEP_FILE).write_text(json.dumps({"examples": examples}) + "\n")
 
 
 def examples_a_step(checkpoint: Path) -> int | None:
-    """Get how many examples an optimizer step of the checkpoint's run sees, over all processes; None if unknown."""
+    """Get how many examples one optimizer step of a checkpoint's run has, over all processes; None if unknown."""
     try:
         found = json.loads((checkpoint / STEP_FILE).read_text())["examples"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -134,10 +134,10 @@ def examples_a_step(checkpoint: Path) -> int | None:
 def save_whole(
     folder: Path, name: str, write: Callable[[], None], keep: int, wait: Callable[[], None], main: bool
 ) -> None:
-    """Have `write` fill `folder/.partial/name`, then give it its real name at once, and delete all but `keep`.
+    """Let `write` fill `folder/.partial/name`, rename it in one step, and delete all but the newest `keep`.
 
     Every process of a distributed run calls this; `wait` is their barrier, `main` is true in one of them. A full
-    disk is an `OutputError` and leaves the checkpoints before it as they were.
+    disk is an `OutputError`; the earlier checkpoints stay as they are.
     """
     partial, goal = folder / PARTIAL, folder / name
     if main:
@@ -155,16 +155,16 @@ def save_whole(
         # torch reports a full disk as a RuntimeError.
         shutil.rmtree(partial, ignore_errors=True)
         last = next(iter(reversed(checkpoints(folder))), None)
-        kept = f"the last whole one is {last.name}" if last else "there is none before it"
+        kept = f"the last complete one is {last.name}" if last else "there is no earlier one"
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         reason = (getattr(error, "strerror", None) or str(error).split("\n")[0]).rstrip(".")
         raise OutputError(
-            f"{goal}: the checkpoint could not be written: {reason}; {kept}. {free:,} bytes are free; make room and "
-            f"continue with --resume."
+            f"{goal}: cannot write the checkpoint: {reason}; {kept}. {free:,} bytes are free; make room and continue "
+            f"with --resume."
         ) from error
     if main:
         for old in checkpoints(folder)[:-keep]:
-            with suppress(OSError):  # under its own name, half of it could be taken for a whole one
+            with suppress(OSError):  # renamed first, since half a deleted one could be mistaken for a complete one
                 os.replace(old, partial / old.name)
         clear_partial(folder)
 

@@ -1,4 +1,4 @@
-"""`RunConfig`: what a run of any recipe is told, checked before any work; unknown keys are refused."""
+"""`RunConfig`: the configuration of a run, checked before any work; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_ADAPTER, HEAD = "none", "head"
 
 
 def absolute_if_there(name: str) -> str:
-    """Get a path that exists as an absolute one, so that a run folder is understood from anywhere; else the name."""
+    """Get an existing path as an absolute one, so that a run's folder works from anywhere; else the name."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
@@ -24,7 +24,7 @@ PathOrName = Annotated[str, AfterValidator(absolute_if_there)]
 
 
 class Section(BaseModel):
-    """A part of a run's configuration; every key is known."""
+    """A part of a run's configuration; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -37,20 +37,20 @@ class DataSection(Section):
 
     hub: str | None = Field(None, description="Data set on the hub; train, validation, test then name its splits.")
     hub_config: str | None = Field(None, description="Configuration of the hub data set.")
-    train: str | None = Field(None, description="File to learn from.")
+    train: str | None = Field(None, description="File to train on.")
     validation: str | None = Field(None, description="File to choose settings on.")
-    test: str | None = Field(None, description="File for the final figures; look at it once.")
+    test: str | None = Field(None, description="File for the final figures; use it once.")
     validation_share: float | None = Field(
         None, gt=0, lt=1, description="Hold out this share of train as validation (by the seed)."
     )
     limit: dict[Split, Annotated[int, Field(gt=0)]] = Field(
-        default_factory=dict, description="Use only so many examples of a split, drawn by the seed."
+        default_factory=dict, description="Use only this many examples of a split, drawn by the seed."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _absolute(cls, values: Any) -> Any:
-        """Files become absolute paths; splits of the hub are names, also where a file or folder bears the same one."""
+        """Make files absolute paths; splits of the hub stay names, even if a file or folder has the same name."""
         if not isinstance(values, dict) or values.get("hub"):
             return values
         paths = {name: absolute_if_there(values[name]) for name in SPLITS if isinstance(values.get(name), str)}
@@ -70,28 +70,28 @@ class Training(Section):
 
     steps: int | None = Field(None, gt=0, description="Optimizer steps; give this or epochs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the data; give this or steps.")
-    batch_size: int = Field(16, gt=0, description="Examples of one device in one forward.")
-    gradient_accumulation: int = Field(1, gt=0, description="Forwards per optimizer step.")
-    learning_rate: float | None = Field(None, gt=0, description="Of the adapter; default: the method's own.")
-    head_learning_rate: float | None = Field(None, gt=0, description="Of a new head that is trained in full.")
+    batch_size: int = Field(16, gt=0, description="Examples in one forward pass on one device.")
+    gradient_accumulation: int = Field(1, gt=0, description="Forward passes per optimizer step.")
+    learning_rate: float | None = Field(None, gt=0, description="Rate of the adapter; default: the method's own.")
+    head_learning_rate: float | None = Field(None, gt=0, description="Rate of a new head, which is trained in full.")
     head_first: bool = Field(
         False, description="Fit a new head on the frozen body's features before the first step (classifiers, scores)."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices (not on biases and norms).")
-    warmup: float = Field(0.06, ge=0, description="Share of the steps if below 1, else a number of steps.")
+    warmup: float = Field(0.06, ge=0, description="Share of the steps if below 1, else their number.")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the rate falls after warmup."
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 is never.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 for never.")
     optimizer: str = Field(
         "adamw_torch",
         description="muon (matrices of a spectral adapter), or any name that TrainingArguments(optim=) knows.",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Autocast of the forward.")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Autocast of the forward pass.")
     gradient_checkpointing: bool = Field(False, description="Less memory, about a third more time.")
     save_every: int = Field(500, gt=0, description="Steps between two checkpoints; the last step is always saved.")
     keep_checkpoints: int = Field(2, gt=0, description="Older ones are deleted.")
-    validate_every: int | None = Field(None, gt=0, description="Steps between two looks at the validation loss.")
+    validate_every: int | None = Field(None, gt=0, description="Steps between two validation losses.")
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         default_factory=list, description="Trackers to log to."
     )
@@ -100,41 +100,43 @@ class Training(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give steps or epochs, one of them")
+            raise ValueError("give either steps or epochs")
         if self.schedule == "constant" and self.warmup not in (0, Training.model_fields["warmup"].default):
-            raise ValueError("schedule constant has no warmup; use constant_with_warmup or leave warmup out")
+            raise ValueError("schedule constant has no warmup; choose constant_with_warmup or leave warmup out")
         return self
 
 
 class RunConfig(Section):
-    """What every recipe is told; a recipe adds its `data` and `evaluation`."""
+    """The configuration that all recipes share; each adds its `data` and `evaluation`."""
 
     usual_head_rate: ClassVar[float | None] = None
-    """The default of `training.head_learning_rate`, where the recipe has its own."""
+    """The recipe's own default of `training.head_learning_rate`, if it has one."""
 
     recipe: str
     model: PathOrName = Field(description="Pretrained model: a folder or a name on the hub.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="How the base is loaded.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the base.")
     seed: int = Field(0, ge=0, description="The same seed gives the same run.")
     adapter: dict[str, Any] | Literal["none", "head"] = Field(
-        description="{method: …} of spectune, {peft_type: …} of PEFT, none (train every weight), head (the new head)."
+        description="{method: …} of spectune, {peft_type: …} of PEFT, none (all weights), head (only the new head)."
     )
     training: Training
 
     @model_validator(mode="after")
     def _one_rate(self) -> RunConfig:
         if self.adapter == HEAD and self.training.learning_rate is not None:
-            raise ValueError("adapter: head has no adapter's rate; give training.head_learning_rate, not learning_rate")
+            raise ValueError(
+                "adapter: head trains no adapter; give training.head_learning_rate instead of learning_rate"
+            )
         return self
 
     @property
     def adapter_options(self) -> dict[str, Any] | None:
-        """The adapter's options, None where there is no adapter."""
+        """The adapter's options; None without an adapter."""
         return None if isinstance(self.adapter, str) else dict(self.adapter)
 
     def plain(self) -> dict[str, Any]:
-        """Get the configuration as YAML can hold it, defaults included."""
+        """Get the configuration as plain values for YAML, including defaults."""
         return self.model_dump(mode="json")
 
 
@@ -154,11 +156,11 @@ def _line(kind: type[BaseModel], detail: dict[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{name}: unknown key. {nearest(place[-1], _keys_at(kind, place[:-1]))}"
     if detail["type"] == "missing":
-        return f"{name}: must be given"
+        return f"{name}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{name}: {message}"
-    return f"{name}: found {detail['input']!r}, {message[0].lower()}{message[1:]}"
+    return f"{name}={detail['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _keys_at(kind: type[BaseModel], path: Iterable[str]) -> list[str]:

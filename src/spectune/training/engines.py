@@ -1,4 +1,4 @@
-"""What FSDP and DeepSpeed can be told, and a run cannot do: refused before the first step."""
+"""Options of FSDP and DeepSpeed that a run does not support: refused before the first step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..errors import OptionError
 
 
 def refuse_fsdp_options(plugin: Any) -> None:
-    """Raise `OptionError` for what FSDP can be told and an adapted model cannot do."""
-    told = {
+    """Raise `OptionError` for options of FSDP that an adapted model does not support."""
+    options = {
         f"fsdp_version={plugin.fsdp_version}": (plugin.fsdp_version != 2, "fsdp_version: 2"),
         "cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
         f"state_dict_type={plugin.state_dict_type}": (
@@ -19,29 +19,29 @@ def refuse_fsdp_options(plugin: Any) -> None:
             "fsdp_state_dict_type: FULL_STATE_DICT",
         ),
     }
-    for asked, (refused, instead) in told.items():
+    for option, (refused, instead) in options.items():
         if refused:
             raise OptionError(
-                f"accelerate: asked for FSDP with {asked}, with which bases are not sharded or checkpoints not whole. "
+                f"accelerate: FSDP with {option} does not shard bases, or saves incomplete checkpoints. "
                 f"Set {instead} (examples/accelerate/fsdp2.yaml)."
             )
 
 
 def refuse_deepspeed_options(plugin: Any, modules: Sequence[SpectralModule]) -> None:
-    """Raise `OptionError` for what DeepSpeed can be told and a run cannot do."""
+    """Raise `OptionError` for options of DeepSpeed that a run does not support."""
     if plugin.zero_stage == 3:
         raise OptionError(
-            "accelerate: asked for DeepSpeed ZeRO-3, which leaves bases whole on every process and no process with an "
-            "adapter to save. Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
+            "accelerate: DeepSpeed ZeRO-3 does not shard bases, and no process has the whole adapter to save. "
+            "Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
         )
     if plugin.hf_ds_config.mismatches:
-        told = "; ".join(line.strip("- ").replace("ds ", "DeepSpeed ", 1) for line in plugin.hf_ds_config.mismatches)
+        lines = "; ".join(line.strip("- ").replace("ds ", "DeepSpeed ", 1) for line in plugin.hf_ds_config.mismatches)
         raise OptionError(
-            f"accelerate: the DeepSpeed file contradicts the run: {told}. Leave that out of accelerate's file, and the "
-            f"run's own values hold (examples/accelerate/zero2.yaml)."
+            f"accelerate: the DeepSpeed file contradicts the run: {lines}. Leave this out of accelerate's file; then "
+            f"the run's own values apply (examples/accelerate/zero2.yaml)."
         )
     if any(module.dynamics for module in modules):
         raise OptionError(
-            "adapter: asked for singular_decay or grad_norm under DeepSpeed, whose optimizer holds other tensors than "
-            "the adapter's, so that neither would act. Leave them out, or use DDP or FSDP2."
+            "adapter: singular_decay and grad_norm have no effect under DeepSpeed, whose optimizer does not hold the "
+            "adapter's own tensors. Leave them out, or use DDP or FSDP2."
         )

@@ -1,7 +1,7 @@
-"""The one train loop: transformers' Trainer (or trl's), told what trains at which rate, and saved whole.
+"""The one training loop: transformers' Trainer (or trl's) with rates by group and complete checkpoints.
 
-A recipe brings its model, its rows and perhaps a loss; `Plan` says the rest. accelerate is underneath, so the
-loop runs on one device, with DDP, FSDP or DeepSpeed as `accelerate launch` sets it up.
+A recipe provides its model, its rows and perhaps a loss; `Plan` says the rest. accelerate is underneath, so the
+loop runs on one device, or with DDP, FSDP or DeepSpeed as `accelerate launch` sets it up.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop is told beyond transformers' own arguments."""
+    """The loop's options beyond transformers' own arguments."""
 
     rates: Sequence[tuple[Sequence[nn.Parameter], float]]
-    """Parameters and their peak learning rate: the adapter (or model), the head, other adapters; the rest is frozen."""
+    """Parameters with their peak learning rate: adapter (or model), head, other adapters; the rest is frozen."""
     loss: Loss | None = None
-    """In place of the loss that the model returns."""
+    """Replaces the loss that the model returns."""
     muon: float | None = None
     """Muon for the matrices of spectral adapters, and this rate, with AdamW, for what else they train."""
     ramp: float | None = None
-    """For a range test: the first group's rate grows exponentially from this share of its peak to the peak."""
+    """For a range test: the first group's rate grows exponentially from this share of its peak up to the peak."""
 
 
 class Loop:
-    """What every run adds to a Trainer: rates by group, a loss of its own, checkpoints that are whole."""
+    """What every run adds to a Trainer: rates by group, its own loss, complete checkpoints."""
 
     def __init__(self, *args: Any, plan: Plan, **kwargs: Any) -> None:
         self.plan = plan
@@ -128,7 +128,7 @@ class Loop:
         return str(self._run_dir or me.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """transformers writes file after file under the final name; a crash there would leave half a checkpoint."""
+        """Unlike transformers, which writes into the final folder, never leave half a checkpoint."""
         me: Any = self
         folder = Path(me.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +153,8 @@ class Loop:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
         if isinstance(me.model, PreTrainedModel):
-            # Its files bear the names of older releases for some architectures (ViT), which only from_pretrained knows;
-            # transformers' own way here would load nothing, and say nothing.
+            # For some architectures (ViT) its files use the names of older releases, which only from_pretrained knows;
+            # transformers' own method would silently load nothing.
             saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
             me.model.load_state_dict(saved.state_dict())
             return
@@ -175,19 +175,19 @@ class Loop:
             me.model.save_checkpoint(folder)
             return
         super()._save(output_dir, state_dict)  # type: ignore[misc]
-        # A pickle of the arguments, which stand in run.yaml; nothing here reads pickles.
+        # A pickle of the arguments; run.yaml has them.
         Path(output_dir or "", "training_args.bin").unlink(missing_ok=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """trl writes one beside every checkpoint; the run's report is the card."""
+        """Write none: the run's report replaces trl's model card."""
 
 
 @contextmanager
 def same_bases(model: nn.Module) -> Iterator[None]:
     """Keep the bases of spectral adapters bit for bit while they are saved or loaded.
 
-    Both turn a basis onto its sketch, which moves the last bits even where nothing is to turn. Where the sketch is
-    the one that was there before, the basis is put back, so that a resumed run ends in the very same weights.
+    Both rotate a basis to match its sketch, which changes the last bits even if it already matches. If the sketch has
+    not changed, the old basis is put back, so that a resumed run ends in exactly the same weights.
     """
     found = [(m, (m.U_OR, m.S_R, m.Vh_RI), m.sketch.clone()) for _, _, m in spectral_modules(model)]
     yield
@@ -198,7 +198,7 @@ def same_bases(model: nn.Module) -> Iterator[None]:
 
 @cache
 def looped(base: type[Trainer]) -> type[Any]:
-    """Get a Trainer class (transformers', trl's) with this loop's ways."""
+    """Get a Trainer class (transformers' or trl's) with this loop."""
     return type(f"Run{base.__name__}", (Loop, base), {})
 
 
@@ -228,7 +228,7 @@ class Watch(TrainerCallback):
 
     @property
     def step_seconds(self) -> float | None:
-        """The median time of a step; the first one, which warms everything up, is left out."""
+        """The median time of a step without the first one, which warms up."""
         return statistics.median(self.seconds[1:] or self.seconds) if self.seconds else None
 
 
@@ -239,11 +239,11 @@ def _now() -> float:
 
 
 def quiet_libraries() -> None:
-    """Silence the bars and remarks of the libraries underneath: the run has its own bar and its own words."""
+    """Silence the progress bars and remarks of other libraries: a run has its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # What transformers renames for its next major release is no business of who trains with this one.
+    # transformers' announcements about its next major release do not concern the user of a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         import datasets

@@ -1,6 +1,6 @@
-"""The processes of a distributed run: who writes, and how all of them learn what one of them knows.
+"""The processes of a distributed run: which one writes, and how they share what one of them knows.
 
-`torchrun` and `accelerate launch` say in the environment how many there are; without them a run is one process.
+`torchrun` and `accelerate launch` set their number in the environment; without them, a run is one process.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch
 
 from ..errors import MissingExtraError, OutputError
 
-# How long one process waits for the others: transformers' own ddp_timeout. Preparing data or a long evaluation may
-# take longer on one process than torch's ten minutes with NCCL.
+# How long a process waits for the others: transformers' own ddp_timeout. On one process, preparing data or a long
+# evaluation may take longer than torch's ten minutes with NCCL.
 PATIENCE = timedelta(minutes=30)
 
 
 def join() -> Any:
     """Get accelerate's `PartialState` of this process; the first call connects it to the others.
 
-    Called before the model is built, so that the processes share the decompositions out.
+    Call it before the model is built, so that the processes divide the decompositions among themselves.
     """
     try:
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
     except ImportError as error:
         raise MissingExtraError(
-            f"training: accelerate cannot be imported ({error}). pip install 'spectune[train]'"
+            f"training: cannot import accelerate ({error}). Run: pip install 'spectune[train]'"
         ) from None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def on_main(work: Callable[[], None]) -> None:
-    """Have the main process do something while the others wait; its `OutputError` is raised on all of them."""
+    """Let the main process do something while the others wait; its `OutputError` is raised on all of them."""
     state, failure = join(), ""
     if state.is_main_process:
         try:

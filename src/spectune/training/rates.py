@@ -1,4 +1,4 @@
-"""Learning rates that are known to work, method by method, and what to say of one far outside."""
+"""Learning rates that are known to work, by method, and a warning for a rate far outside."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from ..methods import METHODS
 from .config import HEAD, NO_ADAPTER, RunConfig
 from .muon import MUON
 
-# "Far" is ten times outside: within it tuning decides, beyond it runs are dead or diverge. Chosen.
+# More than ten times outside, runs learn nothing or diverge. Chosen.
 FAR = 10.0
-# A new head's rate where nothing is said: SVFT (arXiv 2405.19597), table 14, every method on vision; its GLUE runs
-# took 6e-3 (table 11).
+# A new head's default rate: SVFT (arXiv 2405.19597), table 14, every method on vision; its GLUE runs used 6e-3
+# (table 11).
 HEAD_RATE = 4e-3
 
 
 @dataclass(frozen=True)
 class KnownRates:
-    """The lowest and the highest peak rate that published or measured runs with AdamW used, and the usual one."""
+    """The lowest and highest peak rates of published or measured runs with AdamW, and the usual one."""
 
     low: float
     high: float
     source: str
     usual: float | None = None
-    """None for the methods of METHODS, which say their own default."""
+    """None for the methods of METHODS, which have their own default."""
 
 
 SVFT = "SVFT, arXiv 2405.19597"
 SPECTRAL = "Spectral Adapter, arXiv 2405.13952"
 BENCH = "PEFT's method_comparison (MetaMathQA, Llama-3.2-3B)"
-# Models of up to 23 million parameters, a hundred steps: larger models and longer runs want the lower end.
+# Models of up to 23 million parameters, a hundred steps: larger models and longer runs need the lower end.
 SMALL = "small models, benchmarks/results/rates.json"
 KNOWN: dict[str, KnownRates] = {
     "spectral_a": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: 1e-5 (Llama-3-8B) to 7e-4 (MRPC); {SMALL}"),
@@ -55,7 +55,7 @@ KNOWN: dict[str, KnownRates] = {
 
 
 def method_of(config: RunConfig) -> str:
-    """Get the word for how a run tunes: one of METHODS, one of PEFT's types, none or head."""
+    """Get how a run tunes, in one word: one of METHODS, one of PEFT's types, none or head."""
     if isinstance(config.adapter, str):
         return config.adapter
     options = config.adapter_options or {}
@@ -63,7 +63,7 @@ def method_of(config: RunConfig) -> str:
 
 
 def learning_rate(config: RunConfig) -> float:
-    """Get the run's peak rate: what it asks for, else the method's default; `OptionError` where there is none."""
+    """Get the run's peak rate: its own, else the method's default; `OptionError` if there is none."""
     if config.adapter == HEAD:
         return head_learning_rate(config)
     asked = config.training.learning_rate
@@ -79,17 +79,17 @@ def tuned_by(config: RunConfig) -> str:
 
 
 def usual_rate(method: str, where: str) -> float:
-    """Get the default rate of a method; `OptionError`, which begins with `where`, for one without."""
+    """Get the default rate of a method; `OptionError`, beginning with `where`, if it has none."""
     if method in METHODS:
         return METHODS[method].learning_rate
     usual = KNOWN[method].usual if method in KNOWN else None
     if usual is None:
-        raise OptionError(f"{where}: no rate is known for {method}. Give one; `spectune lr` proposes a value.")
+        raise OptionError(f"{where}: {method} has no default rate. Give one; `spectune lr` proposes a value.")
     return usual
 
 
 def head_learning_rate(config: RunConfig) -> float:
-    """Get the rate of a new head: what the run asks for; in full fine-tuning the model's; else the usual one."""
+    """Get the rate of a new head: the run's own; in full fine-tuning the model's; else the usual one."""
     asked = config.training.head_learning_rate
     if asked is not None:
         return asked
@@ -97,7 +97,7 @@ def head_learning_rate(config: RunConfig) -> float:
 
 
 def advice(method: str, rate: float) -> str | None:
-    """Get one sentence where a rate is more than ten times outside what is known to work, else None."""
+    """Get a warning if a rate is more than ten times outside the range that is known to work, else None."""
     known = KNOWN.get(method)
     if known is None or known.low / FAR <= rate <= known.high * FAR:
         return None
@@ -105,13 +105,13 @@ def advice(method: str, rate: float) -> str | None:
     times = known.low / rate if rate < known.low else rate / known.high
     span = f"{known.low:g} to {known.high:g}" if known.low != known.high else f"{known.low:g}"
     return (
-        f"learning rate {rate:g} is {times:.0f} times {side} what is known to work for {method} ({span}; "
+        f"learning rate {rate:g} is {times:.0f} times {side} the rates known to work for {method} ({span}; "
         f"{known.source}). Leave it out for the default, or find one with `spectune lr`."
     )
 
 
 def said(config: RunConfig) -> dict[str, Any]:
-    """Get the rates of a run and what is known about them, for `check`."""
+    """Get the rates of a run and the range that is known to work, for `check`."""
     method, rate = tuned_by(config), learning_rate(config)
     known = KNOWN.get(method)
     return {

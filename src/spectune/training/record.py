@@ -1,4 +1,4 @@
-"""`Record`: what is written as JSON and read back. The one codec of configurations' results."""
+"""`Record`: results as JSON, written and read back. Their one codec."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import DataError
 
 
 def _whole(value: Any) -> Any:
-    """Half a surrogate pair, which JSON and YAML files can hold, is not text: it becomes its number in words."""
+    """Replace half a surrogate pair, which JSON and YAML files can contain, by its escape."""
     if isinstance(value, dict):
         return {_whole(key): _whole(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -21,14 +21,14 @@ def _whole(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_whole)]
-"""Words that may come out of anybody's files."""
+"""Text that may come from anybody's files."""
 Plain = Annotated[dict[str, Any], BeforeValidator(_whole)]
-"""A configuration as YAML holds it."""
+"""A configuration as plain values."""
 _RecordT = TypeVar("_RecordT", bound="Record")
 
 
 class Record(BaseModel):
-    """Plain numbers and words: frozen, every key known, NaN and infinity as words, which every JSON reader takes."""
+    """Plain numbers and text: frozen, unknown keys are errors, NaN and infinity are strings, valid in any JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings", protected_namespaces=())
 
@@ -37,16 +37,16 @@ class Record(BaseModel):
         return self.model_dump_json(indent=1) + "\n"
 
     def write(self, path: str | Path) -> None:
-        """Write the record, whole or not at all."""
+        """Write the whole record or nothing."""
         write_atomically(path, self.to_json())
 
     @classmethod
     def read_file(cls: type[_RecordT], path: str | Path, remedy: str) -> _RecordT:
-        """Get the record of a file; `DataError` names the first thing that is wrong, and ends with `remedy`."""
+        """Get the record in a file; `DataError` names the first mistake, and ends with `remedy`."""
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except OSError as error:
-            raise DataError(f"{path}: the file cannot be read: {error.strerror}. {remedy}") from None
+            raise DataError(f"{path}: cannot read the file: {error.strerror}. {remedy}") from None
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(str(part) for part in first["loc"]) or "the file"
