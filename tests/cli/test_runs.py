@@ -108,7 +108,7 @@ def test_a_run_is_evaluated_and_reported_from_its_folder(journey: tuple[Path, di
     assert (folder / "mine").read_text() == "mine"
     (folder / "run" / "report.html").unlink()
     refused = spectune("generate", str(folder / "run"), "-p", "w1", cwd=tmp_path)
-    assert refused.returncode == 1 and "it writes no text" in refused.stderr
+    assert refused.returncode == 1 and "does not write text" in refused.stderr
 
 
 def test_a_folder_with_a_run_is_refused_and_the_named_option_replaces_it(tmp_path: Path) -> None:

@@ -406,14 +406,14 @@ ADALORA = {"peft_type": "ADALORA", "target_modules": ["to_q"], "total_step": 3, 
         ({"word": {"initial_word": "starry"}}, "tokens, a new word starts from one"),
         ({"data": {"train": "elsewhere"}}, "found none"),
         ({"data": {"test": "elsewhere"}}, "found none"),
-        ({"model": "elsewhere"}, "cannot be loaded"),
+        ({"model": "elsewhere"}, "cannot load"),
         (
             {"adapter": {"unet": {"peft_type": "LORA", "target_modules": ["nothing"]}, "text_encoder": TEXT}},
             "not found",
         ),
         ({"adapter": {"unet": ADALORA, "text_encoder": TEXT}}, "AdaLoRA, whose ranks"),
         ({"word": {"token": "<wug>"}, "data": {"train": "words"}}, "no caption holds the new word '<wug>'"),
-        ({"training": {"validate_every": 1}}, "found no validation examples"),
+        ({"training": {"validate_every": 1}}, "there are no validation examples"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(

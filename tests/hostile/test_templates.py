@@ -82,4 +82,4 @@ def test_a_command_ends_in_one_line(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     assert command(door, str(tmp_path / "run.yaml"), *(["-o", str(tmp_path / "out")] if door == "train" else [])) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("spectune:")]
-    assert "chat template of this tokenizer cannot be used" in line
+    assert "cannot use the chat template of this tokenizer" in line

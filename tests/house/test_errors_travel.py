@@ -50,7 +50,7 @@ def kinds() -> list[type[BaseException]]:
 )
 def test_every_exception_arrives_as_it_was_sent(kinds: list[type[BaseException]], travel: Callable[[Any], Any]) -> None:
     for kind in kinds:
-        error = kind(*PARTS.get(kind.__name__, ("layers.3.q_proj: asked for 64, the weight has 32. Lower r.",)))
+        error = kind(*PARTS.get(kind.__name__, ("layers.3.q_proj: r=64 is more than 32. Lower r.",)))
         error.row = 5  # type: ignore[attr-defined]
         arrived = travel(error)
         assert type(arrived) is kind

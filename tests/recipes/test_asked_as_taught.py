@@ -87,7 +87,7 @@ def test_the_tokens_of_a_prompt_begin_those_that_are_taught(road: str, begins: b
         learned = recipe.processing.decode([label for label in labels if label != -100]).strip()
         assert learned.endswith(" then</s>") and labels[len(asked) - 1] == -100 and labels[len(asked)] != -100
     assert recipe.warnings() == []
-    assert "the model is asked as it is taught, token by token (8 examples looked at)" in recipe.remarks()
+    assert "prompts have the same tokens as in training (8 examples compared)" in recipe.remarks()
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -135,14 +135,14 @@ TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}END\n{% endfo
 def test_a_template_that_asks_in_other_words_is_said(tmp_path: Path) -> None:
     text = TURNS.replace("END", "</s>") + "{% if add_generation_prompt %}assistant: <think> {% endif %}"
     recipe = recipe_of(tmp_path, bpe(), TALK, format="messages", chat_template=template(tmp_path, text))
-    assert [said for said in recipe.warnings() if "in 8 of 8 examples the model is asked otherwise" in said]
-    assert not any("as it is taught" in said for said in recipe.remarks())
+    assert [said for said in recipe.warnings() if "in 8 of 8 examples the prompt differs from training" in said]
+    assert not any("same tokens as in training" in said for said in recipe.remarks())
 
 
 def test_an_end_that_is_never_taught_is_said(tmp_path: Path) -> None:
     text = TURNS.replace("END", "<|end|>") + "{% if add_generation_prompt %}assistant:{% endif %}"
     recipe = recipe_of(tmp_path, bpe(), TALK, format="messages", chat_template=template(tmp_path, text))
-    assert [said for said in recipe.warnings() if "no answer is taught to end: generation stops at '</s>'" in said]
+    assert [said for said in recipe.warnings() if "the model does not learn to stop: generation ends at '</s>'" in said]
 
 
 @pytest.mark.parametrize(("mark", "line"), [("", "8 of 8 examples do not begin with '<s>'"), ("<s><s>", "'<s>' twice")])

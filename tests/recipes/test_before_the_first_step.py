@@ -42,7 +42,7 @@ GOOD = {"text": "good", "label": "yes"}
     ("rows", "more", "line"),
     [
         ([GOOD, {"text": "w1", "label": "maybe"}], {}, r"test.jsonl, row 2: the class 'maybe' does not occur in train"),
-        ([GOOD, {"text": "w1", "label": None}], {}, r"test.jsonl, row 2: there is no label"),
+        ([GOOD, {"text": "w1", "label": None}], {}, r"test.jsonl, row 2: has no label"),
         ([GOOD, {"text": "w1"}], {}, r"test.jsonl, row 2: no column 'label'"),
         ([GOOD, {"label": "no"}], {}, r"test.jsonl, row 2: no column 'text'"),
         ([GOOD], {"metrics": ["pearson"]}, "'pearson' does not fit classes"),
@@ -60,7 +60,7 @@ def test_f1_of_three_classes_also_where_the_test_set_has_two(tmp_path: Path, mon
     test = write(tmp_path / "test.jsonl", {"text": "w1", "label": 0}, {"text": "w2", "label": 1})
     data = {"train": train, "validation": None, "test": test}
     values = tiny.text_run(tmp_path, data=data, evaluation={"metrics": ["f1"]})
-    refused(values, "'f1' is of two classes, the data have 3. Use macro_f1", tmp_path, monkeypatch)
+    refused(values, "'f1' is only for two classes, but the data have 3. Use macro_f1", tmp_path, monkeypatch)
 
 
 def test_a_class_that_only_the_held_out_share_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,12 +80,12 @@ def test_scores_that_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("data", "evaluation", "line"),
     [
-        ({"test": [{"question": "w1"}]}, {}, r"test.jsonl, row 1: a template asks for the column 'answer'"),
+        ({"test": [{"question": "w1"}]}, {}, r"test.jsonl, row 1: the template's column 'answer'"),
         ({"validation": [{"question": "w1 " * 40, "answer": "w2"}]}, {}, "data.validation: no response fits into"),
         (
             {"test": [{"question": "w1", "answer": "#### 1"}, {"question": "w1", "answer": "one"}]},
             {"metrics": ["gsm8k"]},
-            r"test.jsonl, row 2: gsm8k looks for '#### ' and a number",
+            r"test.jsonl, row 2: gsm8k needs '#### ' and a number",
         ),
     ],
 )
@@ -109,7 +109,7 @@ def test_answers_cannot_be_compared_where_there_are_none(tmp_path: Path, monkeyp
 def test_a_harness_that_is_missing_or_lacks_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = tiny.lm_run(tmp_path, evaluation={"lm_eval": {"tasks": ["gsm8kk"]}})
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    refused(values, r"lm-eval cannot be imported", tmp_path, monkeypatch)
+    refused(values, r"cannot import lm-eval", tmp_path, monkeypatch)
     tasks = type(sys)("lm_eval.tasks")
     tasks.TaskManager = lambda: type("Tasks", (), {"all_tasks": ["gsm8k"]})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", type(sys)("lm_eval"))

@@ -133,11 +133,11 @@ def test_every_form_of_data_becomes_prompt_and_completion() -> None:
     chat = prepared([{"q": "a", "a": "b"}], "prompt_completion", "{q}?", "{a}", True)[0]
     assert chat["prompt"] == [{"role": "user", "content": "a?"}]
     assert prepared([{"t": "x"}], "text", "<{t}>", None, False) == [{"text": "<x>"}]
-    with pytest.raises(DataError, match="asks for the column 'qq'"):
+    with pytest.raises(DataError, match="the template's column 'qq'"):
         fill("{qq}", {"q": 1})
-    with pytest.raises(DataError, match="asks for the column"):
+    with pytest.raises(DataError, match="the template's column"):
         fill("{q.__class__}", {"q": 1})  # a template reaches columns, never attributes
-    with pytest.raises(DataError, match="must end with the assistant's answer"):
+    with pytest.raises(DataError, match="must end with an answer of the assistant"):
         prepared([{"messages": TALK[:2]}], "messages", None, None, False)
 
 
@@ -152,10 +152,10 @@ def test_examples_that_are_cut_are_counted(tmp_path: Path) -> None:
     ("data", "line"),
     [
         ({"chat": True}, "has no chat template. Give data.chat_template"),
-        ({"chat_template": "plain"}, "chat_template is used by format messages or chat: true"),
+        ({"chat_template": "plain"}, "chat_template works only with format messages or chat: true"),
         ({"loss_on": "assistant"}, "loss_on: assistant needs messages"),
         ({"format": "alpaca"}, "completion is a template for format prompt_completion"),
-        ({"chat": True, "chat_template": "nowhere.jinja"}, "asked for the file nowhere.jinja"),
+        ({"chat": True, "chat_template": "nowhere.jinja"}, "there is no file nowhere.jinja"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(data: dict[str, Any], line: str, tmp_path: Path) -> None:

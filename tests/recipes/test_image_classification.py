@@ -101,7 +101,7 @@ def test_a_folder_of_folders_is_read_with_its_names(tmp_path: Path) -> None:
     broken = next(
         p for p in recipe.everything["train"] + recipe.everything["validation"] if p.name.endswith("cat/0.png")
     )
-    with pytest.raises(DataError, match="this is not an image that pillow reads"):
+    with pytest.raises(DataError, match="pillow cannot read this image"):
         broken.open()
 
 
@@ -132,10 +132,10 @@ def test_packaged_digits_need_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        ({"packaged": "digits"}, "packaged data brings its own splits"),
-        ({"test": "x.npz"}, "an .npz file brings x_validation and x_test itself"),
-        ({"train": "nowhere"}, "one folder of images for each class, found none"),
-        ({"train": None}, "asked for nothing to learn from"),
+        ({"packaged": "digits"}, "packaged data has its own splits"),
+        ({"test": "x.npz"}, "an .npz file contains x_validation and x_test"),
+        ({"train": "nowhere"}, "one folder of images for each class is needed, but there is none"),
+        ({"train": None}, "data.train: is missing"),
     ],
 )
 def test_sources_that_do_not_fit_are_refused(data: dict[str, Any], line: str, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_an_operating_system_leaves_behind_is_passed_over_and_the_rest_is_s
         (folder / left).parent.mkdir(exist_ok=True)
         (folder / left).write_bytes(b"")
     said = dry_run(parse_config(values)).remarks
-    assert any("4 files or folders in it are not read, as 0.png" in line for line in said)
+    assert any("4 files or folders in it are ignored, such as 0.png" in line for line in said)
 
 
 def test_a_picture_is_turned_as_its_camera_says(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_sixteen_bits_are_turned_too(tmp_path: Path) -> None:
 
 def test_pixels_that_do_not_say_what_is_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a.tif: pixels of mode F \(32 bits\) do not say what is white"):
+    with pytest.raises(DataError, match=r"a.tif: pixels of mode F \(32 bits\) white level"):
         images._opened(tmp_path / "a.tif")
 
 

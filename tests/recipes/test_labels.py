@@ -28,12 +28,12 @@ def labelled(folder: Path, *labels: Any, **more: Any) -> Any:
 @pytest.mark.parametrize(
     ("label", "line"),
     [
-        (None, "there is no label"),
-        (math.nan, "there is no label"),
-        ("", "there is no label"),
-        (" ", "there is no label"),
-        (["yes"], r"the label is \['yes'\] \(list\)"),
-        ({"a": 1}, r"the label is .* \(dict\)"),
+        (None, "has no label"),
+        (math.nan, "has no label"),
+        ("", "has no label"),
+        (" ", "has no label"),
+        (["yes"], r"the label \['yes'\] \(list\) is neither"),
+        ({"a": 1}, r"the label .* \(dict\) is neither"),
         (math.inf, r"the label is inf \(float\)"),
     ],
 )
@@ -44,12 +44,12 @@ def test_what_names_no_class_is_refused_with_its_row(label: Any, line: str, tmp_
 
 @pytest.mark.parametrize("label", [None, math.nan, "", "nan", "inf", "1,5", True, [1.0]])
 def test_what_is_no_score_is_refused_with_its_row(label: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"labels.jsonl, row 3: (there is no score|the score .* is not a number)"):
+    with pytest.raises(DataError, match=r"labels.jsonl, row 3: (has no score|the score .* is not a number)"):
         dry_run(labelled(tmp_path, 1, "2.5", label, problem="regression"))
 
 
 def test_true_beside_a_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="labels.jsonl, row 2: the label 'True' is a text, and others are true or fal"):
+    with pytest.raises(DataError, match="labels.jsonl, row 2: the label 'True' is text, but others are true or fal"):
         dry_run(labelled(tmp_path, True, "True", False))
     assert recipe_class("text_classification")(labelled(tmp_path, True, False)).labels == ["0", "1"]  # type: ignore[attr-defined]
 
@@ -59,7 +59,7 @@ def test_true_beside_a_text_is_refused(tmp_path: Path) -> None:
     [
         (["pos", "pos ", "neg"], {"neg": 1, "pos": 2}, "'pos' and 'pos ' are one class, 'pos'"),
         ([1, 1.0, "1", "1.0", 0], {"0": 1, "1": 4}, "1 and 1.0 and '1' and '1.0' are one class, '1'"),
-        (["Pos", "pos", "neg"], {"Pos": 1, "neg": 1, "pos": 1}, "the classes ['Pos', 'pos'] differ in case alone"),
+        (["Pos", "pos", "neg"], {"Pos": 1, "neg": 1, "pos": 1}, "the classes ['Pos', 'pos'] differ only in case"),
         (["caf\u00e9", "cafe\u0301", "a"], {"a": 1, "caf\u00e9": 2}, "are one class"),
     ],
 )
@@ -98,12 +98,12 @@ def test_check_prints_the_classes_of_each_split(tmp_path: Path, capsys: pytest.C
 def test_a_class_that_the_limit_leaves_without_an_example_is_said(tmp_path: Path) -> None:
     config = labelled(tmp_path, "a", "b", "c")
     config = parse_config(config.plain() | {"data": config.plain()["data"] | {"limit": {"train": 2}}})
-    assert any("no training example is of the class" in remark for remark in dry_run(config).remarks)
+    assert any("no training example has the class" in remark for remark in dry_run(config).remarks)
 
 
 @pytest.mark.parametrize(
     ("labels", "line"),
-    [(np.array([[0], [1]]), r"squares.npz:train 0: the label is \[0\]"), (np.array([0, math.nan]), "there is no lab")],
+    [(np.array([[0], [1]]), r"squares.npz:train 0: the label \[0\]"), (np.array([0, math.nan]), "has no lab")],
 )
 def test_labels_of_arrays_are_read_alike(labels: Any, line: str, tmp_path: Path) -> None:
     values = tiny.image_run(tmp_path)

@@ -56,22 +56,22 @@ def shown(values: dict[str, Any]) -> str:
         ({"messages": [ASKED, ASKED | {"role": "assistant"}], "tools": TOOLS}, "the chat template leaves tools out"),
         ({"messages": [ASKED, ASKED | {"role": "assistant", "reasoning_content": "w3"}]}, "leaves reasoning_content"),
         ({"messages": [ASKED, ASKED | {"role": "assistant", "weight": 0}]}, "leaves weight out"),
-        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 2: what assistant says is null"),
-        ({"messages": [{"role": "user"}, ASKED | {"role": "assistant"}]}, "message 1: what user says is null"),
-        ({"messages": [ASKED, {"role": "assistant", "content": 7}]}, "message 2: what assistant says is of type int"),
+        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 2: the content of assistant is null"),
+        ({"messages": [{"role": "user"}, ASKED | {"role": "assistant"}]}, "message 1: the content of user is null"),
+        ({"messages": [ASKED, {"role": "assistant", "content": 7}]}, "message 2: the content of assistant must be text, not int"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASKED | {"role": "assistant"}]},
-            "message 1: what user says has a part of type 'image_url'",
+            "message 1: the content of user has a part of type 'image_url'",
         ),
         (
             {"messages": [ASKED | {"role": "usser"}, ASKED | {"role": "assistant"}]},
-            "knows no role 'usser'. Did you mean",
+            "ignores the role 'usser'. Did you mean",
         ),
-        ({"messages": [ASKED]}, "must end with the assistant's answer"),
-        ({"messages": "w1"}, "messages must be a list, found str"),
+        ({"messages": [ASKED]}, "must end with an answer of the assistant"),
+        ({"messages": "w1"}, "messages must be a list, not str"),
         (
             {"conversations": [{"from": "humann", "value": "w1"}]},
-            "message 1: the speaker 'humann' is not known. Did you",
+            "message 1: the speaker 'humann' is unknown. Did you",
         ),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_sharegpt_file_is_read_with_its_column_of_the_system(tmp_path: Path) -
     row = {"id": 1, "system": "w9", "conversations": said}
     assert shown(talk(tmp_path, row)) == "[UNK] : w9 User : w1 Assistant : w2 [SEP]"
     row["conversations"] = [{"from": "system", "value": "w8"}, *said]
-    with pytest.raises(DataError, match="row 2: there is a system message and a column system"):
+    with pytest.raises(DataError, match="row 2: there are both a system message and a column system"):
         shown(talk(tmp_path, row))
 
 
@@ -127,7 +127,7 @@ def test_a_row_without_messages_is_named() -> None:
 def test_columns_that_alpaca_has_no_place_for_are_refused(name: str) -> None:
     row = {"instruction": "a", "output": "b", name: ""}
     assert prepared([row], "alpaca", None, None, False)
-    with pytest.raises(DataError, match=f"data.train, row 1: the column '{name}' has no place in alpaca's prompt"):
+    with pytest.raises(DataError, match=f"data.train, row 1: alpaca's prompt does not use the column '{name}'"):
         prepared([row | {name: "c"}], "alpaca", None, None, False)
 
 

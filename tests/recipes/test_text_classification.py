@@ -144,8 +144,8 @@ def test_the_mean_head_ignores_padding(tmp_path: Path) -> None:
         ({"adapter": {"peft_type": "LORA", "rnk": 2}}, "LORA has no option 'rnk'"),
         ({"adapter": {"peft_type": "LOORA"}}, "'LOORA' does not exist. Did you mean 'LORA'"),
         ({"adapter": {"r": 2}}, "Name one of them: 'method'"),
-        ({"model": "nowhere/at-all"}, "cannot be loaded"),
-        ({"training": {"validate_every": 2}, "data": {"validation": None}}, "found no validation examples"),
+        ({"model": "nowhere/at-all"}, "cannot load"),
+        ({"training": {"validate_every": 2}, "data": {"validation": None}}, "there are no validation examples"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_check(more: dict[str, Any], line: str, tmp_path: Path) -> None:

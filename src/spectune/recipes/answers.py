@@ -13,13 +13,13 @@ from torch import nn
 from ..errors import DataError, MissingExtraError, OptionError, nearest, one_line
 from .chat_rendering import rendered
 
-# openai/grade-school-math, dataset.py: the number after "#### ", its commas taken out; the texts must be equal. A
-# full stop right after the number belongs to it there, so "#### 42." is wrong; kept, so that figures compare.
+# openai/grade-school-math, dataset.py: the number after "#### ", without its commas; the texts must be equal. A full
+# stop right after the number counts as part of it, so "#### 42." is wrong; kept, so that figures are comparable.
 GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """Get the answer in a GSM8K solution by the official rule, None where there is none."""
+    """Get the answer in a GSM8K solution by the official rule, or None without one."""
     found = GSM8K_ANSWER.search(text)
     return None if found is None else found.group(1).strip().replace(",", "")
 
@@ -31,7 +31,7 @@ def is_gsm8k_right(written: str, reference: str) -> bool:
 
 
 def is_exact(written: str, reference: str) -> bool:
-    """Ask whether two texts are the same but for the white space around them."""
+    """Ask whether two texts are equal, ignoring white space around them."""
     return written.strip() == reference.strip()
 
 
@@ -39,7 +39,7 @@ GENERATED: dict[str, Callable[[str, str], bool]] = {"exact_match": is_exact, "gs
 """Name -> whether a written text is right, given the reference."""
 
 
-# Tokens hold the space before a word: one at a prompt's end belongs to the answer's first token.
+# Tokens contain the space before a word, so a space at a prompt's end belongs to the answer's first token.
 SPACES = " \t"
 
 
@@ -52,7 +52,7 @@ def continuations(
     device = next(model.parameters()).device
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if not all(rows):
-        raise DataError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: there is no token to continue.")
+        raise DataError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: it has no token to continue.")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     written: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -60,7 +60,7 @@ def continuations(
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         width = max(len(rows[i]) for i in places)
-        # Padding stands on the left, so that every row ends where its continuation begins.
+        # Padding is on the left, so that every row ends where its continuation begins.
         ids = torch.tensor([[pad] * (width - len(rows[i])) + rows[i] for i in places], device=device)
         mask = torch.tensor([[0] * (width - len(rows[i])) + [1] * len(rows[i]) for i in places], device=device)
         found = model.generate(
@@ -78,19 +78,19 @@ def continuations(
 
 
 def end_ids(tokenizer: Any, settings: Any) -> list[int]:
-    """Get the tokens that end an answer: the tokenizer's, which answers are taught with, and the model's own."""
+    """Get the tokens that end an answer: the tokenizer's, which training uses, and the model's own."""
     own = getattr(settings, "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return sorted({token for token in found if token is not None})
 
 
 def _neutral(model: Any) -> dict[str, Any]:
-    """A base's generation_config may bring sampling settings, which greedy decoding would complain about."""
+    """Reset the sampling settings of a base's generation_config, which greedy decoding would complain about."""
     return {"top_p": 1.0, "top_k": 50, "num_beams": 1} if getattr(model, "generation_config", None) else {}
 
 
 def prompt_ids(tokenizer: Any, prompt: Any, tools: Any = None) -> list[int]:
-    """Get the tokens of a prompt, a text or messages, up to where the model goes on; tokens are taken as they are.
+    """Get the tokens of a prompt (a text, messages, or tokens as they are), ready for the model to continue.
 
     Without the spaces at its end: see SPACES.
     """
@@ -110,7 +110,7 @@ def begins_texts(tokenizer: Any) -> bool:
 
 
 def harness_ready(tasks: Sequence[str]) -> None:
-    """See that lm-eval is there and knows every task, before anything is trained."""
+    """Check before training that lm-eval is installed and knows every task."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -122,14 +122,14 @@ def harness_ready(tasks: Sequence[str]) -> None:
 
 
 def _no_harness(error: ImportError) -> MissingExtraError:
-    return MissingExtraError(f"evaluation.lm_eval: lm-eval cannot be imported ({error}). pip install 'spectune[llm]'")
+    return MissingExtraError(f"evaluation.lm_eval: cannot import lm-eval ({error}). Run: pip install 'spectune[llm]'")
 
 
 def harness_scores(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, few_shot: int | None, limit: int | None, batch_size: int,
     chat: bool, seed: int,
 ) -> dict[str, float]:  # fmt: skip
-    """Get `task/metric` -> figure from EleutherAI's lm-evaluation-harness, on the model as it stands in memory."""
+    """Get `task/metric` -> figure from EleutherAI's lm-evaluation-harness, with the model in memory."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -142,7 +142,7 @@ def harness_scores(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
-                # Left alone, lm-eval would leave it out; a chat template writes its own.
+                # By default, lm-eval would leave it out; a chat template writes its own.
                 add_bos_token=begins_texts(tokenizer) and not chat,
             ),
             tasks=list(tasks),
@@ -160,6 +160,6 @@ def harness_scores(
         f"{task}/{metric.removesuffix(',none').replace(',', '/')}": float(value)
         for task, figures in found["results"].items()
         for metric, value in figures.items()
-        # lm-eval puts the number of questions among the figures.
+        # lm-eval lists the number of questions among the figures.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and metric != "sample_len"
     }

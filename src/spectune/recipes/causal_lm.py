@@ -1,4 +1,4 @@
-"""Language models on instruction and chat data: loss on the response, the chat template saved beside the adapter."""
+"""Language models on instruction and chat data: loss on the response; the chat template is saved with the adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, losses
 
 
 class CausalLM(Recipe):
-    """Prompts and answers in, an adapted language model out."""
+    """Adapts a language model to prompts and answers."""
 
     Config = CausalLMConfig
     task_type = "CAUSAL_LM"
@@ -69,12 +69,12 @@ class CausalLM(Recipe):
             tokenizer.chat_template = _plain_template(tokenizer) if asked == "plain" else _read_template(asked)
         if self.config.data.talks and tokenizer.chat_template is None:
             raise OptionError(
-                f"data: the rows are conversations, and the tokenizer of {self.config.model} has no chat template. "
+                f"data: the rows are conversations, but the tokenizer of {self.config.model} has no chat template. "
                 f"Give data.chat_template: a .jinja file, or plain."
             )
         if tokenizer.eos_token is None:
             raise OptionError(
-                f"model: the tokenizer of {self.config.model} has no end token, and an answer without one never ends. "
+                f"model: the tokenizer of {self.config.model} has no end token, so the model cannot learn to stop. "
                 f"Give it an eos_token in its tokenizer_config.json."
             )
         if tokenizer.pad_token is None:
@@ -103,15 +103,17 @@ class CausalLM(Recipe):
         for name in (name for name in self.config.evaluation.metrics if name in GENERATED):
             for i, row in enumerate(self.splits[split]):
                 if isinstance(prompt_of(row), list) and row["completion"][-1].get("tool_calls"):
-                    raise DataError(f"{place(row, split, i)}: {name} compares texts, and the answer is a tool call.")
+                    raise DataError(
+                        f"{place(row, split, i)}: {name} compares texts, but the answer is a tool call. Leave it out."
+                    )
                 if name == "gsm8k" and gsm8k_answer(answer_of(row)) is None:
                     raise DataError(
-                        f"{place(row, split, i)}: gsm8k looks for '#### ' and a number in the answer, and there is "
+                        f"{place(row, split, i)}: gsm8k needs '#### ' and a number in the answer, but there is "
                         f"none. Use exact_match."
                     )
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        """Get tokens and labels of each example; one whose response is cut off whole is left out."""
+        """Get tokens and labels of each example; examples whose whole response is cut off are left out."""
         if split not in self._rows:
             self._rows[split] = self._all_tokenised(split)
         return self._rows[split]
@@ -121,7 +123,7 @@ class CausalLM(Recipe):
         return {}
 
     def asked(self, row: Row) -> list[int]:
-        """Get the tokens that the model is given of an example, to write the answer."""
+        """Get an example's prompt tokens."""
         prompt_of(row)
         return self.tokens.asked(row)
 
@@ -134,11 +136,11 @@ class CausalLM(Recipe):
 
     @cached_property
     def tokens(self) -> Tokens:
-        """What is taught and asked, as tokens."""
+        """Examples and prompts as tokens."""
         return Tokens(self.processing, self.config.data.loss_on)
 
     def tokenised(self, row: Row, whole: bool = False) -> dict[str, Any]:
-        """Get an example's tokens, and labels that leave out what carries no loss; `whole` does not cut it."""
+        """Get an example's tokens and labels, only those with loss; `whole` does not cut it."""
         ids, labels = self.tokens.taught(row)
         end = None if whole else self.config.data.max_tokens
         return {"input_ids": ids[:end], "labels": labels[:end]}
@@ -160,8 +162,8 @@ class CausalLM(Recipe):
             from trl import SFTConfig, SFTTrainer
         except ImportError as error:
             raise MissingExtraError(
-                f"recipe causal_lm: trl, which trains language models, cannot be imported ({error}). "
-                f"pip install 'spectune[llm,train]'"
+                f"recipe causal_lm: cannot import trl, which trains language models ({error}). "
+                f"Run: pip install 'spectune[llm,train]'"
             ) from None
         data = self.config.data
         validates = self.config.training.validate_every is not None
@@ -173,7 +175,7 @@ class CausalLM(Recipe):
         return looped(SFTTrainer)(
             model=model,
             args=checked_arguments(SFTConfig, arguments | more),
-            # Tokens and labels are made here, so that `check` shows, and evaluation scores, what is trained on.
+            # Tokens and labels are made here, so that `check` and evaluation use the same ones as training.
             train_dataset=Dataset.from_list(self.rows("train")),
             eval_dataset=Dataset.from_list(self.rows(self.validation_split())) if validates else None,
             processing_class=self.processing,
@@ -194,7 +196,7 @@ class CausalLM(Recipe):
         return found
 
     def harness(self, model: nn.Module) -> dict[str, float]:
-        """Get the figures of the lm-eval tasks that the run asks for, none if it asks for none."""
+        """Get the figures of the run's lm-eval tasks, if it has any."""
         asked = self.config.evaluation.lm_eval
         if asked is None:
             return {}
@@ -211,7 +213,7 @@ class CausalLM(Recipe):
 
     @torch.no_grad()
     def response_loss(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Get the mean negative log likelihood of a token that carries loss, and the perplexity, exp of it."""
+        """Get the mean negative log likelihood of a token with loss, and its exp, the perplexity."""
         model.eval()
         device, total, count = next(model.parameters()).device, 0.0, 0
         rows = sorted(self.rows(split), key=lambda row: len(row["input_ids"]))
@@ -223,17 +225,17 @@ class CausalLM(Recipe):
             total += float(nn.functional.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), reduction="sum"))
             count += int((labels_BN != IGNORED).sum())
         loss = total / max(count, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more is not a float
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # exp of more overflows
 
     def show(self) -> Shown:
         row = self.tokenised(self.splits["train"][0])
-        # The two marks of a space and the mark of a line's end: decoding token by token would drop some of them.
+        # Two markers of a space and one of a line's end; decoding token by token would drop some of them.
         marks = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})
         pieces = [str(p).translate(marks) for p in self.processing.convert_ids_to_tokens(row["input_ids"])]
         return Shown([(piece, label != IGNORED) for piece, label in zip(pieces, row["labels"], strict=True)])
 
     def warnings(self) -> list[str]:
-        """Get what is cut and lost, and where the model would be asked otherwise than it is taught."""
+        """Get what is cut and lost, and where prompts differ from those in training."""
         limit = self.config.data.max_tokens
         said = []
         for split, rows in self.splits.items():
@@ -247,13 +249,13 @@ class CausalLM(Recipe):
         said = [f"the longest example has {longest:,} tokens, max_tokens is {self.config.data.max_tokens:,}"]
         looked = [row for row in rows[:LOOKED_AT] if "prompt" in row]
         if looked and all(map(self.tokens.agrees, looked)):
-            said.append(f"the model is asked as it is taught, token by token ({len(looked)} examples looked at)")
+            said.append(f"prompts have the same tokens as in training ({len(looked)} examples compared)")
         return said
 
     def _ends(self) -> list[int]:
         try:
             settings: Any = GenerationConfig.from_pretrained(self.config.model, revision=self.config.revision or "main")
-        except OSError:  # there is none: generation then goes by the model's config
+        except OSError:  # without one, generation uses the model's config
             settings = pretrained(AutoConfig, self.config, None)
         return end_ids(self.processing, settings)
 
@@ -263,9 +265,9 @@ class CausalLM(Recipe):
         return continuations(model, self.processing, prompts, **given)
 
     def as_prompt(self, text: str) -> Any:
-        """Get a user's words as this model was taught to read them: through the run's prompt and chat template.
+        """Get a user's words in the form of training: through the run's prompt and chat template.
 
-        A prompt of several columns takes a JSON object with a value for each.
+        A prompt of several columns needs a JSON object with a value for each.
         """
         data = self.config.data
         words = as_asked(text, data.format, data.prompt, data.chat)
@@ -281,13 +283,11 @@ class CausalLM(Recipe):
 
 
 def _plain_template(tokenizer: Any) -> str:
-    """Get the plain template; conversations begin as the tokenizer begins a text."""
+    """Get the plain template; conversations begin the way the tokenizer begins a text."""
     return ("{{ bos_token }}" if begins_texts(tokenizer) else "") + PLAIN_TEMPLATE
 
 
 def _read_template(path: str) -> str:
     if not Path(path).is_file():
-        raise OptionError(
-            f"data.chat_template: asked for the file {path}, found nothing. Give a .jinja file, or plain."
-        )
+        raise OptionError(f"data.chat_template: there is no file {path}. Give a .jinja file, or plain.")
     return Path(path).read_text("utf-8")

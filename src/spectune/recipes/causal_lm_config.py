@@ -1,4 +1,4 @@
-"""What a run of the recipe causal_lm is told."""
+"""The configuration of a causal_lm run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class ConversationData(DataSection):
 
     format: Format = Field(
         "prompt_completion",
-        description="How a row is read; messages reads OpenAI's (role, content) and ShareGPT's (from, value).",
+        description="Format of a row; messages: OpenAI's (role, content) or ShareGPT's (from, value).",
     )
     prompt: str | None = Field(None, description="Template over the columns: 'Question: {question}\\nAnswer:'.")
-    completion: str | None = Field(None, description="Template of what is to be written: ' {answer}'.")
+    completion: str | None = Field(None, description="Template of the answer: ' {answer}'.")
     chat: bool = Field(False, description="Render prompt and completion with the chat template, as user and assistant.")
     chat_template: PathOrName | None = Field(
-        None, description="A .jinja file, or 'plain'; default: the tokenizer's own. Saved beside the adapter."
+        None, description="A .jinja file, or 'plain'; default: the tokenizer's own. Saved with the adapter."
     )
     loss_on: Literal["response", "assistant", "all"] = Field(
-        "response", description="Which tokens carry loss: the last answer, every answer of the assistant, or all."
+        "response", description="Tokens with loss: the last answer, every answer of the assistant, or all."
     )
     max_tokens: int = Field(1024, gt=1, description="Longer examples are cut at the end.")
     packing: bool = Field(False, description="Put several examples into one row of max_tokens.")
@@ -40,7 +40,7 @@ class ConversationData(DataSection):
         if self.loss_on == "assistant" and not self.talks:
             raise ValueError("loss_on: assistant needs messages; use format messages or chat: true")
         if self.chat_template is not None and not self.talks:
-            raise ValueError("chat_template is used by format messages or chat: true; leave it out")
+            raise ValueError("chat_template works only with format messages or chat: true; leave it out")
         return self
 
     @property
@@ -54,17 +54,17 @@ class HarnessTasks(Section):
 
     tasks: list[str] = Field(min_length=1, description="Any task that lm-eval knows, such as gsm8k or mmlu.")
     few_shot: int | None = Field(None, ge=0, description="Examples in the prompt; default: the task's own.")
-    limit: int | None = Field(None, gt=0, description="Only so many questions of a task (for a quick look).")
+    limit: int | None = Field(None, gt=0, description="Only this many questions of a task, for a quick look.")
 
 
 class LMEvaluation(Section):
     """How held-out answers are scored."""
 
     metrics: list[Literal["loss", "exact_match", "gsm8k"]] = Field(
-        ["loss"], description="loss is of the response tokens; the others generate text."
+        ["loss"], description="loss: of the response tokens; the others generate text."
     )
-    max_new_tokens: int = Field(256, gt=0, description="How much is written for one answer.")
-    batch_size: int = Field(8, gt=0, description="Answers that are written together.")
+    max_new_tokens: int = Field(256, gt=0, description="Limit for one answer.")
+    batch_size: int = Field(8, gt=0, description="Answers that are generated together.")
     lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
 
 

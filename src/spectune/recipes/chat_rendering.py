@@ -1,4 +1,4 @@
-"""`rendered`: a conversation through a tokenizer's chat template, which is a stranger's program, in bounded time."""
+"""`rendered`: apply a tokenizer's chat template, a stranger's program, in bounded time."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 from ..errors import OptionError, one_line
 
-# Rendering takes less than a millisecond, and tokenizers read more than a megabyte a second. Chosen, with much room.
+# Rendering takes less than a millisecond; tokenizers read more than a megabyte per second. Chosen far above both.
 SECONDS, LETTERS_A_SECOND = 2.0, 100_000
 
 
 class OutOfTimeError(Exception):
-    """Raised into a template that does not end."""
+    """Stops a template that does not end."""
 
 
 def rendered(tokenizer: Any, messages: Sequence[Any], **options: Any) -> Any:
-    """Get what `apply_chat_template` gives; `OptionError` for a template that fails, is refused, or takes too long.
+    """Get the result of `apply_chat_template`; `OptionError` for a template that fails, is refused, or is too slow.
 
-    jinja's sandbox keeps a template from the disk and from Python, not from looping: a loop in a loop over its largest
-    range takes hours. The memory that a template takes is bounded by the time alone.
+    jinja's sandbox protects the disk and Python, but does not stop loops: a loop in a loop over its largest range
+    takes hours. Only the time bounds the memory of a template.
     """
     try:
         return in_time(tokenizer, messages, **options)
     except OptionError:
         raise
-    except Exception as error:  # a template fails with whatever jinja or Python raise
+    except Exception as error:  # a template can raise anything
         raise _unusable(one_line(error)) from None
 
 
 def in_time(tokenizer: Any, messages: Sequence[Any], *, tokenize: bool = True, **options: Any) -> Any:
-    """Get the same, with the template's own errors; `OptionError` where it takes too long."""
+    """Get the same, with the template's own errors; `OptionError` if it is too slow."""
     letters = sum(len(str(message)) for message in messages)
     seconds = SECONDS + letters / LETTERS_A_SECOND
     options |= {"return_dict": True} if tokenize else {}
@@ -46,14 +46,14 @@ def in_time(tokenizer: Any, messages: Sequence[Any], *, tokenize: bool = True, *
 
 def _unusable(why: str) -> OptionError:
     return OptionError(
-        f"data: the chat template of this tokenizer cannot be used: {why}. Give a data.chat_template: a .jinja file, "
+        f"data: cannot use the chat template of this tokenizer: {why}. Give a data.chat_template: a .jinja file, "
         f"or plain."
     )
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTimeError` in this thread when the block takes longer; Python's own code only can be stopped so."""
+    """Raise `OutOfTimeError` in this thread when the block takes longer; this stops only Python code."""
     thread, turn, over = threading.get_ident(), threading.Lock(), False
 
     def stop() -> None:
@@ -70,7 +70,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         timer.cancel()
         with turn:
             over = True
-            _raise_in(thread, None)  # what was on its way and has not arrived
+            _raise_in(thread, None)  # cancels one that has not arrived yet
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

@@ -1,4 +1,4 @@
-"""Instruction and chat data: messages, prompt and completion, alpaca, or columns put together by a template."""
+"""Instruction and chat data: messages, prompt and completion, alpaca, or a template over columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .messages import conversation
 
 Format = Literal["messages", "prompt_completion", "alpaca", "text"]
 
-# The two prompts of tatsu-lab/stanford_alpaca, which models and data sets of this format were made with.
+# The two prompts of tatsu-lab/stanford_alpaca, for models and data sets of this format.
 _REQUEST = "Write a response that appropriately completes the request."
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -25,8 +25,8 @@ ALPACA_INPUT = (
     + _REQUEST
     + "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# A template for tokenizers without one, with no tokens of its own. It marks the assistant's part, so that the loss
-# can be put on every answer. Chosen.
+# A template for tokenizers without one; it adds no tokens. It marks the assistant's part, so that every answer can
+# have loss. Chosen.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}Assistant: {% generation %}{{ message['content'] }}{{ eos_token }}"
@@ -37,16 +37,16 @@ PLAIN_TEMPLATE = (
 
 
 class _Columns(string.Formatter):
-    """str.format on plain columns: no attributes, no indices, so that a template is only a template."""
+    """str.format on plain columns, without attributes and indices, so that a template cannot run code."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if field_name not in kwargs:
-            raise DataError(f"a template asks for the column {field_name!r}. {nearest(field_name, list(kwargs))}")
+            raise DataError(f"the template's column {field_name!r} does not exist. {nearest(field_name, list(kwargs))}")
         return filled(kwargs[field_name], field_name), field_name
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """Get a template with its {columns} filled in; `DataError` for a column that is not there."""
+    """Get a template with its {columns} filled in; `DataError` for a column that does not exist."""
     try:
         return _Columns().vformat(template, (), dict(row))
     except (ValueError, KeyError, IndexError) as error:
@@ -56,7 +56,7 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
 
 
 def columns_of(template: str) -> list[str]:
-    """Get the names of the columns that a template asks for, in their order."""
+    """Get the names of the columns in a template, in their order."""
     return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
 
 
@@ -68,7 +68,7 @@ def prepared(
     chat: bool,
     split: str = "train",
 ) -> list[Row]:
-    """Get rows as trl reads them: `text`, or `prompt` and `completion` (texts, or messages where `chat`).
+    """Get rows in trl's form: `text`, or `prompt` and `completion` (texts, or messages with `chat`).
 
     messages: everything before the last answer is the prompt, the last answer the completion.
     """
@@ -102,10 +102,12 @@ def _one(
 
 
 def instruction(row: Mapping[str, Any], chat: bool) -> str:
-    """Get what an alpaca row asks: in Stanford's words, or bare for a chat template. A row may have no `input`."""
+    """Get the prompt of an alpaca row: in Stanford's words, or bare for a chat template. `input` may be missing."""
     for name in ("history", "system"):
         if row.get(name):
-            raise DataError(f"the column {name!r} has no place in alpaca's prompt. Write messages, or drop it.")
+            raise DataError(
+                f"alpaca's prompt does not use the column {name!r}. Use format messages, or drop the column."
+            )
     more = _text(row, "input") if "input" in row else ""
     if chat:
         return _text(row, "instruction") + (f"\n\n{more}" if more else "")
@@ -127,7 +129,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def as_asked(text: str, form: Format, prompt: str | None, chat: bool) -> str:
-    """Get a user's words in the prompt that the rows were put into; several columns are given as a JSON object."""
+    """Get a user's words in the prompt template of the rows; several columns need a JSON object."""
     if form == "alpaca":
         found = _object(text)
         return instruction(found if found and "instruction" in found else {"instruction": text}, chat)
@@ -138,7 +140,7 @@ def as_asked(text: str, form: Format, prompt: str | None, chat: bool) -> str:
         return fill(prompt, {names[0]: text})
     found = _object(text)
     if found is None:
-        raise OptionError(f"the prompt of this run is made of {', '.join(names)}. Give a JSON object with these keys.")
+        raise OptionError(f"this run's prompt has the columns {', '.join(names)}. Give a JSON object with these keys.")
     return fill(prompt, found)
 
 
@@ -151,7 +153,7 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def prompt_of(row: Mapping[str, Any]) -> Any:
-    """Get what the model is given of a prepared row."""
+    """Get the prompt of a prepared row."""
     if "prompt" not in row:
         raise OptionError(
             "data.format=text has no prompts, so nothing can be generated and scored. Use prompt_completion."
@@ -160,6 +162,6 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
 
 
 def answer_of(row: Mapping[str, Any]) -> str:
-    """Get the text that the model should write for a prepared row."""
+    """Get the answer of a prepared row."""
     completion = row["completion"]
     return str(completion[-1]["content"] if isinstance(completion, list) else completion)

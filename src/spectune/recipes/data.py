@@ -1,4 +1,4 @@
-"""Examples out of files (CSV, TSV, JSONL, Parquet, also gzipped) or the Hugging Face hub; splits by the seed."""
+"""Examples from files (CSV, TSV, JSONL, Parquet, also gzipped) or the Hugging Face hub; splits by the seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..training.config import SPLITS, DataSection
 
 
 class Row(dict[str, Any]):
-    """The columns of one example, and where it stands: `train.csv, row 7` (a table's header is row 1)."""
+    """The columns of one example, and its place: `train.csv, row 7` (a table's header is row 1)."""
 
     __slots__ = ("where",)
 
@@ -28,31 +28,31 @@ class Row(dict[str, Any]):
 
 
 Numbered = Iterable[tuple[int, Any]]
-# A small file may unfold to gigabytes. Deflate writes at most 1,032 equal bytes as one, text comes to 3 to 30, rows
-# that repeat a prompt to about 100: more is not real data. Small files may unfold to 16 MiB at least. Chosen.
+# A small file may unpack to gigabytes. Deflate writes at most 1,032 equal bytes as one; text reaches 3 to 30, rows that
+# repeat a prompt about 100; more is not real data. Any file may unpack to 16 MiB. Chosen.
 MOST_UNFOLDING, FREE_BYTES = 200, 2**24
-# How much is unpacked before it is counted again. Chosen.
+# Bytes that are unpacked at a time. Chosen.
 PIECE_BYTES, PIECE_ROWS = 2**20, 1_000
 
 
 def load_splits(data: DataSection, seed: int) -> dict[str, list[Row]]:
-    """Get the rows of each split that is asked for, whole; train is always there, validation where it is held out.
+    """Get all rows of each configured split; train always exists, validation if it is held out.
 
     The held-out share is drawn by the seed, without touching the global random state. `DataError` for a file that
     is missing or not in its format.
     """
     named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
     if "train" not in named:
-        raise DataError("data.train: asked for nothing to learn from. Give a file, or a split of data.hub.")
+        raise DataError("data.train: is missing. Give a file, or a split of data.hub.")
     return held_out({s: _from_hub(data, n) if data.hub else read_rows(n) for s, n in named.items()}, data, seed)
 
 
 def held_out(rows: Mapping[str, Sequence[Any]], data: DataSection, seed: int) -> dict[str, list[Any]]:
-    """Get the splits, a share of train moved to validation where `data.validation_share` asks for it."""
+    """Get the splits, with `data.validation_share` of train moved to validation."""
     found = {split: list(part) for split, part in rows.items()}
     if data.validation_share is not None:
         if "validation" in found:
-            raise DataError("data.validation_share: the data bring validation examples of their own. Leave it out.")
+            raise DataError("data.validation_share: the data already contain validation examples. Leave it out.")
         everything = found["train"]
         order = _shuffled(range(len(everything)), seed)
         kept_back = set(order[: max(1, round(data.validation_share * len(order)))])
@@ -60,7 +60,7 @@ def held_out(rows: Mapping[str, Sequence[Any]], data: DataSection, seed: int) ->
         found["train"] = [row for i, row in enumerate(everything) if i not in kept_back]
     empty = [split for split, part in found.items() if not part]
     if empty:
-        raise DataError(f"data.{empty[0]}: no example is in it. Choose another file.")
+        raise DataError(f"data.{empty[0]}: contains no examples. Choose another file.")
     return found
 
 
@@ -69,7 +69,7 @@ def limited(rows: Mapping[str, Sequence[Any]], data: DataSection, seed: int) -> 
     found = {split: list(part) for split, part in rows.items()}
     for split, limit in data.limit.items():
         if split not in found:
-            raise DataError(f"data.limit.{split}: asked for {limit} examples of a split that is not given.")
+            raise DataError(f"data.limit.{split}={limit}: this split is not given. Give it, or leave the limit out.")
         found[split] = [found[split][i] for i in _shuffled(range(len(found[split])), seed)[:limit]]
     return found
 
@@ -81,27 +81,28 @@ def _shuffled(places: Iterable[int], seed: int) -> list[int]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Get the rows of one file, by its ending: .csv .tsv .jsonl .json .parquet, the text ones also with .gz."""
+    """Get the rows of one file, by its ending: .csv .tsv .jsonl .json .parquet; all but parquet also with .gz."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: asked for a data file, found {'a folder' if path.is_dir() else 'nothing'}.")
+        why = "this is a folder" if path.is_dir() else "there is no such file"
+        raise DataError(f"{path}: a data file is needed, but {why}. Check the path.")
     ending = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     readers = {"csv": _csv, "tsv": _tsv, "jsonl": _jsonl, "json": _json, "parquet": _parquet}
     if ending not in readers:
-        raise DataError(f"{path}: rows are not read from .{ending} files. Choose from: {', '.join(readers)}.")
+        raise DataError(f"{path}: cannot read rows from .{ending} files. Choose from: {', '.join(readers)}.")
     try:
         rows = list(readers[ending](path))
     except (ValueError, OSError, csv.Error, EOFError, zlib.error, RecursionError) as error:
         raise DataError(f"{path}: this is not a {ending} file: {one_line(error)}.") from error
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: every row must have named columns, found {str(row)[:40]!r}.")
+            raise DataError(f"{path}, row {number}: this is not a row with named columns: {str(row)[:40]!r}.")
     return [Row(row, f"{path}, row {number}") for number, row in rows]
 
 
 def _text(path: Path) -> str:
     if not path.name.endswith(".gz"):
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets begin a file with a mark
+        return path.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
     pieces, size, most = [], 0, _most_bytes(path)
     with gzip.open(path) as file:
         while piece := file.read(PIECE_BYTES):
@@ -118,14 +119,14 @@ def _most_bytes(path: Path) -> int:
 def _refuse_bomb(size: int, most: int) -> None:
     if size > most:
         raise ValueError(
-            f"it unfolds to more than {most:,} bytes ({MOST_UNFOLDING} times its size are read, at least "
+            f"it unpacks to more than {most:,} bytes (the limit is {MOST_UNFOLDING} times its size, at least "
             f"{FREE_BYTES:,}). Check it, or pass it unpacked"
         )
 
 
 def _csv(path: Path) -> Numbered:
     text = _text(path)
-    before = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 letters unless told otherwise
+    before = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # 131,072 letters by default
     try:
         return _table(list(csv.reader(io.StringIO(text, newline=""), strict=True)))
     finally:
@@ -133,21 +134,21 @@ def _csv(path: Path) -> Numbered:
 
 
 def _tsv(path: Path) -> Numbered:
-    """A tab ends a column and a line ends a row, whatever stands between: quotes are letters, as in GLUE's files."""
+    """Split at every tab and line end: quotes are plain letters, as in GLUE's files."""
     lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
     return _table([line.split("\t") if line else [] for line in lines])
 
 
 def _table(lines: list[list[str]]) -> Numbered:
-    """Get the rows below the header with their numbers, the header being row 1; empty ones are passed over."""
+    """Get the rows below the header with their numbers (the header is row 1), without empty ones."""
     header = next(iter(lines), [])
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"the column {twice!r} stands twice in the first row")
+        raise ValueError(f"the column {twice!r} occurs twice in the first row")
     found = [(number, line) for number, line in enumerate(lines, 1) if line and number > 1]
     for number, line in found:
         if len(line) != len(header):
-            raise ValueError(f"row {number} has another number of columns ({len(line)}) than the first ({len(header)})")
+            raise ValueError(f"row {number} has {len(line)} columns, but the first row has {len(header)}")
     return [(number, dict(zip(header, line, strict=True))) for number, line in found]
 
 
@@ -163,7 +164,7 @@ def _jsonl(path: Path) -> Numbered:
 def _json(path: Path) -> Numbered:
     read = json.loads(_text(path))
     if not isinstance(read, list):
-        raise ValueError("a list of rows was expected")
+        raise ValueError("it is not a list of rows")
     return enumerate(read, 1)
 
 
@@ -171,9 +172,7 @@ def _parquet(path: Path) -> Numbered:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped]
     except ImportError:
-        raise MissingExtraError(
-            f"{path}: pyarrow, which reads it, is not installed. pip install 'spectune[train]'"
-        ) from None
+        raise MissingExtraError(f"{path}: reading it needs pyarrow. Run: pip install 'spectune[train]'") from None
     rows: list[dict[str, Any]] = []
     size, most = 0, _most_bytes(path)
     try:
@@ -182,18 +181,18 @@ def _parquet(path: Path) -> Numbered:
                 size += piece.nbytes
                 _refuse_bomb(size, most)
                 rows += piece.to_pylist()
-    except Exception as error:  # a parser of its own: what it raises is of every kind, OverflowError for a date
+    except Exception as error:  # pyarrow raises many kinds, such as OverflowError for a date
         raise ValueError(str(error) or type(error).__name__) from error
     return enumerate(rows, 1)
 
 
 def hub_split(data: DataSection, split: str) -> Any:
-    """Get one split of a hub data set as `datasets` has it; code of the data set is never run."""
+    """Get one split of a hub data set from `datasets`; code of the data set is never run."""
     try:
         import datasets
     except ImportError:
         raise MissingExtraError(
-            f"data.hub={data.hub}: datasets is not installed. pip install 'spectune[train]'"
+            f"data.hub={data.hub}: this needs the package datasets. Run: pip install 'spectune[train]'"
         ) from None
     try:
         return datasets.load_dataset(data.hub, data.hub_config, split=split)
@@ -204,7 +203,7 @@ def hub_split(data: DataSection, split: str) -> Any:
 def _from_hub(data: DataSection, split: str) -> list[Row]:
     found = hub_split(data, split)
     rows: list[dict[str, Any]] = found.to_list()
-    # Classes stay numbers: their order is the task's (F1 is of class 1). A test set hides its labels behind -1.
+    # Classes stay numbers: their order is the task's (F1 is of class 1). In a test set, -1 means a hidden label.
     labels = [name for name, feature in found.features.items() if hasattr(feature, "int2str")]
     return [
         Row(row | {name: None for name in labels if row[name] == -1}, f"{data.hub}, {split}, row {number}")
@@ -213,7 +212,7 @@ def _from_hub(data: DataSection, split: str) -> list[Row]:
 
 
 def place(row: Mapping[str, Any], split: str, position: int) -> str:
-    """Get where a row stands, for an error's beginning: its file and row, else its split and position."""
+    """Get a row's place for an error message: its file and row, else its split and position."""
     return getattr(row, "where", "") or f"data.{split}, row {position + 1}"
 
 
@@ -223,16 +222,16 @@ def is_missing(value: Any) -> bool:
 
 
 def filled(value: Any, name: str) -> Any:
-    """Get a cell that can stand in a text; `DataError` for null, lists and bytes."""
+    """Get a cell as text; `DataError` for null, lists and bytes."""
     if is_missing(value):
-        raise DataError(f"column {name!r} is null. Fill it in, or take the row out.")
+        raise DataError(f"column {name!r} is null. Fill it in, or remove the row.")
     if isinstance(value, (list, tuple, dict, bytes)):
         raise DataError(f"column {name!r} is a {type(value).__name__}, not a text: {str(value)[:40]!r}.")
     return value
 
 
 def texts(rows: Sequence[Row], name: str, split: str) -> list[str]:
-    """Get one column as texts; `DataError` names the row that has none."""
+    """Get one column as texts; `DataError` names the first row without one."""
     found = []
     for position, value in enumerate(column(rows, name, split)):
         try:
@@ -243,7 +242,7 @@ def texts(rows: Sequence[Row], name: str, split: str) -> list[str]:
 
 
 def column(rows: Sequence[Row], name: str, split: str) -> list[Any]:
-    """Get one column; `DataError` with the near misses where a row lacks it."""
+    """Get one column; `DataError` with the near misses if a row lacks it."""
     for position, row in enumerate(rows):
         if name not in row:
             raise DataError(f"{place(row, split, position)}: no column {name!r}. {nearest(name, list(row))}")

@@ -1,4 +1,4 @@
-"""`commented_yaml`: a recipe's example run with every option that it has, each with its meaning and default."""
+"""`commented_yaml`: a recipe's example run with all its options, their meanings and defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 40
 
 
 def commented_yaml(recipe: str) -> str:
-    """Get the text of a YAML file for a recipe: what is set stands plain, what may be set stands behind a '#'."""
+    """Get a YAML file for a recipe: the example's settings, and all others commented out with their defaults."""
     kind = recipe_class(recipe)
     head = f"# {kind.title}: {kind.__doc__ or ''}".rstrip()
     lines = _section(kind.Config, {"recipe": recipe} | kind.example, "")
@@ -28,7 +28,7 @@ def _section(kind: type[BaseModel], values: dict[str, Any], indent: str) -> list
     for name, field in kind.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
-            # A key with nothing under it would be null, so that a section without a set value is commented out whole.
+            # A key with nothing under it would be null, so a section without set values is commented out.
             mark = "" if values.get(name) else "# "
             lines += [f"{indent}{mark}{name}:", *_section(inner, values.get(name, {}), indent + "  ")]
             continue
@@ -44,7 +44,7 @@ def _section(kind: type[BaseModel], values: dict[str, Any], indent: str) -> list
 
 def _flow(value: Any) -> str:
     if isinstance(value, str) and "\n" in value:
-        return json.dumps(value, ensure_ascii=False)  # YAML reads JSON, and on one line
+        return json.dumps(value, ensure_ascii=False)  # JSON is YAML, on one line
     if isinstance(value, (dict, list)):
         return write_yaml({"x": value}, flow=True).removeprefix("{x: ").rstrip("\n").removesuffix("}")
     return write_yaml({"x": value}).removeprefix("x: ").rstrip("\n")

@@ -30,16 +30,16 @@ ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 class ImageData(DataSection):
     """Images with labels."""
 
-    packaged: Packaged | None = Field(None, description="digits: 1,797 small digits that scikit-learn brings.")
+    packaged: Packaged | None = Field(None, description="digits: the 1,797 small digits in scikit-learn.")
     image_size: int | None = Field(None, gt=0, description="Side of the square input; default: the model's.")
     augment: bool = Field(True, description="Random crops and mirror images while training.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ImageData:
         if self.packaged and (self.train or self.hub or self.validation or self.test):
-            raise ValueError("packaged data brings its own splits; leave train, validation, test and hub out")
+            raise ValueError("packaged data has its own splits; leave train, validation, test and hub out")
         if self.train and self.train.endswith(".npz") and not self.hub and (self.validation or self.test):
-            raise ValueError("an .npz file brings x_validation and x_test itself; leave validation and test out")
+            raise ValueError("an .npz file contains x_validation and x_test; leave validation and test out")
         return self
 
 
@@ -58,13 +58,13 @@ class ImageClassificationConfig(RunConfig):
 
 @dataclass
 class _Images(torch.utils.data.Dataset[dict[str, Any]]):
-    """Pictures as tensors, each opened when it is asked for."""
+    """Pictures as tensors, each opened when it is needed."""
 
     pictures: Sequence[Picture]
     targets: Sequence[int]
     pixels: Pixels
     seed: int | None
-    """Augments when given. A crop follows from seed, epoch and place alone, so that a resumed run sees the same."""
+    """Augments if given. A crop depends only on seed, epoch and place, so that a resumed run sees the same."""
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class _TellEpoch(TrainerCallback):
 
 
 class ImageClassification(Recipe):
-    """Images and labels in, an adapted image model and its metrics out."""
+    """Adapts an image model to images with labels."""
 
     Config = ImageClassificationConfig
     title = "Image classification"
@@ -108,10 +108,10 @@ class ImageClassification(Recipe):
 
     @cached_property
     def labels(self) -> list[str]:
-        """The names of the classes, sorted (as numbers where all are)."""
+        """The names of the classes, sorted (as numbers if all are)."""
         found = ordered(picture.label for picture in self.everything["train"])
         if len(found) < 2:
-            raise DataError(f"data.train: asked for classes, found only {found}.")
+            raise DataError(f"data.train: at least two classes are needed, but it has only {found}. Add examples.")
         return found
 
     def classes(self) -> dict[str, dict[str, int]]:
@@ -126,7 +126,7 @@ class ImageClassification(Recipe):
         for name in (getattr(data, split) for split in SPLITS if not data.hub and not data.packaged):
             if name and Path(name).is_dir() and (left := unread(Path(name))):
                 said.append(
-                    f"{name}: {len(left):,} files or folders in it are not read, as {left[0].relative_to(name)}"
+                    f"{name}: {len(left):,} files or folders in it are ignored, such as {left[0].relative_to(name)}"
                 )
         return said
 
@@ -135,11 +135,11 @@ class ImageClassification(Recipe):
         try:
             return image_processor(self.config.model, revision=self.config.revision or "main")
         except (OSError, ValueError):
-            return None  # timm's models and bare configs have none; sizes then come from the model itself
+            return None  # timm's models and bare configs have none; then the model has the sizes
 
     @cached_property
     def pixels(self) -> Pixels:
-        """How an image becomes this model's input; known once the model is built."""
+        """Turns an image into this model's input; known once the model is built."""
         raise OptionError("pixels: the model must be built first.")
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
@@ -155,7 +155,7 @@ class ImageClassification(Recipe):
                 ignore_mismatched_sizes=True,  # the pretrained head has other classes
             )
         except ImportError as error:
-            raise MissingExtraError(f"model: {one_line(error)}. Install it: pip install 'spectune[vision]'") from None
+            raise MissingExtraError(f"model: {one_line(error)}. Run: pip install 'spectune[vision]'") from None
         self.pixels = pixels_of(model, self.processing, self.config.data.image_size)
         return model
 
@@ -167,7 +167,9 @@ class ImageClassification(Recipe):
             n for n in ("classifier", "cls_classifier", "distillation_classifier", "fc", "head") if hasattr(model, n)
         ]
         if not names:
-            raise OptionError(f"model: {type(model).__name__} has no head called classifier, fc or head.")
+            raise OptionError(
+                f"model: {type(model).__name__} has no head named classifier, fc or head. Choose another model."
+            )
         return names
 
     def task(self, model: nn.Module) -> Task:
@@ -180,7 +182,7 @@ class ImageClassification(Recipe):
     def ready(self, split: str) -> None:
         targets = self.targets(split)
         try_metrics(self.config.evaluation.metrics, targets, len(self.labels))
-        for picture in self.splits[split]:  # a damaged one would end the training whenever it comes up
+        for picture in self.splits[split]:  # a damaged one would end the training later
             picture.open()
 
     def rows(self, split: str) -> Any:
@@ -192,7 +194,7 @@ class ImageClassification(Recipe):
         return _Images(self.splits[split], self.targets(split), self.pixels, None)
 
     def targets(self, split: str) -> list[int]:
-        """Get the place of each picture's class."""
+        """Get the index of each picture's class."""
         places = {name: place for place, name in enumerate(self.labels)}
         unknown = [picture for picture in self.splits[split] if picture.label not in places]
         if unknown:
@@ -214,7 +216,7 @@ class ImageClassification(Recipe):
         return made
 
     def predict(self, model: nn.Module, split: str, places: Sequence[int] | None = None) -> list[int]:
-        """Get the place of the likeliest class of each picture."""
+        """Get the index of the likeliest class of each picture."""
         order = list(range(len(self.splits[split]))) if places is None else list(places)
         rows = self.plain_rows(split)
         chosen = torch.utils.data.Subset(rows, order)

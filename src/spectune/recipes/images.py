@@ -1,4 +1,4 @@
-"""Images and labels out of folders, .npz files, packages or the hub, and their way into a model's tensors."""
+"""Images and labels from folders, .npz files, packages or the hub, as a model's tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .data import hub_split
 from .labels import class_name
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# A picture of more pixels is refused before it is unpacked: a few kilobytes can unpack to gigabytes. Chosen.
+# Larger pictures are refused before they are unpacked: a few kilobytes can unpack to gigabytes. Chosen.
 MOST_PIXELS = 100_000_000
-# The mean and deviation of ImageNet's channels, for models that do not say theirs.
+# The mean and deviation of ImageNet's channels, for models without their own.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Packaged = Literal["digits"]
 
@@ -40,22 +40,20 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise MissingExtraError("images: pillow is not installed. pip install 'spectune[vision]'") from None
+        raise MissingExtraError("images: this needs pillow. Run: pip install 'spectune[vision]'") from None
     return Image
 
 
 def load_pictures(data: DataSection, packaged: Packaged | None) -> dict[str, list[Picture]]:
     """Get the pictures of every split that is given.
 
-    A folder holds one folder for each class; an .npz file holds x_train, y_train and perhaps x_validation, x_test
-    (uint8, N x H x W or N x H x W x 3) and is given as train. `DataError` for what is missing or of another form.
+    A folder contains one folder for each class; an .npz file contains x_train, y_train and perhaps x_validation,
+    x_test (uint8, N x H x W or N x H x W x 3) and is given as train. `DataError` for missing or malformed data.
     """
     if packaged is not None:
         return _digits()
     if data.train is None:
-        raise DataError(
-            "data.train: asked for nothing to learn from. Give a folder, an .npz file, or a split of data.hub."
-        )
+        raise DataError("data.train: is missing. Give a folder, an .npz file, or a split of data.hub.")
     if data.train.endswith(".npz") and not data.hub:
         return _npz(Path(data.train))
     named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
@@ -64,7 +62,9 @@ def load_pictures(data: DataSection, packaged: Packaged | None) -> dict[str, lis
 
 def _folder(path: Path) -> list[Picture]:
     if not path.is_dir():
-        raise DataError(f"{path}: asked for a folder with one folder of images for each class, found none.")
+        raise DataError(
+            f"{path}: a folder with one folder of images for each class is needed, but there is none. Check the path."
+        )
     classes = sorted(child for child in path.iterdir() if child.is_dir() and not is_litter(child))
     found = [
         Picture(lambda file=file: _opened(file), class_name(folder.name), str(file))  # type: ignore[misc]
@@ -73,17 +73,19 @@ def _folder(path: Path) -> list[Picture]:
         if file.suffix.lower() in ENDINGS and not any(map(is_litter, (file, *file.relative_to(folder).parents)))
     ]
     if not found:
-        raise DataError(f"{path}: no image is in its folders. One folder for each class is read: {path}/cat/1.jpg.")
+        raise DataError(
+            f"{path}: its folders contain no images. Put them into one folder for each class, such as {path}/cat/1.jpg."
+        )
     return found
 
 
 def is_litter(path: Path) -> bool:
-    """Ask whether an operating system left a file beside the pictures: macOS's ._x.jpg, .DS_Store, Thumbs.db."""
+    """Ask whether a file is an operating system's: macOS's ._x.jpg, .DS_Store, Thumbs.db."""
     return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def unread(path: Path) -> list[Path]:
-    """Get what lies in a folder of pictures and is not read: other endings, pictures outside a class, empty classes."""
+    """Get what is ignored in a folder of pictures: other endings, pictures outside a class, empty classes."""
     found = []
     for child in sorted(path.iterdir()):
         inside = [child] if child.is_file() else [file for file in sorted(child.rglob("*")) if file.is_file()]
@@ -99,23 +101,25 @@ def _opened(file: Path) -> Any:
     try:
         with image_type.open(file) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"{image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed.")
+                raise DataError(
+                    f"{image.width} x {image.height} pixels are too many (limit {MOST_PIXELS:,}). Make it smaller."
+                )
             return upright_rgb(image)
     except (OSError, ValueError, SyntaxError, image_type.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise DataError(f"{file}: {error}") from None
-        raise DataError(f"{file}: this is not an image that pillow reads: {error}") from error
+        raise DataError(f"{file}: pillow cannot read this image: {error}") from error
 
 
 def upright_rgb(image: Any) -> Any:
-    """Get a picture of pillow as eight bits of red, green and blue, turned as its EXIF orientation says.
+    """Get pillow's picture as eight bits of red, green and blue, rotated by its EXIF orientation.
 
-    Sixteen bits are scaled: 65,535 becomes 255. `DataError` for 32-bit pixels, which do not say what is white.
+    Sixteen bits are scaled: 65,535 becomes 255. `DataError` for 32-bit pixels, whose white level is unknown.
     """
     if image.mode in ("I", "F") and getattr(image, "format", None) != "PNG":  # older pillows open a 16-bit PNG as I
-        raise DataError(f"pixels of mode {image.mode} (32 bits) do not say what is white. Save it in 8 or 16 bits.")
+        raise DataError(f"the white level of 32-bit pixels (mode {image.mode}) is unknown. Save it in 8 or 16 bits.")
     if image.mode.startswith("I"):
-        # As many steps of 257 as fit, rounded: 65,535 / 257 = 255.
+        # Rounded division: 65,535 / 257 = 255.
         exif = image.getexif()
         image = pillow().fromarray(np.rint(np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
         image.getexif().update(exif)
@@ -143,14 +147,16 @@ def _npz(path: Path) -> dict[str, list[Picture]]:
                 raise DataError(f"{path}: x_{split} needs a y_{split} of the same length.")
             found[split] = _from_arrays(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{path.name}:{split}")
     if "train" not in found:
-        raise DataError(f"{path}: asked for x_train and y_train, found {', '.join(arrays) or 'nothing'}.")
+        raise DataError(
+            f"{path}: x_train and y_train are needed, but it contains {', '.join(arrays) or 'nothing'}. Rename them."
+        )
     return found
 
 
 def _from_arrays(pixels: Any, labels: Any, name: str) -> list[Picture]:
     if pixels.dtype != np.uint8 or (pixels.ndim != 3 and pixels.shape[3:] != (3,)):
         raise DataError(
-            f"{name}: pixels must be uint8 and N x H x W or N x H x W x 3, found {pixels.dtype} {pixels.shape}."
+            f"{name}: pixels must be uint8 and N x H x W or N x H x W x 3, but are {pixels.dtype} {pixels.shape}."
         )
     image_type = pillow()
     names = [_named(label, f"{name} {i}") for i, label in enumerate(labels.tolist())]
@@ -173,7 +179,7 @@ def _digits() -> dict[str, list[Picture]]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise MissingExtraError(
-            "data.packaged=digits: scikit-learn is not installed. pip install 'spectune[train]'"
+            "data.packaged=digits: this needs scikit-learn. Run: pip install 'spectune[train]'"
         ) from None
     pixels, labels = load_digits(return_X_y=True)
     small = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
@@ -187,10 +193,10 @@ def _hub(data: DataSection, split: str) -> list[Picture]:
     labels = [name for name, feature in found.features.items() if hasattr(feature, "int2str")]
     if len(images) != 1 or len(labels) != 1:
         raise DataError(
-            f"data.hub={data.hub}: asked for one column of images and one of classes, found {images} and {labels}."
+            f"data.hub={data.hub}: needs one column of images and one of classes, but has {images} and {labels}."
         )
     kind, places = found.features[labels[0]], found[labels[0]]
-    # A test set hides its labels behind -1.
+    # In a test set, -1 means a hidden label.
     names = [
         _named(None if place is None or place < 0 else kind.int2str(place), f"{data.hub}, {split}, row {number}")
         for number, place in enumerate(places, 1)
@@ -205,7 +211,7 @@ def _of_hub(found: Any, column: str, i: int, where: str) -> Any:
     try:
         image = found[i][column]
         if image is None:
-            raise DataError("there is no picture.")
+            raise DataError("has no picture. Add it, or remove the row.")
         return upright_rgb(image)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{where}: {error}") from error
@@ -213,14 +219,14 @@ def _of_hub(found: Any, column: str, i: int, where: str) -> Any:
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image becomes a tensor: resized, cut to the middle, normalised as the model was trained."""
+    """Turns an image into a tensor: resized, cropped to the middle, normalised as in the model's training."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, image: Any, chance: random.Random | None = None) -> torch.Tensor:
-        """Get the 3 x H x W tensor. With `chance` a random crop of 60-100% of the area and a random mirror image."""
+        """Get the 3 x H x W tensor. With `chance`, a random crop of 60-100% of the area and a random mirror image."""
         height, width = self.size
         box = _random_box(image.size, chance) if chance is not None else _middle_box(image.size, width / height)
         small = image.resize((width, height), pillow().Resampling.BICUBIC, box=box)
@@ -238,7 +244,7 @@ def _middle_box(size: tuple[int, int], ratio: float) -> tuple[float, float, floa
 
 
 def _random_box(size: tuple[int, int], chance: random.Random) -> tuple[float, float, float, float]:
-    # Shares and ratios milder than Inception's 8-100%, 3/4-4/3: fine-tuning sees each image a few times only. Chosen.
+    # Milder than Inception's 8-100% and 3/4-4/3: fine-tuning sees each image only a few times. Chosen.
     width, height = size
     share, ratio = chance.uniform(0.6, 1.0) ** 0.5, chance.uniform(0.9, 1.1)
     cut_width, cut_height = min(width, width * share * ratio), min(height, height * share / ratio)
@@ -247,15 +253,15 @@ def _random_box(size: tuple[int, int], chance: random.Random) -> tuple[float, fl
 
 
 def image_processor(model: str | Path, **where: Any) -> Any:
-    """Get transformers' processor of a model's pictures; `MissingExtraError` where it wants a package that is missing.
+    """Get transformers' image processor of a model; `MissingExtraError` if it needs a package that is missing.
 
-    To go on without it would scale the pictures otherwise than the model knows them.
+    Without the processor, pictures would be scaled differently than in the model's training.
     """
     try:
         return load_auto(AutoImageProcessor, model, **where)
     except ImportError as error:
         wants = " ".join(str(error).split()).partition(". ")[0]
-        raise MissingExtraError(f"{model}: {wants}. pip install 'spectune[vision]'") from error
+        raise MissingExtraError(f"{model}: {wants}. Run: pip install 'spectune[vision]'") from error
 
 
 def pixels_of(model: Any, processor: Any, side: int | None) -> Pixels:
@@ -283,5 +289,5 @@ def _height_and_width(size: Any, config: Any) -> tuple[int, int]:
     edge = get("shortest_edge")
     height, width = get("height") or edge, get("width") or edge
     if not height or not width:
-        raise DataError(f"model: {type(config).__name__} does not say its image size. Give data.image_size.")
+        raise DataError(f"model: {type(config).__name__} does not contain its image size. Give data.image_size.")
     return int(height), int(width)

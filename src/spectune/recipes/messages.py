@@ -10,7 +10,7 @@ from ..errors import DataError, nearest
 from .data import is_missing
 
 Message = dict[str, Any]
-# ShareGPT's words for who speaks, as its descendants write them.
+# ShareGPT's words for the speakers, and those of similar data sets.
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -24,29 +24,29 @@ SPEAKERS = {
     "function_response": "tool",
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Keys of a message that say something, besides role and content: a template that leaves them out would lose it.
+# Keys of a message with contents, besides role and content: a template that leaves them out would lose these.
 CARRYING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "weight")
 
 
 def conversation(messages: Any, tools: Any = None, system: Any = None) -> dict[str, Any]:
-    """Get prompt (everything before the last answer), completion (the last answer) and, where there are any, tools.
+    """Get prompt (everything before the last answer), completion (the last answer) and tools, if any.
 
     `system` is the column of that name, which becomes the first message.
     """
     turns = read_messages(messages)
     if not _is_empty(system):
         if any(turn["role"] == "system" for turn in turns):
-            raise DataError("there is a system message and a column system. Leave one out.")
+            raise DataError("there are both a system message and a column system. Leave one out.")
         turns = [*read_messages([{"role": "system", "content": system}]), *turns]
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise DataError("a conversation must end with the assistant's answer to something.")
+        raise DataError("a conversation must end with an answer of the assistant, after a question.")
     return {"prompt": turns[:-1], "completion": turns[-1:]} | read_tools(tools)
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """Get the messages with role and content; `DataError` counts to the one that is not in order."""
+    """Get the messages with role and content; `DataError` gives the number of the first malformed one."""
     if not isinstance(messages, (list, tuple)):
-        raise DataError(f"messages must be a list, found {type(messages).__name__}.")
+        raise DataError(f"messages must be a list, not {type(messages).__name__}.")
     found = []
     for number, message in enumerate(messages, 1):
         try:
@@ -57,7 +57,7 @@ def read_messages(messages: Any) -> list[Message]:
 
 
 def read_tools(tools: Any) -> dict[str, Any]:
-    """Get `tools` as a chat template takes them, nothing where there are none; JSON in a text is read."""
+    """Get `tools` for a chat template, parsed if they are JSON text; empty without any."""
     if is_missing(tools) or tools in ("", []):
         return {}
     try:
@@ -65,7 +65,7 @@ def read_tools(tools: Any) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise DataError(f"tools must be a list of descriptions, found {str(tools)[:40]!r}.")
+        raise DataError(f"tools must be a list of descriptions, not {str(tools)[:40]!r}.")
     return {"tools": found} if found else {}
 
 
@@ -78,9 +78,9 @@ def _message(message: Any) -> Message:
         who, said = message["from"], message.get("value")
         role = SPEAKERS.get(str(who).strip().lower())
         if role is None:
-            raise DataError(f"the speaker {who!r} is not known. {nearest(str(who), list(SPEAKERS))}")
+            raise DataError(f"the speaker {who!r} is unknown. {nearest(str(who), list(SPEAKERS))}")
     if not isinstance(role, str) or not role:
-        raise DataError(f"the role is {role!r}, not a word.")
+        raise DataError(f"the role must be a word, not {role!r}.")
     more = {k: v for k, v in message.items() if k not in ("role", "content", "from", "value") and not _is_empty(v)}
     if "tool_calls" in more:
         more["tool_calls"] = _calls(more["tool_calls"])
@@ -93,24 +93,24 @@ def _is_empty(value: Any) -> bool:
 
 
 def _content(said: Any, who: str) -> str:
-    """Get a message's text; a list of parts is joined where all are texts."""
+    """Get a message's text; a list of parts is joined if all are texts."""
     if isinstance(said, list):
         kinds = [part.get("type", "?") if isinstance(part, Mapping) else "text" for part in said]
         other = next((kind for kind in kinds if kind != "text"), None)
         if other is not None:
-            raise DataError(f"what {who} says has a part of type {other!r}. Only texts are learned.")
+            raise DataError(f"the content of {who} has a part of type {other!r}. Only text can be learned.")
         said = "".join(str(part.get("text", "")) if isinstance(part, Mapping) else str(part) for part in said)
     if is_missing(said):
-        raise DataError(f"what {who} says is null. Fill it in, or take the row out.")
+        raise DataError(f"the content of {who} is null. Fill it in, or remove the row.")
     if not isinstance(said, str):
-        raise DataError(f"what {who} says is of type {type(said).__name__}, not a text.")
+        raise DataError(f"the content of {who} must be text, not {type(said).__name__}.")
     return said
 
 
 def _calls(calls: Any) -> list[Any]:
-    """Get tool calls with their arguments as templates take them: read, where OpenAI writes JSON in a text."""
+    """Get tool calls for a chat template: arguments that OpenAI writes as JSON text are parsed."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise DataError(f"tool_calls must be a list of calls, found {str(calls)[:40]!r}.")
+        raise DataError(f"tool_calls must be a list of calls, not {str(calls)[:40]!r}.")
     return [_call(dict(call)) for call in calls]
 
 
@@ -128,13 +128,13 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 def refuse_what_is_lost(
     messages: Sequence[Message], tools: Any, template: str, render: Callable[[Sequence[Message], Any], Any]
 ) -> None:
-    """Raise `DataError` for what the chat template leaves out: a tool call, tools, thoughts, a role without a word.
+    """Raise `DataError` for anything that the chat template leaves out: a tool call, tools, thoughts, a role.
 
-    A key is used where the rendering without it is another one.
+    A key is used if the rendering without it is different.
     """
     for role in dict.fromkeys(str(message["role"]) for message in messages):
         if role not in ROLES and role not in template:
-            raise DataError(f"the chat template knows no role {role!r}. {nearest(role, ROLES)}")
+            raise DataError(f"the chat template ignores the role {role!r}. {nearest(role, ROLES)}")
     whole = None
     for key in (key for key in CARRYING if any(_says(message, key) for message in messages)):
         whole = render(messages, tools) if whole is None else whole
@@ -154,4 +154,4 @@ def _same(whole: Any, messages: Sequence[Message], tools: Any, render: Callable[
     try:
         return bool(render(messages, tools) == whole)
     except DataError:
-        return False  # the template insists on it
+        return False  # the template needs it

@@ -12,9 +12,7 @@ def _sklearn() -> Any:
     try:
         from sklearn import metrics
     except ImportError:
-        raise MissingExtraError(
-            "metrics: scikit-learn, which computes them, is not installed. pip install 'spectune[train]'"
-        ) from None
+        raise MissingExtraError("metrics: they need scikit-learn. Run: pip install 'spectune[train]'") from None
     return metrics
 
 
@@ -26,7 +24,7 @@ def accuracy(found: Sequence[Any], right: Sequence[Any]) -> float:
 def _f1(found: Sequence[Any], right: Sequence[Any]) -> float:
     """F1 of class 1, as GLUE scores MRPC and QQP; only for two classes."""
     if (set(found) | set(right)) - {0, 1}:
-        raise DataError("metric 'f1': asked for two classes, found more. Use macro_f1.")
+        raise DataError("metric 'f1': is only for two classes, but there are more. Use macro_f1.")
     return float(_sklearn().f1_score(right, found, zero_division=0.0))
 
 
@@ -43,7 +41,7 @@ def _correlation(name: str, found: Sequence[Any], right: Sequence[Any]) -> float
     from scipy import stats
 
     if len(set(found)) < 2 or len(set(right)) < 2:
-        return 0.0  # a constant tells nothing; scipy would warn and say NaN
+        return 0.0  # for a constant, scipy would warn and return NaN
     return float(getattr(stats, name)(found, right).statistic)
 
 
@@ -67,14 +65,14 @@ FOR_SCORES = ("pearson", "spearman")
 
 
 def try_metrics(names: Sequence[str], right: Sequence[Any], classes: int | None) -> None:
-    """Compute each metric of the right answers, to see that it can be; `classes` is None for scores."""
+    """Compute each metric on the right answers, to check that it works; `classes` is None for scores."""
     if "f1" in names and classes is not None and classes != 2:
-        raise DataError(f"evaluation.metrics: 'f1' is of two classes, the data have {classes}. Use macro_f1.")
+        raise DataError(f"evaluation.metrics: 'f1' is only for two classes, but the data have {classes}. Use macro_f1.")
     measure(names, right, right)
 
 
 def measure(names: Sequence[str], found: Sequence[Any], right: Sequence[Any]) -> dict[str, float]:
-    """Get each named metric of the answers against the right ones; places of classes, or scores."""
+    """Get each named metric of the answers against the right ones; class indices, or scores."""
     for name in names:
         if name not in METRICS:
             raise DataError(f"metric {name!r} does not exist. {nearest(name, list(METRICS))}")

@@ -1,4 +1,4 @@
-"""`Recipe`: what a recipe owes the shared loop: a base model, examples, a Trainer, a metric, one example on show."""
+"""`Recipe`: what a recipe provides: a base model, examples, a Trainer, a metric, one example to show."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Shown:
 
     pieces: list[tuple[str, bool]]
     answer: str = ""
-    """What is to be learned, where it is not among the pieces (a label)."""
+    """The label, if the answer is not among the pieces."""
     marks: str = "carries loss"
-    """What the pieces are marked for."""
+    """The meaning of the mark."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Recipe:
     """One kind of task. A new recipe is one file with a child of this class, and one row in RECIPES."""
 
     Config: ClassVar[type[RunConfig]]
-    """What the recipe is told."""
+    """The class of its configuration."""
     task_type: ClassVar[str | None] = None
-    """PEFT's word for the task, which stands in the saved adapter."""
+    """PEFT's name of the task, for the saved adapter."""
     title: ClassVar[str]
     example: ClassVar[dict[str, Any]]
     """A small run, as `spectune init` prints it."""
@@ -58,11 +58,11 @@ class Recipe:
 
     @cached_property
     def splits(self) -> dict[str, Any]:
-        """The examples of each split, as the recipe works with them."""
+        """The examples of each split."""
         raise NotImplementedError
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
-        """Get the base model with a head that fits the task, or the fully tuned one from a run's folder."""
+        """Get the base model with a head for the task, or the fully tuned one from a run's folder."""
         raise NotImplementedError
 
     def head(self, model: nn.Module) -> list[str]:
@@ -70,7 +70,7 @@ class Recipe:
         return []
 
     def attach(self, model: nn.Module) -> tuple[nn.Module, list[tuple[list[nn.Parameter], float]]] | None:
-        """Get the model with what trains on it, and `Plan.rates`; None for the usual: one adapter and one head."""
+        """Get the model with its adapters, and `Plan.rates`; None for the usual case: one adapter and one head."""
         return None
 
     def task(self, model: nn.Module) -> Task | None:
@@ -78,25 +78,25 @@ class Recipe:
         return None
 
     def load(self, tuned: Path) -> nn.Module:
-        """Get the tuned model of a finished run: its base with what the folder holds."""
+        """Get the tuned model of a finished run, from its base and its folder."""
         if self.config.adapter_options is None:
             return self.build_model(tuned)
         return load_attached(self.build_model(), tuned)
 
     def parts(self, model: nn.Module) -> dict[str, int]:
-        """Get part -> trained numbers, where the adapter has several parts; each is a folder or file of its name."""
+        """Get part -> trained numbers, if the adapter has several parts; each is a folder or file of that name."""
         return {}
 
     def callbacks(self, model: nn.Module, run: Path) -> list[TrainerCallback]:
-        """Get what else happens while a run trains into its folder; a range test leaves it out."""
+        """Get more callbacks for a run that trains into a folder; a range test does not use them."""
         return []
 
     def drawings(self, run: Path) -> list[tuple[str, bytes]]:
-        """Get (caption, PNG file) of each picture that a run has drawn into its folder."""
+        """Get (caption, PNG file) of each picture that a run drew into its folder."""
         return []
 
     def rows(self, split: str) -> Sequence[dict[str, Any]]:
-        """Get the examples of a split as the collator takes them."""
+        """Get the examples of a split for the collator."""
         raise NotImplementedError
 
     def plain_rows(self, split: str) -> Sequence[dict[str, Any]]:
@@ -114,12 +114,12 @@ class Recipe:
 
     @property
     def loss(self) -> Loss | None:
-        """The loss, None for the one that the model returns."""
+        """The loss; None for the model's own."""
         return None
 
     @property
     def processing(self) -> Any:
-        """The tokenizer or image processor, saved beside the adapter; None if there is none."""
+        """The tokenizer or image processor, saved with the adapter; None if there is none."""
         return None
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -131,31 +131,31 @@ class Recipe:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Read, label and tokenise every split whole and try every metric on it: what cannot be done is said now.
+        """Read, label and tokenise every split and try every metric on it, so that mistakes show before training.
 
-        Called before the model is built, so that no training is lost to its last minute.
+        Called before the model is built.
         """
         for split in self.splits:
             self.ready(split)
 
     def ready(self, split: str) -> None:
-        """Read the examples of a split as training and evaluation will, and try the metrics; raises where they will."""
+        """Read the examples of a split as training and evaluation do, and try the metrics; raises where they would."""
         raise NotImplementedError
 
     def classes(self) -> dict[str, dict[str, int]]:
-        """Get split -> class -> number of examples; nothing where there are no classes."""
+        """Get split -> class -> number of examples; empty without classes."""
         return {}
 
     def warnings(self) -> list[str]:
-        """Get what may be wrong with the examples, one sentence each; `check` and `train` say it."""
+        """Get possible mistakes in the examples, one sentence each; `check` and `train` print them."""
         return []
 
     def remarks(self) -> list[str]:
-        """Get what else `check` says of the examples, one sentence each."""
+        """Get other facts about the examples for `check`, one sentence each."""
         return []
 
     def harness(self, model: nn.Module) -> dict[str, float]:
-        """Get the figures of an outside evaluation that the run asks for."""
+        """Get the figures of the run's external evaluation."""
         return {}
 
     def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
@@ -164,16 +164,18 @@ class Recipe:
 
     def generate(self, model: nn.Module, prompts: Sequence[str], **options: Any) -> list[str]:
         """Get the model's continuation of each prompt."""
-        raise OptionError(f"recipe {self.config.recipe}: it writes no text. `spectune generate` is for causal_lm runs.")
+        raise OptionError(
+            f"recipe {self.config.recipe}: does not write text. `spectune generate` is for causal_lm runs."
+        )
 
     def as_prompt(self, text: str) -> Any:
-        """Get a user's words as this model was taught to read them."""
+        """Get a user's words in the form of training."""
         return text
 
     def trainer(
         self, model: nn.Module, plan: Plan, folder: Path, callbacks: Sequence[TrainerCallback] = (), **more: Any
     ) -> Any:
-        """Get the Trainer of this recipe; `more` goes over the loop's arguments."""
+        """Get the Trainer of this recipe; `more` overrides the loop's arguments."""
         validates = self.config.training.validate_every is not None
         made = looped(Trainer)(
             model=model,
@@ -185,8 +187,8 @@ class Recipe:
             callbacks=list(callbacks),
             plan=plan,
         )
-        # Most classifiers take the number of labels in all the batches of a step and do not divide by it; the Trainer
-        # believes that they do, and would add the batches' means up in place of taking their mean.
+        # Most classifiers accept the number of labels in a step but do not divide by it; the Trainer assumes that they
+        # do, and would add up the batches' means instead of averaging them.
         made.model_accepts_loss_kwargs = False
         return made
 
@@ -194,8 +196,8 @@ class Recipe:
         """Get the name of the validation split; `DataError` if there is none."""
         if "validation" not in self.splits:
             raise DataError(
-                "training.validate_every: asked to look at the validation loss, found no validation examples. Give "
-                "data.validation or data.validation_share."
+                "training.validate_every: there are no validation examples. Give data.validation or "
+                "data.validation_share."
             )
         return "validation"
 
@@ -220,11 +222,11 @@ def refuse_other_labels(tuned: Path, labels: list[str]) -> None:
 def batched_logits(
     recipe: Recipe, model: nn.Module, rows: Sequence[dict[str, Any]], order: Sequence[int]
 ) -> torch.Tensor:
-    """Get the logits of each row, in the rows' order; `order` puts rows of one length into one batch."""
+    """Get the logits of each row, in the rows' order; `order` batches rows of similar length."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    size = 2 * recipe.config.training.batch_size  # no gradients: more fits
+    size = 2 * recipe.config.training.batch_size  # more fit without gradients
     found: dict[int, torch.Tensor] = {}
     for start in range(0, len(order), size):
         places = order[start : start + size]
@@ -237,7 +239,7 @@ def batched_logits(
 
 
 def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: Any) -> nn.Module:
-    """Get a pretrained model of transformers' Auto classes; `OptionError` for a model that is not there."""
+    """Get a pretrained model of transformers' Auto classes; `OptionError` if it cannot be loaded."""
     source = weights or config.model
     options |= {} if weights or config.revision is None else {"revision": config.revision}
     try:
@@ -245,10 +247,10 @@ def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: An
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
-        raise OptionError(f"model: {source} cannot be loaded: {one_line(error)}.") from error
+        raise OptionError(f"model: cannot load {source}: {one_line(error)}.") from error
     return model
 
 
 def some(items: Sequence[Any], count: int, seed: int) -> list[int]:
-    """Get the places of some items, drawn by the seed."""
+    """Get the indices of some items, drawn by the seed."""
     return sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))

@@ -12,7 +12,7 @@ from ..training.config import RunConfig, validate
 from ..training.yaml_file import read_yaml
 from .recipe import Recipe
 
-# Name -> (module in spectune, class). Named and not imported, so that one recipe's libraries are no burden on another.
+# Name -> (module in spectune, class); imported when needed, so that a recipe loads only its own libraries.
 RECIPES: dict[str, tuple[str, str]] = {
     "text_classification": ("recipes.text_classification", "TextClassification"),
     "causal_lm": ("recipes.causal_lm", "CausalLM"),
@@ -31,16 +31,16 @@ def recipe_class(name: str) -> type[Recipe]:
 
 
 def parse_config(values: Mapping[str, Any], where: str = "run") -> RunConfig:
-    """Get the checked configuration of a run out of plain values, as YAML holds them."""
+    """Get the checked configuration of a run from plain values, as in YAML."""
     if "recipe" not in values:
-        raise OptionError(f"{where}: recipe: must be given. {nearest('', list(RECIPES))}")
+        raise OptionError(f"{where}: recipe: is missing. {nearest('', list(RECIPES))}")
     return validate(recipe_class(values["recipe"]).Config, values, where)
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Get the checked configuration of a run from a YAML file, each `a.b=value` of `overrides` put over it.
+    """Get the checked configuration of a run from a YAML file; each `a.b=value` of `overrides` replaces a setting.
 
-    A length that is put over it (training.steps or training.epochs) replaces the file's, whichever of the two that is.
+    training.steps or training.epochs replaces the file's length, whichever of the two it is.
     """
     overrides = list(overrides)
     values, keys = read_yaml(path, overrides), {override.partition("=")[0] for override in overrides}

@@ -1,4 +1,4 @@
-"""Text classification and scoring of texts or pairs: GLUE by name, or your own CSV, JSONL, Parquet or hub data."""
+"""Classification or scoring of texts or pairs: GLUE by name, or your own CSV, JSONL, Parquet or hub data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .text_classification_config import GLUE, LABEL, RAW_SCORE, TextClassificati
 
 
 class TextClassification(Recipe):
-    """Texts and labels in, an adapted encoder and its metrics out."""
+    """Adapts an encoder to texts with labels."""
 
     Config = TextClassificationConfig
     title = "Text classification"
@@ -42,13 +42,13 @@ class TextClassification(Recipe):
 
     @property
     def task_type(self) -> str:  # type: ignore[override]
-        """PEFT's word for the task."""
+        """PEFT's name of the task."""
         return "TOKEN_CLS" if self.config.pooling == "mean" else "SEQ_CLS"
 
     @cached_property
     def processing(self) -> Any:
         tokenizer = load_tokenizer(self.config.model, self.config.revision)
-        if tokenizer.pad_token is None:  # decoders have none; a classifier never learns from padding
+        if tokenizer.pad_token is None:  # as in decoders; a classifier never learns from padding
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
@@ -63,20 +63,23 @@ class TextClassification(Recipe):
 
     @property
     def label_column(self) -> str:
-        """The column of the label: as told, and `score` in a STS-B file as GLUE hands it out."""
+        """The column of the label: the configured one, or `score` in GLUE's own STS-B files."""
         asked, first = self.config.data.label, self.everything["train"][0]
         return RAW_SCORE if asked == LABEL and self.config.data.glue == "stsb" and asked not in first else asked
 
     @cached_property
     def labels(self) -> list[str]:
-        """The names of the classes, sorted (as numbers where all are); a single one for scores."""
+        """The names of the classes, sorted (as numbers if all are); a single one for scores."""
         if self.config.scores:
             return ["score"]
         names = set(labels_of(self.everything["train"], self.label_column, "train", False))
         if self.config.data.labels is not None:
             return self._given_labels([class_name(name) for name in self.config.data.labels], names)
         if len(names) < 2:
-            raise DataError(f"column {self.label_column!r}: asked for classes, found only {sorted(names)}.")
+            raise DataError(
+                f"column {self.label_column!r}: at least two classes are needed, but it has only {sorted(names)}. "
+                f"Add examples."
+            )
         return ordered(names)
 
     def _given_labels(self, given: list[str], names: set[str]) -> list[str]:
@@ -84,7 +87,7 @@ class TextClassification(Recipe):
         if unknown:
             raise DataError(f"data.labels: train has the class {unknown[0]!r}, which is not in the list. Add it.")
         if len(set(given)) < len(given):
-            raise DataError("data.labels: a class stands twice in the list. Name each once.")
+            raise DataError("data.labels: a class occurs twice in the list. Name each once.")
         return given
 
     def classes(self) -> dict[str, dict[str, int]]:
@@ -103,7 +106,9 @@ class TextClassification(Recipe):
         for split, part in self.splits.items():
             empty = [i for i, row in enumerate(part) if not any(str(row[c]).strip() for c in self.config.data.columns)]
             if empty:
-                said.append(f"{len(empty):,} of {len(part):,} texts of {split} are empty (as {part[empty[0]].where})")
+                said.append(
+                    f"{len(empty):,} of {len(part):,} texts of {split} are empty (such as {part[empty[0]].where})"
+                )
         return said
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
@@ -125,16 +130,18 @@ class TextClassification(Recipe):
         return built
 
     def _dropouts(self, weights: Path | None) -> list[str]:
-        """Get the names of the dropouts in the model's config: some of its modules read them there at every step."""
+        """Get the names of the dropouts in the model's config, which some modules read at every step."""
         found: Any = pretrained(AutoConfig, self.config, weights)
         named = [name for name in found.to_dict() if "dropout" in name or name.endswith("pdrop")]
         return [name for name in named if type(getattr(found, name)) in (int, float, type(None))]
 
     def head(self, model: nn.Module) -> list[str]:
-        # Every sequence or token classifier of transformers calls its head so.
+        # The names of the head in transformers' sequence and token classifiers.
         names = [name for name in ("classifier", "score") if hasattr(model, name)]
         if not names:
-            raise OptionError(f"model: {type(model).__name__} has no head called classifier or score.")
+            raise OptionError(
+                f"model: {type(model).__name__} has no head named classifier or score. Choose another model."
+            )
         return names
 
     def task(self, model: nn.Module) -> Task:
@@ -165,7 +172,7 @@ class TextClassification(Recipe):
         return [{**{k: v[i] for k, v in tokens.items()}, "labels": target} for i, target in enumerate(targets)]
 
     def targets(self, split: str) -> list[Any]:
-        """Get the place of each example's class, or its score."""
+        """Get the index of each example's class, or its score."""
         found = labels_of(self.splits[split], self.label_column, split, self.config.scores)
         if self.config.scores:
             return found
@@ -173,7 +180,7 @@ class TextClassification(Recipe):
         unknown = [i for i, name in enumerate(found) if name not in numbers]
         if unknown:
             where = place(self.splits[split][unknown[0]], split, unknown[0])
-            known = "occur in train" if self.config.data.labels is None else "stand in data.labels"
+            known = "occur in train" if self.config.data.labels is None else "occur in data.labels"
             raise DataError(
                 f"{where}: the class {found[unknown[0]]!r} does not {known} ({len(unknown)} such rows in {split}). "
                 f"Correct it, or add it there."
@@ -197,7 +204,7 @@ class TextClassification(Recipe):
         return nn.functional.cross_entropy(logits_BL, batch["labels"])
 
     def predict(self, model: nn.Module, split: str, places: Sequence[int] | None = None) -> list[Any]:
-        """Get the place of the likeliest class, or the score, of each example."""
+        """Get the index of the likeliest class, or the score, of each example."""
         rows = self.rows(split)
         rows = rows if places is None else [rows[i] for i in places]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
@@ -238,7 +245,7 @@ class TextClassification(Recipe):
 
 
 def sentence_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Get the logits of each sentence: the mean of its tokens' logits, padding left out."""
+    """Get the logits of each sentence: the mean of its tokens' logits, without padding."""
     mask_BN1 = batch["attention_mask"][..., None]
     logits_BNL = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     return (logits_BNL * mask_BN1).sum(1) / mask_BN1.sum(1)

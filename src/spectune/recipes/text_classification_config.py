@@ -1,4 +1,4 @@
-"""What a run of the recipe text_classification is told, and what GLUE's tasks are."""
+"""The configuration of a text_classification run, and GLUE's tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..training.config import DataSection, RunConfig, Section
 
 @dataclass(frozen=True)
 class GlueTask:
-    """Where a GLUE task keeps its texts, and how it is scored."""
+    """The columns and metrics of a GLUE task."""
 
     columns: tuple[str, ...]
     metrics: tuple[str, ...]
@@ -21,7 +21,7 @@ class GlueTask:
 
 
 PAIR = ("sentence1", "sentence2")
-# Columns as the hub's nyu-mll/glue names them; metrics as Wang et al. (GLUE, arXiv 1804.07461), table 1.
+# Columns of the hub's nyu-mll/glue; metrics of Wang et al. (GLUE, arXiv 1804.07461), table 1.
 GLUE: dict[str, GlueTask] = {
     "cola": GlueTask(("sentence",), ("matthews", "accuracy")),
     "sst2": GlueTask(("sentence",), ("accuracy",)),
@@ -47,7 +47,7 @@ class TextData(DataSection):
     text_pair: str | None = Field(None, description="Column of the second text, for tasks on pairs.")
     label: str = Field(LABEL, description="Column of the label or score.")
     labels: list[str] | None = Field(
-        None, min_length=2, description="The classes in their order; default: those of train, sorted."
+        None, min_length=2, description="The classes in order; default: those of train, sorted."
     )
     max_tokens: int = Field(128, gt=0, description="Longer texts are cut.")
 
@@ -76,7 +76,7 @@ class TextEvaluation(Section):
 
     metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] = Field(
         default_factory=list,
-        description="Default: the GLUE task's, accuracy for classes, both correlations for scores.",
+        description="Default: the GLUE task's; else accuracy for classes, both correlations for scores.",
     )
 
 
@@ -86,15 +86,15 @@ class TextClassificationConfig(RunConfig):
     data: TextData
     evaluation: TextEvaluation = TextEvaluation()
     problem: Literal["classification", "regression"] | None = Field(
-        None, description="Classes or scores; default: what the GLUE task is, else classification."
+        None, description="Classes or scores; default: the GLUE task's, else classification."
     )
     pooling: Literal["model", "mean"] = Field(
         "model", description="The architecture's own head, or a linear head on the mean token (sentence encoders)."
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="In place of every dropout of the model's config.")
+    dropout: float | None = Field(None, ge=0, lt=1, description="Replaces every dropout in the model's config.")
 
     @property
     def scores(self) -> bool:
-        """Whether numbers are predicted, not classes."""
+        """Whether scores are predicted instead of classes."""
         asked = self.problem or ("regression" if self.data.glue and GLUE[self.data.glue].scores else "classification")
         return asked == "regression"

@@ -1,4 +1,4 @@
-"""What a language model is taught, as tokens and labels."""
+"""A language model's examples and prompts, as tokens and labels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IGNORED = -100  # torch's cross entropy leaves this label out
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer with its chat template, and which tokens carry loss."""
+    """A tokenizer with its chat template, and which tokens have loss."""
 
     tokenizer: Any
     loss_on: Literal["response", "assistant", "all"]
 
     def taught(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """Get the tokens of a prepared row, and its labels, which leave out what carries no loss."""
+        """Get the tokens and labels of a prepared row; labels without loss are IGNORED."""
         ids, mask = self._conversation(row) if isinstance(row.get("prompt"), list) else (self._text(row), None)
         if "prompt" not in row:
             return ids, list(ids)
@@ -37,16 +37,16 @@ class Tokens:
         return ids, [IGNORED] * start + ids[start:]
 
     def asked(self, row: Mapping[str, Any]) -> list[int]:
-        """Get the tokens that the model is given of a prepared row, to write the answer."""
+        """Get the prompt tokens of a prepared row."""
         return prompt_ids(self.tokenizer, row["prompt"], row.get("tools"))
 
     def agrees(self, row: Mapping[str, Any]) -> bool:
-        """Ask whether what the model is asked is a beginning of what it is taught, token by token."""
+        """Ask whether the row's training tokens begin with its prompt tokens."""
         asked = self.asked(row)
         return self.taught(row)[0][: len(asked)] == asked
 
     def _apart(self, row: Mapping[str, Any], asked: list[int]) -> list[int] | None:
-        """Get prompt and answer as tokens that do not merge; None where the template asks in other words."""
+        """Get prompt and answer as tokens that do not merge; None if the template's prompt differs from training."""
         if isinstance(row["prompt"], str):
             head, whole, end = row["prompt"], row["prompt"] + row["completion"], [self.tokenizer.eos_token_id]
         else:
@@ -61,7 +61,7 @@ class Tokens:
 
     def _text(self, row: Mapping[str, Any]) -> list[int]:
         ids = list(self.tokenizer(row["text"] if "text" in row else row["prompt"] + row["completion"])["input_ids"])
-        # Some tokenizers end every text so, some none; a model that never saw the end would never stop.
+        # Not all tokenizers add the end token; a model that never saw it would never stop.
         return ids if ids[-1:] == [self.tokenizer.eos_token_id] else [*ids, self.tokenizer.eos_token_id]
 
     def _conversation(self, row: Mapping[str, Any]) -> tuple[list[int], list[int] | None]:
@@ -80,8 +80,8 @@ class Tokens:
             return in_time(self.tokenizer, messages, tools=tools, **options)
         except OptionError:
             raise
-        except Exception as error:  # a template raises what it likes, and the way there what jinja does
-            raise DataError(f"the chat template does not take it: {one_line(error)}.") from error
+        except Exception as error:  # a template can raise anything
+            raise DataError(f"the chat template refuses it: {one_line(error)}.") from error
 
     def _wants_mask(self) -> bool:
         if self.loss_on != "assistant":
@@ -95,7 +95,7 @@ class Tokens:
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """Get how many tokens two rows begin with together: tokens may merge over the end of the prompt."""
+    """Get the number of tokens that two rows begin with in common: tokens may merge at the end of the prompt."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )

@@ -1,4 +1,4 @@
-"""What is wrong with what a language model is taught, seen on its tokens: one sentence for each."""
+"""Mistakes in a language model's examples that show in their tokens, one sentence each."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from .answers import begins_texts
 from .tokens import IGNORED, Tokens
 
-# Examples whose tokens are compared; a tokenizer and a template treat the others alike. Chosen.
+# Examples whose tokens are compared; a tokenizer and a template treat others in the same way. Chosen.
 LOOKED_AT = 64
 Taught = tuple[list[int], list[int]]
 
 
 def losses(taught: Sequence[Taught], limit: int, split: str) -> list[str]:
-    """Get how many examples are cut, and how many of them lose their whole answer."""
+    """Get how many examples are cut, and how many lose their whole answer."""
     long = [labels for ids, labels in taught if len(ids) > limit]
     lost = sum(_is_silent(labels[:limit]) and not _is_silent(labels) for labels in long)
     silent = sum(_is_silent(labels) for _, labels in taught)
     of = f"of {len(taught):,} examples of {split}"
-    said = [f"{len(long):,} {of} are cut at {limit:,} tokens, their ends with them"] if long else []
+    said = [f"{len(long):,} {of} are cut at {limit:,} tokens and lose their ends"] if long else []
     said += [f"{lost:,} of them lose their whole answer and are left out. Raise data.max_tokens"] if lost else []
-    return said + ([f"{silent:,} {of} have no token that carries loss and are left out"] if silent else [])
+    return said + ([f"{silent:,} {of} have no token with loss and are left out"] if silent else [])
 
 
 def _is_silent(labels: Sequence[int]) -> bool:
@@ -29,25 +29,27 @@ def _is_silent(labels: Sequence[int]) -> bool:
 
 
 def ends_and_beginnings(tokens: Tokens, rows: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> list[str]:
-    """Get what is wrong with the first and last tokens of some examples; `ends` are those that end an answer."""
+    """Get mistakes in the first and last tokens of some examples; `ends`: the tokens that end an answer."""
     tokenizer, taught = tokens.tokenizer, [tokens.taught(row) for row in rows]
     said = []
     if not any(label in ends for _, labels in taught for label in labels):
         names = " or ".join(repr(name) for name in tokenizer.convert_ids_to_tokens(list(ends)))
         last = repr(tokenizer.convert_ids_to_tokens([taught[0][0][-1]])[0])
-        said.append(f"no answer is taught to end: generation stops at {names}, and the first example ends with {last}")
+        said.append(
+            f"the model does not learn to stop: generation ends at {names}, but the first example ends with {last}"
+        )
     if begins_texts(tokenizer):
         first = tokenizer.bos_token_id
         without = sum(ids[:1] != [first] for ids, _ in taught)
         twice = sum(ids[:2] == [first, first] for ids, _ in taught)
         name, of = repr(tokenizer.bos_token), f"of {len(taught)} examples"
         said += [f"{without} {of} do not begin with {name}, as texts of this tokenizer do"] if without else []
-        said += [f"{twice} {of} begin with {name} twice: take it out of the data or the template"] if twice else []
+        said += [f"{twice} {of} begin with {name} twice: remove it from the data or the template"] if twice else []
     return said
 
 
 def disagreements(tokens: Tokens, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Get how many of some examples are asked otherwise than they are taught, and how the first of them differs."""
+    """Get how many examples have another prompt than in training, and the first difference."""
     other = [row for row in rows if "prompt" in row and not tokens.agrees(row)]
     if not other:
         return []
@@ -55,6 +57,6 @@ def disagreements(tokens: Tokens, rows: Sequence[Mapping[str, Any]]) -> list[str
     at = next(i for i, token in enumerate(asked) if taught[i : i + 1] != [token])
     show = tokens.tokenizer.decode
     return [
-        f"in {len(other)} of {len(rows)} examples the model is asked otherwise than it is taught: asked "
-        f"{show(asked[at:])[:60]!r}, taught {show(taught[at:])[:60]!r}. Give a data.chat_template that does both alike"
+        f"in {len(other)} of {len(rows)} examples the prompt differs from training: prompt {show(asked[at:])[:60]!r}, "
+        f"training {show(taught[at:])[:60]!r}. Give a data.chat_template that writes both alike"
     ]
