@@ -66,7 +66,7 @@ def test_a_config_larger_than_a_mebibyte_is_refused_unread(folder):
 def test_what_is_missing_is_said(folder, tmp_path):
     assert "there is nothing here" in refused(tmp_path / "nowhere")
     assert "this is a file" in refused(folder / "adapter_config.json")
-    assert "There is one in: adapter" in refused(tmp_path)
+    assert "Its subfolders have one: adapter" in refused(tmp_path)
     (folder / "adapter_model.safetensors").unlink()
     assert "there is no such file" in refused(folder)
     (folder / "adapter_model.bin").touch()

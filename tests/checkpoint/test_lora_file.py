@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "no scaling": (
         {"base_model.model.x.lora_A.weight": torch.ones(1, 2), "base_model.model.x.lora_B.weight": torch.ones(2, 1)},
-        "whose scaling stands in adapter_config.json",
+        "which keeps the scaling in adapter_config.json",
     ),
 }
 

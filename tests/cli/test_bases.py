@@ -296,7 +296,7 @@ def test_what_the_hub_answers_is_part_of_the_line(shelf: Shelf, monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(
-        AdapterError, match="the hub does not give it: ConnectionError: the network is down and more. Check"
+        AdapterError, match="it cannot be downloaded: ConnectionError: the network is down and more. Check"
     ):
         find_base(MISSING)
 
