@@ -58,7 +58,10 @@ def shown(values: dict[str, Any]) -> str:
         ({"messages": [ASKED, ASKED | {"role": "assistant", "weight": 0}]}, "leaves weight out"),
         ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "message 2: the content of assistant is null"),
         ({"messages": [{"role": "user"}, ASKED | {"role": "assistant"}]}, "message 1: the content of user is null"),
-        ({"messages": [ASKED, {"role": "assistant", "content": 7}]}, "message 2: the content of assistant must be text, not int"),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": 7}]},
+            "message 2: the content of assistant must be text, not int",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASKED | {"role": "assistant"}]},
             "message 1: the content of user has a part of type 'image_url'",
