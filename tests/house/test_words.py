@@ -34,7 +34,7 @@ def aliases(tree: ast.Module) -> Iterator[str]:
 
 
 def clashes(files: dict[str, str]) -> dict[str, list[str]]:
-    """Get class name -> the files where it is a class or an alias, for names that are in more than one."""
+    """Get name -> the files where it is a class or an alias, for names that are in more than one."""
     classes: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
     for path, text in files.items():
@@ -43,17 +43,19 @@ def clashes(files: dict[str, str]) -> dict[str, list[str]]:
             classes.setdefault(name, []).append(path)
         for name in aliases(tree):
             others.setdefault(name, []).append(path)
-    found = {name: [*paths, *others.get(name, [])] for name, paths in classes.items()}
+    found = {name: [*classes.get(name, []), *others.get(name, [])] for name in classes | others}
     return {name: paths for name, paths in found.items() if len(paths) > 1}
 
 
-def test_every_class_name_exists_once() -> None:
+def test_every_class_and_alias_name_exists_once() -> None:
     assert clashes({str(path.relative_to(SOURCE)): path.read_text() for path in SOURCE.rglob("*.py")}) == {}
 
 
+@pytest.mark.parametrize("one", ["class Cut: ...", "Cut = list[int]"])
 @pytest.mark.parametrize("other", ["class Cut: ...", "Cut = dict[str, int]"])
-def test_a_second_class_or_alias_of_that_name_is_caught(other: str) -> None:
-    assert clashes({"a.py": "class Cut: ...", "b.py": other, "c.py": "class _Cut: ..."}) == {"Cut": ["a.py", "b.py"]}
+def test_a_second_class_or_alias_of_that_name_is_caught(one: str, other: str) -> None:
+    found = clashes({"a.py": one, "b.py": other, "c.py": "class _Cut: ..."})
+    assert {name: sorted(paths) for name, paths in found.items()} == {"Cut": ["a.py", "b.py"]}
 
 
 def legend(text: str) -> set[str]:

@@ -161,7 +161,7 @@ def test_what_a_process_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path
     for path in left:
         path.write_bytes(b"half")
     (tmp_path / "run" / "checkpoints" / ".partial").mkdir(parents=True)
-    with pytest.raises(OutputError, match="there are other files in it"):
+    with pytest.raises(OutputError, match="contains other files"):
         run(config, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / ".partial").rmdir()
     (tmp_path / "run" / "checkpoints").rmdir()
@@ -212,13 +212,13 @@ def test_old_checkpoints_are_deleted_and_no_pickled_arguments_are_written(tmp_pa
 def test_another_configuration_does_not_go_on_with_this_run(tmp_path: Path) -> None:
     values = tiny.text_run(tmp_path)
     run(parse_config(values), tmp_path / "run")
-    with pytest.raises(OutputError, match="there is a finished run"):
+    with pytest.raises(OutputError, match="contains a finished run"):
         run(parse_config(values), tmp_path / "run")
     with pytest.raises(OutputError, match="seed was 0, is 1"):
         run(parse_config(values | {"seed": 1}), tmp_path / "run", resume=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="there are other files in it"):
+    with pytest.raises(OutputError, match="contains other files"):
         run(parse_config(values), tmp_path / "full", resume=True)
 
 

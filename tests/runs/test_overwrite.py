@@ -97,7 +97,7 @@ FOREIGN = {
     "a link in it": "is a link, and nothing is written or deleted through links",
     "a link to it": "this is a link, and nothing is deleted through links",
     "another run.yaml": "run.yaml in it is not the file of a run",
-    "no run": "there are other files in it",
+    "no run": "contains other files",
     "where we are": "replacing this folder would delete",
     "with --resume": "--resume goes on with a run and --overwrite replaces it",
 }

@@ -35,7 +35,7 @@ WRONG_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"bias": "lora_only"}, "bias='lora_only' does not exist"),
     ({"target_modules": ".*q", "layers_to_transform": 0}, "target_modules is a regex"),
     ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
-    ({"format_version": 99}, "format 99, this release reads up to"),
+    ({"format_version": 99}, "format 99, but this release reads up to"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""An adapter on one weight: alive in a model, and as it stands in a file."""
+"""An adapter on one weight: live in a model, or in a file."""
 
 from .adapted_models import ADAPTERS_ATTRIBUTE as ADAPTERS_ATTRIBUTE
 from .adapted_models import attach_dynamics as attach_dynamics

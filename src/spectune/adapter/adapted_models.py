@@ -1,4 +1,4 @@
-"""How the other rooms find the spectral adapters of a model."""
+"""Finding the spectral adapters of a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .dynamics import Dynamics, refuse_second_decay
 from .modules import SpectralModule
 from .rules import GRADIENT_NORMS
 
-# The attribute under which a layer keeps {adapter name: SpectralModule}. Exports look
-# for it, so they need not know the layer classes.
+# The attribute in which a layer keeps {adapter name: SpectralModule}. Exports look for it and need no layer classes.
 ADAPTERS_ATTRIBUTE = "spectune_adapter"
 
 
@@ -25,10 +24,10 @@ def spectral_modules(model: nn.Module) -> Iterator[tuple[str, str, SpectralModul
 
 
 def bases_as_parameters(model: nn.Module) -> int:
-    """Get how many adapters of a model now keep their frozen bases as parameters; call it before `fully_shard`.
+    """Turn frozen bases into parameters, and get the number of adapters; call it before `fully_shard`.
 
-    FSDP2 shards parameters and copies buffers to every process; a basis is a buffer, so that DDP and PEFT leave it
-    alone. Raises `AdapterError` for a method whose weights share trained numbers: each would belong to two shards.
+    FSDP2 shards parameters and copies buffers to every process; normally a basis is a buffer, so that DDP and PEFT
+    leave it alone. Raises `AdapterError` for a method whose weights share trained numbers, which FSDP2 cannot do.
     """
     found = [module for _, _, module in spectral_modules(model)]
     for module in found:
@@ -44,7 +43,7 @@ def bases_as_parameters(model: nn.Module) -> int:
 def attach_dynamics(
     optimizer: Optimizer, model: nn.Module, *, singular_decay: float = 0.0, grad_norm: str | None = None
 ) -> int:
-    """Get how many spectral modules of the model now follow the rules at each step of the optimizer.
+    """Apply the rules at each step of the optimizer, and get the number of spectral modules that follow them.
 
     `singular_decay` and `grad_norm` in a `SpectralConfig` do the same without this call. The rules run
     right before the optimizer's own step: after gradient accumulation, synchronisation, unscaling and

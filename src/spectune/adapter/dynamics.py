@@ -1,8 +1,7 @@
-"""What happens to trained numbers at an optimizer's step besides the step: one hook on all optimizers.
+"""Rules for trained numbers at an optimizer's step: one hook on all optimizers.
 
-The hook is set when the first module asks for something, and finds such modules by itself. It lives beside the
-module, and not in a room above, because asking is a property of the module: a copied or unpickled one asks again, in
-a process where nobody has attached anything.
+The hook is set when the first module has rules, and finds all such modules. It is in this room because the rules are
+a property of the module: a copied or unpickled one sets the hook again, in a process where nothing was attached.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What is done to one module's numbers at each optimizer step; nothing by default."""
+    """The rules for one module's numbers at each optimizer step; none by default."""
 
     singular_decay: float = 0.0
     grad_norm: str | None = None
@@ -33,15 +32,15 @@ class Dynamics:
         return self.singular_decay > 0 or self.grad_norm is not None
 
 
-# In the order of their creation, which is the same in every process: the norm of a sharded gradient is a collective,
-# and in the order of a WeakSet, that of addresses, processes would add up the gradients of different layers.
+# In the order of creation, which is the same in every process: the norm of a sharded gradient is a collective, and in
+# the order of a WeakSet (of addresses) processes would add up gradients of different layers.
 _asking: weakref.WeakKeyDictionary[SpectralModule, None] = weakref.WeakKeyDictionary()
 _watching = False
 _once = threading.Lock()
 
 
 def follow(module: SpectralModule) -> None:
-    """Have every optimizer's step follow the dynamics of a module, or leave it alone where it has none."""
+    """Make every optimizer's step follow the dynamics of a module, or leave the module alone if it has none."""
     if module.dynamics:
         _asking[module] = None
         _watch_every_optimizer()
@@ -52,9 +51,8 @@ def follow(module: SpectralModule) -> None:
 def _watch_every_optimizer() -> None:
     """Set the hook, once.
 
-    On all optimizers and not on one, because Trainer and accelerate make theirs where the user does not see it, and an
-    option of a config must never be dropped in silence. torch asks such hooks at each step, so optimizers that are
-    there already follow, too.
+    On all optimizers, because Trainer and accelerate create theirs out of the user's sight, and an option of a config
+    must never be silently dropped. torch calls such hooks at each step, so existing optimizers follow, too.
     """
     global _watching
     with _once:
@@ -80,13 +78,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def refuse_second_decay(optimizer: Optimizer, module: SpectralModule) -> None:
-    """Raise `OptionError` where singular_decay has nothing to guide it, or the optimizer decays the same numbers."""
+    """Raise `OptionError` if singular_decay has no directions to guide it, or the optimizer decays the same numbers."""
     if module.dynamics.singular_decay == 0:
         return
     if not module.method.decay_profile(module.spectrum, module.frozen):
         raise OptionError(
-            f"{module.name}: singular_decay={module.dynamics.singular_decay} was asked, but {module.method.name} has "
-            f"no singular directions to guide it. Use the optimizer's weight_decay."
+            f"{module.name}: singular_decay={module.dynamics.singular_decay} needs singular directions, and "
+            f"{module.method.name} has none. Use the optimizer's weight_decay."
         )
     own = {id(p) for p in module.parameters()}
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""`KeptBasis`: the singular basis that an adapter lives in, found again, turned onto its file, embedded or sharded."""
+"""`KeptBasis`: the singular basis of an adapter, recomputed, rotated to match its file, embedded or sharded."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..methods.contract import Method
 from ..records import Spectrum
 from ..spectrum import align, sketch, sketch_tolerance, sketch_width
 
-# |W Vh^T - U S| of an embedded basis, as a fraction of what a foreign basis of that size gives (|W|_F sqrt(R / K)):
-# rounding the base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
+# |W Vh^T - U S| of an embedded basis, as a fraction of a foreign basis of that size (|W|_F sqrt(R / K)): rounding the
+# base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
 FOREIGN_RESIDUAL = 0.03
 # |u^T W v - S|, root mean square over directions of data, as a fraction of W's root mean square entry: rounding the
 # base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
@@ -31,17 +31,17 @@ KEPT_SHARE = 4
 def in_own_dtype(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Get a block in which autocast rounds nothing on this tensor's device.
 
-    An update is made up in one: a core such as R_U S R_V^T - S is a small difference, which bfloat16 factors lose.
+    Updates are computed in one: a core such as R_U S R_V^T - S is a small difference, which bfloat16 factors lose.
     """
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class KeptBasis(nn.Module):
-    """The frozen basis of one adapter on one weight: a file brings it, or tells by its sketch which one was meant.
+    """The frozen basis of one adapter on one weight: a file contains it, or identifies it by its sketch.
 
     Buffers are the basis `U_OR, S_R, Vh_RI`, the method's frozen tensors, and the `sketch` that travels in the
-    file: on load the basis found there is turned onto it, so that the update is the same on every machine.
+    file: on load, the recomputed basis is rotated to match it, so that the update is the same on every machine.
     """
 
     U_OR: torch.Tensor
@@ -49,7 +49,7 @@ class KeptBasis(nn.Module):
     Vh_RI: torch.Tensor
     sketch: torch.Tensor
     own_names: tuple[str, ...] = ()
-    """The names of the trained tensors that live here."""
+    """The names of the trained tensors in this module."""
 
     def __init__(self, method: Method, spectrum: Spectrum, *, embed_basis: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class KeptBasis(nn.Module):
         self.name = spectrum.name
         self.columns, self.quality, self.source = spectrum.columns, spectrum.quality, spectrum.source
         self.base_matrix: Callable[[], torch.Tensor] | None = None
-        """Gives W_OI, so that an embedded basis can be checked against it; set by the layer."""
+        """Returns W_OI, to check an embedded basis against it; set by the layer."""
         self._record: Spectrum | None = None
         self._cast: dict[tuple[str, torch.dtype], tuple[torch.Tensor, int, torch.Tensor]] = {}
         device = spectrum.S_R.device
@@ -74,34 +74,34 @@ class KeptBasis(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the basis, in which the update is made up."""
+        """The dtype of the basis, in which the update is computed."""
         S_R = self._buffers["S_R"]
         assert S_R is not None
         return S_R.dtype
 
     @property
     def spectrum(self) -> Spectrum:
-        """The basis as a record, turned onto the stored sketch."""
+        """The basis as a record, rotated to match the stored sketch."""
         if self._buffers["sketch"] is not self._settled_on:
             self.settle()
-            self.refuse_non_finite()  # transformers writes a file's numbers straight into the module
+            self.refuse_non_finite()  # transformers writes a file's numbers directly into the module
         return self._basis()
 
     def _kept(self, name: str) -> torch.Tensor:
-        """Get a frozen tensor, a buffer or a parameter; faster than asking torch for the attribute."""
+        """Get a frozen tensor, a buffer or a parameter; faster than torch's attribute access."""
         tensor = self._buffers[name] if name in self._buffers else self._parameters[name]
         assert tensor is not None
         return tensor
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
-        """Put another frozen tensor in a place."""
+        """Replace a frozen tensor."""
         frozen = name in self._parameters
         setattr(self, name, nn.Parameter(tensor.contiguous(), requires_grad=False) if frozen else tensor)
 
     def bases_as_parameters(self) -> None:
-        """Keep the large frozen tensors as frozen parameters: FSDP2 shards these, and copies buffers to every process.
+        """Make the large frozen tensors frozen parameters, which FSDP2 shards; it copies buffers to every process.
 
-        torch's tools for sharded models want every parameter in the state dict; the adapter's file is as before.
+        torch's tools for sharded models need every parameter in the state dict; the adapter's file does not change.
         """
         for name in self._large:
             tensor = self._buffers.get(name)
@@ -112,13 +112,13 @@ class KeptBasis(nn.Module):
 
     @property
     def _large(self) -> tuple[str, ...]:
-        """What FSDP2 shards; what else is frozen is a few numbers a direction (singular values, sketch, places)."""
+        """The tensors that FSDP2 shards; the others have a few numbers per direction (values, sketch, places)."""
         return "U_OR", "Vh_RI", *self.method.large_frozen()
 
     @property
     def found_names(self) -> list[str]:
-        """The names of frozen parameters that are found again and do not travel in the adapter's file."""
-        embedded = "sketch" in self._non_persistent_buffers_set  # torch keeps such a note of buffers alone
+        """The names of frozen parameters that are recomputed and not in the adapter's file."""
+        embedded = "sketch" in self._non_persistent_buffers_set  # torch has such a set only for buffers
         travels = {name for name in self._large if (embedded if name in BASIS else self.method.saves_frozen())}
         frozen = [name for name in self._large if name in self._parameters]
         return [name for name in frozen if name not in travels]
@@ -126,14 +126,14 @@ class KeptBasis(nn.Module):
     def _basis(self) -> Spectrum:
         U_OR, S_R, Vh_RI = (self._kept(name) for name in BASIS)
         held = self._record
-        # Kept, because every forward asks for it; a basis that was turned or moved is another tensor.
+        # Kept, because every forward needs it; a rotated or moved basis is another tensor.
         if held is None or held.U_OR is not U_OR or held.S_R is not S_R or held.Vh_RI is not Vh_RI:
             held = self._record = Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name, self.source)
         return held
 
     @property
     def frozen(self) -> dict[str, torch.Tensor]:
-        """The method's frozen tensors next to the basis."""
+        """The method's other frozen tensors."""
         return {name: getattr(self, name) for name in self.frozen_names}
 
     def factors_in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,14 +142,14 @@ class KeptBasis(nn.Module):
         return self._rounded("U_OR", basis.U_OR, dtype), self._rounded("Vh_RI", basis.Vh_RI, dtype)
 
     def _rounded(self, name: str, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        # A sharded basis is not kept a second time, whole: it is a parameter then.
+        # Sharded bases are parameters, and not kept a second time, whole.
         frozen = factor is self._buffers.get(name) and len(self.columns) * KEPT_SHARE <= min(
             self.U_OR.shape[0], self.Vh_RI.shape[1]
         )
         if not frozen or torch.compiler.is_compiling() or factor.is_inference():
             return factor.to(dtype)
         held = self._cast.get((name, dtype))
-        # The version counter moves when load_state_dict writes into the buffer; a turned basis is another tensor.
+        # The version counter changes when load_state_dict writes into the buffer; a rotated basis is another tensor.
         if held is None or held[0] is not factor or held[1] != factor._version:
             held = self._cast[name, dtype] = (factor, factor._version, factor.to(dtype))
         return held[2]
@@ -166,12 +166,12 @@ class KeptBasis(nn.Module):
                 self._non_persistent_buffers_set.add(buffer)
 
     def settle(self) -> None:
-        """Turn the basis onto the sketch that came from a file; `AdapterError` if it belongs to another weight."""
+        """Rotate the basis to match the sketch from a file; `AdapterError` if it belongs to another weight."""
         if hasattr(self._kept("Vh_RI"), "device_mesh"):  # no process has it whole
             if self._buffers["sketch"] is not self._settled_on:
                 raise AdapterError(
-                    f"{self.name}: numbers were loaded after fully_shard, and a sharded basis cannot be turned onto "
-                    f"theirs. Load the adapter first, then call fully_shard."
+                    f"{self.name}: numbers were loaded after fully_shard, and a sharded basis cannot be rotated to "
+                    f"match them. Load the adapter first, then call fully_shard."
                 )
             return
         if self.sketch.numel() and "sketch" not in self._non_persistent_buffers_set:
@@ -182,7 +182,7 @@ class KeptBasis(nn.Module):
             if not unexplained <= allowed:
                 raise AdapterError(
                     f"{self.name}: the adapter was trained on another base weight: the sketch of its singular "
-                    f"vectors differs by {unexplained:.1%} from this base's, rounding explains at most {allowed:.1%}. "
+                    f"vectors differs by {unexplained:.1%} from this base's, more than rounding ({allowed:.1%}). "
                     f"Load it on the base model that it was trained on."
                 )
             for name in BASIS:
@@ -193,16 +193,14 @@ class KeptBasis(nn.Module):
         self._settled_on = self.sketch
 
     def refuse_non_finite(self) -> None:
-        """Raise `AdapterError` when a trained number is NaN or infinite."""
+        """Raise `AdapterError` if a trained number is NaN or infinite."""
         for name in self.own_names:
             if not bool(torch.isfinite(getattr(self, name)).all()):
-                raise AdapterError(
-                    f"{self.name}.{name}: NaN or infinity in the adapter file. Train or copy the adapter again."
-                )
+                raise AdapterError(f"{self.name}.{name}: contains NaN or infinity. Train or copy the adapter again.")
 
-    def refuse_foreign(self, brought: Spectrum) -> None:
-        """Raise `AdapterError` when the basis of a file is missing, or is not one of this base weight."""
-        U_OR, S_R, Vh_RI = brought.U_OR, brought.S_R, brought.Vh_RI
+    def refuse_foreign(self, loaded: Spectrum) -> None:
+        """Raise `AdapterError` if the basis of a file is missing, or is not one of this base weight."""
+        U_OR, S_R, Vh_RI = loaded.U_OR, loaded.S_R, loaded.Vh_RI
         if not bool(S_R.any()) and not math.isfinite(self.quality.residual):
             raise AdapterError(
                 f"{self.name}: the basis should be in the adapter's file, and is not. Export or copy the adapter again."
@@ -211,7 +209,7 @@ class KeptBasis(nn.Module):
             return
         W_OI = self.base_matrix().to(S_R)
         if self.source != "weight":
-            self._refuse_other_gains(W_OI, brought)
+            self._refuse_other_gains(W_OI, loaded)
             return
         with in_own_dtype(S_R):
             residual = torch.linalg.vector_norm(W_OI @ Vh_RI.mT - U_OR * S_R)
@@ -219,15 +217,15 @@ class KeptBasis(nn.Module):
         if not float(residual) <= FOREIGN_RESIDUAL * float(foreign):
             raise AdapterError(
                 f"{self.name}: the adapter was trained on another base weight: its singular vectors leave a residual "
-                f"of {float(residual / foreign):.1%} here, at most {FOREIGN_RESIDUAL:.0%} is rounding. Load it on the "
+                f"of {float(residual / foreign):.1%} here, more than rounding ({FOREIGN_RESIDUAL:.0%}). Load it on the "
                 f"base model that it was trained on."
             )
 
-    def _refuse_other_gains(self, W_OI: torch.Tensor, brought: Spectrum) -> None:
+    def _refuse_other_gains(self, W_OI: torch.Tensor, loaded: Spectrum) -> None:
         """Raise `AdapterError` unless this weight has along directions of data what the adapter's own had."""
         with in_own_dtype(W_OI):
-            gains_R = (brought.U_OR * (W_OI @ brought.Vh_RI.mT)).sum(0)
-        off = torch.linalg.vector_norm(gains_R - brought.S_R) / len(gains_R) ** 0.5
+            gains_R = (loaded.U_OR * (W_OI @ loaded.Vh_RI.mT)).sum(0)
+        off = torch.linalg.vector_norm(gains_R - loaded.S_R) / len(gains_R) ** 0.5
         typical = torch.linalg.vector_norm(W_OI) / W_OI.numel() ** 0.5
         if not float(off) <= FOREIGN_GAIN * float(typical):
             raise AdapterError(
@@ -237,14 +235,14 @@ class KeptBasis(nn.Module):
             )
 
     def _complete_frozen(self) -> None:
-        """Find the frozen tensors again that follow from the basis, now that a file has brought it."""
+        """Recompute the frozen tensors that follow from the basis, now that it is loaded."""
         if not self.method.saves_frozen():
             for name, tensor in self.method.frozen(self._basis()).items():
                 if tensor.is_floating_point():
                     self._keep(name, tensor.to(self.S_R))
 
     def _forget(self) -> None:
-        """Drop what was kept for the forwards."""
+        """Drop the tensors that were kept for the forwards."""
         self._record = None
         self._cast.clear()
 

@@ -19,10 +19,10 @@ from .kept_basis import KeptBasis, in_own_dtype
 
 
 class SpectralModule(KeptBasis):
-    """The trained numbers of one adapter on one weight, with the frozen basis that they live in.
+    """The trained numbers of one adapter on one weight, with their frozen basis.
 
-    Parameters are the method's trained tensors, under the method's own names; `owner` is the module that holds
-    those which all layers share.
+    Parameters are the method's trained tensors, under the method's own names; `owner` is the module with those
+    that all layers share.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class SpectralModule(KeptBasis):
         device = spectrum.S_R.device
         self.strength = 1.0
         self._dynamics = Dynamics()
-        # In a list, so that torch does not register the owner as a child and its tensors twice.
+        # In a list, so that torch does not register the owner as a child.
         self._owner = [owner] if owner is not None else []
         start = method.start(rows_O, cols_I, seed=zlib.crc32(spectrum.name.encode()))
         self.trained_names = tuple(start)
@@ -47,13 +47,13 @@ class SpectralModule(KeptBasis):
         for name in self.own_names:
             tensor = start[name]
             if random_start:
-                # PEFT's init_weights=False: a start that is not the identity, for tests of merging and saving.
+                # PEFT's init_weights=False: a start other than the identity, to test merging and saving.
                 tensor = tensor + 0.02 * torch.randn(tensor.shape)
             self.register_parameter(name, nn.Parameter(tensor.to(device)))
 
     @property
     def dynamics(self) -> Dynamics:
-        """What happens to the trained numbers at an optimizer step besides the step."""
+        """The rules for the trained numbers at an optimizer step."""
         return self._dynamics
 
     @dynamics.setter
@@ -73,20 +73,20 @@ class SpectralModule(KeptBasis):
         return tensor
 
     def delta(self) -> Delta:
-        """Get the update as it stands, differentiable in the trained tensors."""
+        """Get the update, differentiable in the trained tensors."""
         with in_own_dtype(self._kept("S_R")):
             return self.method.delta(self.spectrum, self.trained, self.frozen, self.strength)
 
     def training_delta(self) -> Delta:
-        """Get the update as one forward sees it: while training, with the method's dropout."""
+        """Get the update for one forward: in training mode, with the method's dropout."""
         with in_own_dtype(self._kept("S_R")):
             trained = self.method.disturb(self.trained) if self.training else self.trained
             return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
 
     def delta_in(self, dtype: torch.dtype) -> Delta:
-        """Get `training_delta` for a forward in this dtype: made up in the dtype of the basis, rounded once.
+        """Get `training_delta` for a forward in this dtype: computed in the dtype of the basis, rounded once.
 
-        Factors that are the frozen basis itself are rounded once for all forwards while they are narrow.
+        Narrow factors that are the frozen basis itself are rounded once for all forwards.
         """
         delta = self.training_delta()
         if dtype == delta.left_OP.dtype:
@@ -116,7 +116,7 @@ class SpectralModule(KeptBasis):
         return size
 
     def hold(self) -> Callable[[], None]:
-        """Get a function that puts everything back as it is now, trained numbers into the tensors that they are in."""
+        """Get a function that restores the present state, with trained numbers in their present tensors."""
         buffers, parameters, settled_on = dict(self._buffers), dict(self._parameters), self._settled_on
         numbers = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
@@ -132,7 +132,7 @@ class SpectralModule(KeptBasis):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.dynamics = self._dynamics  # a copy or an unpickled module is found at the step, too
+        self.dynamics = self._dynamics  # register the copy with the hook
 
     def requires_grad_(self, requires_grad: bool = True) -> SpectralModule:
         for name in self.own_names:

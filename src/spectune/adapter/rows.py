@@ -1,4 +1,4 @@
-"""Many adapters on one basis in one layer: every row of a batch through its own core, in one batched product."""
+"""Many adapters on one basis in one layer: one batched product with a core for every row of a batch."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from ..records import SparseCore, Spectrum
 from .kept_basis import in_own_dtype
 from .modules import SpectralModule
 
-# Two bases are the same where no entry differs by more: singular vectors have entries of at most one, and float32
-# roundoff of a full SVD leaves some 1e-6. Chosen above it.
+# Largest difference of entries in equal bases: singular vectors have entries of at most one, and float32 roundoff of a
+# full SVD is about 1e-6. Chosen above it.
 SAME_BASIS = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which seat every row of the running batch has; seat 0 is not an adapter."""
+    """The seat of every row in the running batch; seat 0 means no adapter."""
 
     bank: object
     seats_B: torch.Tensor
     copies: int = 1
-    """How often `generate` repeats every row, for beams or several answers."""
+    """Copies that `generate` makes of every row, for beams or several answers."""
 
     def of_batch(self, rows: int, name: str) -> torch.Tensor:
-        """Get a seat for each of the rows that a layer sees; `OptionError` where their number is another."""
+        """Get a seat for each row of a layer's input; `OptionError` if their numbers differ."""
         refuse_other_rows(name, len(self.seats_B), rows, self.copies)
         return self.seats_B if rows == len(self.seats_B) else self.seats_B.repeat_interleave(self.copies)
 
 
 ROWS: ContextVar[Rows | None] = ContextVar("spectune_bank_rows", default=None)
-"""What `with bank(names):` says to the layers; one for each thread and task."""
+"""Set by `with bank(names):` for the layers; one per thread and task."""
 
 
 @contextmanager
 def rows_repeated(copies: int) -> Iterator[None]:
-    """Let every row of the running batch, if there is one, stand for so many neighbours."""
+    """Repeat every row of the running batch, if there is one, this many times."""
     rows = ROWS.get()
     token = ROWS.set(None if rows is None else replace(rows, copies=copies))
     try:
@@ -53,18 +53,18 @@ def rows_repeated(copies: int) -> Iterator[None]:
 
 
 def refuse_other_rows(name: str, given: int, rows: int, copies: int = 1) -> None:
-    """Raise `OptionError` when not every row has one name; an encoder sees them before `generate` makes copies."""
+    """Raise `OptionError` unless every row has one name; an encoder sees rows before `generate` copies them."""
     if rows not in (given, given * copies):
         raise OptionError(
-            f"{name}: {given} adapter names were given for {rows} rows of input. Give each row one (`__base__` is "
-            f"none); where generate repeats rows, pass num_beams or num_return_sequences to it by name."
+            f"{name}: {given} adapter names were given for {rows} rows of input. Give each row one (`__base__` for "
+            f"none); if generate repeats rows, pass num_beams or num_return_sequences to it as keywords."
         )
 
 
 class Seats:
-    """Which resident has which seat. A change makes a new table, so a forward that has begun keeps its own.
+    """Which resident has which seat. A change makes a new table, so a running forward keeps its own.
 
-    `lock` is held by whoever writes: a table of names, or the cores of a layer.
+    Writers of a table of names or of a layer's cores hold `lock`.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Seats:
         self._last: tuple[Sequence[str], dict[str, int], torch.Tensor | None] | None = None
 
     def of_rows(self, names: Sequence[str], device: torch.device) -> torch.Tensor | None:
-        """Get the seat of every row, or None where no row has a resident. Remembered: every layer asks the same."""
+        """Get the seat of every row, or None if no row has a resident. Cached, since every layer needs the same."""
         last, table = self._last, self.of
         if last is not None and last[0] is names and last[1] is table:
             return None if last[2] is None else last[2].to(device)
@@ -92,7 +92,7 @@ class Seats:
 
 @dataclass
 class BankedLayer:
-    """The cores of all residents for one layer, in their seats."""
+    """The cores of all residents for one layer, by seat."""
 
     bank: object
     module: SpectralModule
@@ -101,7 +101,7 @@ class BankedLayer:
     """(seats, ...): diagonals, matrices, or the values of one sparse pattern. Seat 0 stays zero."""
     pattern: SparseCore | None = field(init=False)
 
-    # The tables outlive the forward that makes or moves them: an inference tensor could never be written again.
+    # The tables outlive the forward that makes or moves them, and inference tensors can never be written again.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class BankedLayer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def put(self, seat: int, numbers: torch.Tensor, seats: int) -> None:
-        """Write one core, in a larger table where the seat lies outside: a forward may be reading the present one."""
+        """Write one core, in a new table if the seat is outside: a forward may be reading the present one."""
         with self.seats.lock:
             if seats > len(self.cores):
                 more = self.cores.new_zeros(seats - len(self.cores), *self.cores.shape[1:])
@@ -127,7 +127,7 @@ class BankedLayer:
             return self.cores
 
     def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, seats_B: torch.Tensor) -> torch.Tensor:
-        """Get y_NO plus what the resident of each row adds."""
+        """Get y_NO plus the update of each row's resident."""
         cores = self.cores if self.cores.device == x_NI.device else self._move(x_NI.device)
         return add_rows(y_NO, x_NI, self.module, cores.index_select(0, seats_B), self.pattern)
 
@@ -138,7 +138,7 @@ def numbers_of(core: torch.Tensor | SparseCore) -> torch.Tensor:
 
 
 def has_frozen_factors(module: SpectralModule) -> bool:
-    """Ask whether only the core of an update is trained, so that adapters on one basis differ in small cores alone."""
+    """Ask whether only the core of an update is trained, so that adapters on one basis differ only in small cores."""
     delta, basis = module.delta(), module.spectrum
     return _leads(delta.left_OP, basis.U_OR) and _leads(delta.right_QI, basis.Vh_RI)
 
@@ -181,7 +181,7 @@ class Groups:
         self._of: WeakKeyDictionary[SpectralModule, tuple[Spectrum, int, object]] = WeakKeyDictionary()
 
     def of(self, modules: dict[str, SpectralModule]) -> list[list[str]]:
-        """Get the names in groups that can be served by one batched product; others stand alone."""
+        """Get the names in groups that one batched product can serve; others are alone."""
         groups: dict[tuple[object, float], list[str]] = {}
         for name, module in modules.items():
             groups.setdefault((self._group(module), module.strength), []).append(name)
@@ -205,10 +205,10 @@ class Groups:
 
 
 def share_basis(one: SpectralModule, other: SpectralModule) -> bool:
-    """Ask whether two adapters of one weight differ in their cores alone."""
+    """Ask whether two adapters of one weight differ only in their cores."""
     if one.method != other.method or not has_frozen_factors(one) or not has_frozen_factors(other):
         return False
-    # What else is frozen follows from the method and the basis.
+    # The other frozen tensors follow from the method and the basis.
     frozen = other.frozen
     places = all(torch.equal(kept, frozen[name]) for name, kept in one.frozen.items() if not kept.is_floating_point())
     mine, theirs = one.spectrum, other.spectrum
@@ -217,20 +217,20 @@ def share_basis(one: SpectralModule, other: SpectralModule) -> bool:
 
 
 def stacked_cores(modules: list[SpectralModule]) -> tuple[torch.Tensor, SparseCore | None]:
-    """Get (modules + 1, ...): the cores of adapters on one basis, made up together, and a last one of zeros.
+    """Get (modules + 1, ...): the cores of adapters on one basis, computed together, and a last one of zeros.
 
     With them the pattern that they share, if any.
     """
     lead = modules[0]
     trained = {name: torch.stack([module.trained[name] for module in modules]) for name in lead.trained_names}
     spectrum, strength = lead.spectrum, lead.strength
-    # Places as int64: the batched index_select of torch 2.6 takes no other.
+    # Places as int64: the batched index_select of torch 2.6 needs it.
     frozen = {name: kept if kept.is_floating_point() else kept.long() for name, kept in lead.frozen.items()}
     seen: list[SparseCore | None] = []
 
     def numbers(one: dict[str, torch.Tensor]) -> torch.Tensor:
         core = lead.method.delta(spectrum, one, frozen, strength).core
-        seen.append(core if isinstance(core, SparseCore) else None)  # its places are frozen, only its values batched
+        seen.append(core if isinstance(core, SparseCore) else None)  # only its values are batched
         return numbers_of(core)
 
     with in_own_dtype(spectrum.S_R):

@@ -23,13 +23,13 @@ def _layer(grad: torch.Tensor, axis: Axes) -> torch.Tensor:
 
 
 def _tiny(grad: torch.Tensor) -> float:
-    # Only guards a gradient of exactly zero. The official code adds 1e-8 under the root, so that it
-    # divides a gradient of rms below 1e-4 by 1e-4 and does not normalise it.
+    # Only for a gradient of exactly zero. The official code adds 1e-8 under the root, so that it does not normalise a
+    # gradient of rms below 1e-4 but divides it by 1e-4.
     return torch.finfo(grad.dtype).tiny
 
 
 GRADIENT_NORMS: dict[str, Callable[[torch.Tensor, Axes], torch.Tensor]] = {"rms": _rms, "layer": _layer}
-"""`rms`: g / sqrt(mean g^2). `layer`: (g - mean g) / deviation. Along the axis that the method gives."""
+"""`rms`: g / sqrt(mean g^2). `layer`: (g - mean g) / deviation. Along the method's axis."""
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def normalise_gradients(module: SpectralModule, kind: str) -> None:
     """Replace the gradients of one module by their normalised form, in place.
 
     One norm for each inner rank (specadapt's A and B) or direction (spectral_a), along the other axis;
-    one norm for the whole tensor where it is a vector, or a dense core. H, gates and scales keep their gradients.
+    one norm for a whole vector or dense core. H, gates and scales keep their gradients.
 
     SpecAdapt, gradient normalisation (official code, `grad_norm`).
     """
@@ -49,12 +49,12 @@ def normalise_gradients(module: SpectralModule, kind: str) -> None:
 
 @torch.no_grad()
 def decay_by_spectrum(module: SpectralModule, learning_rates: dict[int, float], decay: float) -> None:
-    """Shrink every trained number of one module by its direction's weakness, in place.
+    """Shrink every trained number of one module by the weakness of its direction, in place.
 
     a_i <- a_i (1 - lr decay (1 - s_i / s_max)):   no decay at the strongest direction, full in the tail.
     `decay` is per step and unit of learning rate (the official code's extra_decay times weight_decay,
     0.39 with its defaults 1.3 and 0.3). `learning_rates` maps id(parameter) to its group's rate;
-    parameters that the optimizer does not hold are left alone.
+    parameters outside the optimizer are left alone.
 
     SpecAdapt, singular-guided weight decay (official code), applied once: it decays a second time
     through AdamW's own weight_decay, which pulls H towards zero.
@@ -67,7 +67,7 @@ def decay_by_spectrum(module: SpectralModule, learning_rates: dict[int, float], 
 
 
 def _beside(factor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Get a factor in the form that a sharded parameter (FSDP2) can be multiplied by; every process has all of it."""
+    """Get a factor that can multiply a sharded parameter (FSDP2); every process has all of it."""
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
         return factor

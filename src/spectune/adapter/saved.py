@@ -1,4 +1,4 @@
-"""A saved adapter and the tensors of its base -> modules, without a live model and one weight at a time."""
+"""A saved adapter and the tensors of its base -> modules, one weight at a time, without a live model."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from .adapted_models import ADAPTERS_ATTRIBUTE
 from .base_names import base_tensor as base_tensor
 from .modules import SpectralModule
 
-# The layout of the adapter file. A file of a higher number is refused, never half-read.
+# The layout of the adapter file. A file with a higher number is refused.
 FORMAT_VERSION = 1
-# No weight has so many directions (the largest vocabularies have 262,144 words), and methods count up to their options.
+# Above the directions of any weight (the largest vocabularies have 262,144 words). Methods loop over such options.
 MOST_DIRECTIONS = 2**20
-# numpy's RandomState takes 32 bits, and two seeds are made of one (lidb).
+# numpy's RandomState has 32 bits, and lidb makes two seeds from one.
 LARGEST_SEED = 2**31 - 1
 
 
 def refuse_newer(version: object) -> None:
-    """Raise `AdapterError` for a file in a format that this release does not know."""
+    """Raise `AdapterError` for a file in a newer format."""
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise AdapterError(
-            f"adapter_config.json: the file has format {version!r}, this release reads up to {FORMAT_VERSION}. "
+            f"adapter_config.json: the file has format {version!r}, but this release reads up to {FORMAT_VERSION}. "
             f"Upgrade spectune."
         )
 
 
 def refuse_absurd(options: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for numbers that only a damaged or hostile config has: methods would count for hours."""
+    """Raise `OptionError` for numbers as in a damaged or hostile config, for which methods would loop for hours."""
     for option, value in options.items():
         most = LARGEST_SEED if option.endswith("seed") else MOST_DIRECTIONS
         if isinstance(value, int) and abs(value) > most:
-            raise OptionError(f"{option}={value}: at most {most:,} makes sense. Correct it.")
+            raise OptionError(f"{option}={value} is absurd (limit {most:,}). Correct it.")
     columns = options.get("columns", "top")
     if not isinstance(columns, (str, int, list, tuple)):
-        raise OptionError(f"columns={columns!r}: a word, a start index or a list of places is wanted.")
+        raise OptionError(f"columns={columns!r}: must be a word, a start index or a list of columns.")
     if isinstance(columns, (list, tuple)):
         if not all(isinstance(place, int) for place in columns):
-            raise OptionError(f"columns={columns!r}: a list of columns holds integers only.")
+            raise OptionError(f"columns={columns!r}: a list of columns must contain only integers.")
         if len(set(columns)) < len(columns):
-            raise OptionError(f"columns={columns!r}: a column stands there twice. Name each column once.")
+            raise OptionError(f"columns={columns!r}: a column occurs twice. Name each column once.")
 
 
 class LayerRanks:
-    """The r of each layer by the rank_pattern of one config; make one for all layers, its patterns share a deadline."""
+    """The r of each layer by one config's rank_pattern; use one for all layers, since its patterns share a deadline."""
 
     def __init__(self, rank_pattern: object) -> None:
         if not isinstance(rank_pattern or {}, Mapping):
@@ -61,7 +61,7 @@ class LayerRanks:
         self._patterns = LayerPatterns(self._ranks)
 
     def of(self, layer: str) -> int | None:
-        """Get the r that the pattern gives a layer, or None; `AdapterError` for hostile patterns."""
+        """Get the pattern's r for a layer, or None; `AdapterError` for hostile patterns."""
         pattern = self._patterns.first(layer)
         return None if pattern is None else self._ranks[pattern]
 
@@ -69,9 +69,9 @@ class LayerRanks:
 def saved_method(
     config: Mapping[str, Any], layer: str, ranks: LayerRanks | None = None, shape: tuple[int, int] | None = None
 ) -> Method:
-    """Get the method of one layer from the config of a saved adapter; `AdapterError` for one of a newer format.
+    """Get the method of one layer from the config of a saved adapter; `AdapterError` for a newer format.
 
-    `ranks` are the config's, where many layers are asked for. With the shape (O, I) of the layer's weight the method
+    Give the config's `ranks` for many layers. With the shape (O, I) of the layer's weight the method
     is fitted to it, as where it was trained.
     """
     refuse_newer(config.get("format_version", FORMAT_VERSION))
@@ -86,15 +86,15 @@ def saved_method(
     try:
         method = build_method(name, options)
         return method if shape is None or r is not None else method.fitted(*shape, layer)
-    except TypeError as error:  # a text or a list where a number belongs
+    except TypeError as error:  # text or a list instead of a number
         raise OptionError(f"adapter_config.json: an option of {name} has the wrong type: {error}.") from error
 
 
 def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str, str, bool, SpectralModule]]:
-    """Get (layer, name of its base tensor, whether that is stored in x out, module) for every adapted layer.
+    """Get (layer, name of its base tensor, whether it is stored in x out, module) for every adapted layer.
 
-    The basis is found on the base's own weight and turned onto the saved sketch, so `AdapterError` for a base that the
-    adapter was not trained on. One base weight is in memory at a time.
+    The basis is computed from the base's weight and rotated to match the saved sketch: `AdapterError` for a base that
+    is not the adapter's. One base weight is in memory at a time.
     """
     owner: SpectralModule | None = None
     ranks = LayerRanks(folder.config.get("rank_pattern"))
@@ -117,7 +117,7 @@ def tensors_by_layer(folder: AdapterFolder) -> dict[str, dict[str, str]]:
 
 
 def owner_first(folder: AdapterFolder) -> list[tuple[str, dict[str, str]]]:
-    """Get `tensors_by_layer` in order of the names, the layer first that holds what all layers share."""
+    """Get `tensors_by_layer` by name, but first the layer with the numbers that all layers share."""
     layers = sorted(tensors_by_layer(folder).items())
     shared = saved_method(folder.config, "", LayerRanks({})).shared_shapes() if layers else {}
     return sorted(layers, key=lambda item: not any(name in item[1] for name in shared))
@@ -131,16 +131,16 @@ def _fit(
     tensors: dict[str, torch.Tensor],
     owner: SpectralModule | None,
 ) -> tuple[SpectralModule, bool]:
-    """Get the module with its saved numbers, and which way round the weight stands.
+    """Get the module with its saved numbers, and whether the weight is transposed.
 
-    A checkpoint does not say whether a matrix is stored in x out (transformers' Conv1D). The shapes of the trained
-    tensors tell, and for a square weight the sketch does.
+    A checkpoint does not show whether a matrix is stored in x out (transformers' Conv1D). The shapes of the trained
+    tensors do, and for a square weight the sketch.
     """
     refused: AdapterError | None = None
     if stored.ndim < 2 or not stored.is_floating_point():
         raise AdapterError(
-            f"{layer}: the base has a {stored.ndim}-dimensional tensor of {str(stored.dtype).removeprefix('torch.')} "
-            f"there, and no weight that an adapter can stand on. Check the base."
+            f"{layer}: an adapter cannot be on this {stored.ndim}-dimensional tensor of "
+            f"{str(stored.dtype).removeprefix('torch.')} in the base. Check the base."
         )
     for transposed in (False, True) if stored.ndim == 2 else (False,):
         W_OI = stored.T if transposed else stored.flatten(1)
@@ -192,9 +192,9 @@ def refuse_misfits(
     tensors: Mapping[str, torch.Tensor],
     owner: SpectralModule | None,
 ) -> None:
-    """Raise `AdapterError` when a tensor that belongs to a layer is missing, of another shape, NaN or infinite.
+    """Raise `AdapterError` if a tensor of a layer is missing, has another shape, or contains NaN or infinity.
 
-    To be asked before anything is allocated: what fits is backed by bytes of the file, whatever the config says.
+    Call it before anything is allocated: then the file has bytes for every allocation, whatever the config says.
     """
     rank, _ = method.basis(*shape)
     expected = method.trained_shapes(*shape) | (method.shared_shapes() if owner is None else {})
@@ -206,18 +206,18 @@ def refuse_misfits(
         if tuple(tensors[name].shape) != sides:
             found = "x".join(map(str, tensors[name].shape)) or "a single number"
             raise AdapterError(
-                f"{layer}: the tensor {name!r} is {found}, the config makes it {'x'.join(map(str, sides))}. "
+                f"{layer}: the tensor {name!r} is {found}, but the config needs {'x'.join(map(str, sides))}. "
                 f"Copy the adapter again."
             )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(
-                f"{layer}: the tensor {name!r} has NaN or infinity in it. Train or copy the adapter again."
+                f"{layer}: the tensor {name!r} contains NaN or infinity. Train or copy the adapter again."
             )
 
 
 def fill_module(module: SpectralModule, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put the tensors of a file into a module; `AdapterError` when one is missing, too many, or points nowhere."""
+    """Put the tensors of a file into a module; `AdapterError` if one is missing, surplus or out of range."""
     missing = [name for name in module.state_dict() if name not in tensors]
     if missing:
         raise AdapterError(
@@ -232,7 +232,7 @@ def fill_module(module: SpectralModule, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def saved_svd(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Get what the config says of how the basis was found, checked."""
+    """Get the config's options of the basis, checked."""
     found = config.get("svd") or {}
     if not isinstance(found, dict):
         raise AdapterError(f"adapter_config.json: svd={found!r} is not a map of options. Copy the adapter again.")

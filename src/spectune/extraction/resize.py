@@ -26,7 +26,7 @@ OLD_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 KOHYA_RANK, KOHYA_HASHES = ("ss_network_dim", "ss_network_alpha"), ("sshs_model_hash", "sshs_legacy_hash")
 # PEFT options with which B A is not the update, or a cut one not of the kind that they promise.
 OTHER_UPDATES = ("use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "velora_config")
-OnLayer = Callable[[int, int], None]
+OnCut = Callable[[int, int], None]
 """Called with (layers done, all layers)."""
 
 
@@ -84,7 +84,7 @@ def resize_lora(
     energy: float | None = None,
     frobenius: float | None = None,
     dtype: torch.dtype | None = None,
-    on_layer: OnLayer | None = None,
+    on_layer: OnCut | None = None,
 ) -> Resized:
     """Write a LoRA with the update of every layer cut to its best approximation of a lower rank.
 
@@ -124,7 +124,7 @@ def resize_lora(
 class _Resizing:
     """The tensors of the new file, layer by layer."""
 
-    def __init__(self, source: LoraFile, cut: Cut, dtype: torch.dtype | None, on_layer: OnLayer | None) -> None:
+    def __init__(self, source: LoraFile, cut: Cut, dtype: torch.dtype | None, on_layer: OnCut | None) -> None:
         self.source = source
         self.ranks: dict[str, int] = {}
         self.cuts: dict[str, float] = {}

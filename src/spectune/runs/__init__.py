@@ -1,4 +1,4 @@
-"""A run from its configuration to its folder: trained, measured, read back; and tried out beforehand."""
+"""A run from its configuration to its folder: tried, trained, measured, read back."""
 
 from .dry_run import DryRun as DryRun
 from .dry_run import dry_run as dry_run

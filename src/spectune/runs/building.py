@@ -1,4 +1,4 @@
-"""The model that a run trains: the base, its new head, its adapter, and what trains at which rate."""
+"""The model that a run trains: base, new head, adapter, and learning rates."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .examples_first import directions_of_examples, fit_head
 
 
 def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
-    """Get the model that a run trains, its adapter attached, with what trains at which rate."""
+    """Get the model that a run trains, with its adapter and its learning rates."""
     config = recipe.config
     if config.training.precision == "float16" and not torch.accelerator.is_available():
         raise OptionError(
-            "training.precision=float16: asked for an accelerator's autocast, found a CPU, which would compute in "
-            "float32. Use bfloat16 or float32."
+            "training.precision=float16: autocast needs an accelerator, and a CPU would compute in float32. Use "
+            "bfloat16 or float32."
         )
     set_seed(config.seed)  # a new head and LoRA's A are random
     model = recipe.build_model()
@@ -38,7 +38,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
         fit_head(recipe, model, heads)
     if options is not None:
         options.setdefault("task_type", recipe.task_type)
-        options.setdefault("revision", config.revision)  # who loads the adapter needs the very same base
+        options.setdefault("revision", config.revision)  # the adapter needs exactly this base
         if heads:
             options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
         adapter = build_adapter_config(options)
@@ -65,9 +65,11 @@ def _plan(recipe: Recipe, model: nn.Module, rates: Sequence[tuple[Sequence[nn.Pa
 
 
 def _only(model: nn.Module, head: list[nn.Parameter], config: RunConfig) -> list[tuple[str, nn.Parameter]]:
-    """Freeze everything but the head, and get what is left to train."""
+    """Freeze everything but the head, and get its parameters."""
     if not head:
-        raise OptionError(f"adapter: head: {config.recipe} gives this model no new head to train. Choose an adapter.")
+        raise OptionError(
+            f"adapter: head: with {config.recipe}, this model gets no new head to train. Choose an adapter."
+        )
     kept = {id(p) for p in head}
     for p in model.parameters():
         p.requires_grad_(id(p) in kept)
@@ -79,10 +81,10 @@ def _is_head(name: str, heads: list[str], adapted: bool) -> bool:
 
 
 def numbers(model: nn.Module, plan: Plan) -> dict[str, int]:
-    """Get how many numbers train in the adapter (or model) and in the head, and how many the base has."""
+    """Get the counts of trained numbers in the adapter (or model) and in the head, and of the base's numbers."""
     body, head, *others = (sum(p.numel() for p in group) for group, _ in plan.rates)
     adapters = {id(p) for _, _, module in spectral_modules(model) for p in module.parameters()}
-    copies = ("lora_", ".modules_to_save.", "new_word")  # what PEFT adds to the model, and a row of its embedding
+    copies = ("lora_", ".modules_to_save.", "new_word")  # added by PEFT, and a row of the embedding
     total = sum(
         p.numel()
         for name, p in model.named_parameters()

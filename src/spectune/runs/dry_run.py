@@ -1,4 +1,4 @@
-"""`dry_run`: what a run would do, without a step: one example as it is learned, layers, counts, memory, rates."""
+"""`dry_run`: what a run would do, without a step: one example, layers, counts, memory, rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..training.loop import quiet_libraries
 from ..training.rates import said
 from .building import build, numbers
 
-# Among so many examples the longest is looked for, to measure the activations with. Chosen.
+# The longest of this many examples measures the activations. Chosen.
 LOOKED_AT = 64
 
 
@@ -25,22 +25,22 @@ class Memory:
     """Bytes on the device while training, without the allocator's fragmentation and the CUDA context."""
 
     weights: int
-    """Every parameter and buffer, the adapter's frozen bases included."""
+    """Every parameter and buffer, including the adapter's frozen bases."""
     gradients: int
     optimizer: int
-    """Two float32 numbers for each trained one, as AdamW keeps."""
+    """Two float32 numbers for each trained one, as in AdamW."""
     activations: int
-    """What autograd kept of a forward of the longest of the first 64 examples, times the batch size."""
+    """Bytes that autograd keeps of one forward with the longest of the first 64 examples, times the batch size."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What `spectune check` shows."""
+    """The contents of `spectune check`."""
 
     shown: Shown
     layers: list[tuple[str, list[int]]]
@@ -50,14 +50,14 @@ class DryRun:
     total: int
     examples: dict[str, int]
     classes: dict[str, dict[str, int]]
-    """Split -> class -> number of examples; empty where there are no classes."""
+    """Split -> class -> number of examples; empty without classes."""
     memory: Memory
     rates: dict[str, Any]
     remarks: list[str]
 
 
 def dry_run(config: RunConfig) -> DryRun:
-    """Get what a run would do; everything that `train` refuses is refused here too."""
+    """Get what a run would do; raises for everything that `train` refuses."""
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
     recipe.prepare()
@@ -96,7 +96,7 @@ def _memory(recipe: Recipe, model: nn.Module, trained: list[nn.Parameter]) -> Me
 
 
 def _activations(recipe: Recipe, model: nn.Module, known: set[int]) -> int:
-    """Get the bytes that autograd keeps of one example's forward, beyond the model's own tensors."""
+    """Get the bytes that autograd keeps of one example's forward, besides the model's own tensors."""
     rows = recipe.rows("train")
     first = [rows[i] for i in range(min(LOOKED_AT, len(rows)))]
     longest = max(first, key=lambda row: len(row.get("input_ids", ())))
@@ -112,5 +112,5 @@ def _activations(recipe: Recipe, model: nn.Module, known: set[int]) -> int:
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = recipe.loss(model, batch) if recipe.loss is not None else model(**batch).loss
-    del loss  # the graph holds the tensors until here, so that no address was counted twice for two of them
+    del loss  # until here, the graph keeps the tensors, so that no address was reused
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""`Run`: the folder of a run, and who may train into it.
+"""`Run`: the folder of a run, and which process may train into it.
 
 run.yaml      the configuration, defaults included      checkpoints/  whole ones only, for --resume
 adapter/      the adapter, with tokenizer and template  result.json   `RunResult`: written last
@@ -27,55 +27,53 @@ from .overwrite import refuse_to_replace
 from .result import RESULT_FILE, RunResult
 
 CHECKPOINTS, PAGE = "checkpoints", "report.html"
-# Processes that read data ask every five seconds whether the run that began them still lives (torch's
-# MP_STATUS_CHECK_INTERVAL), and hold its lock until then.
+# Data loading processes check every five seconds whether their run is alive (torch's MP_STATUS_CHECK_INTERVAL), and
+# hold its lock until then.
 WORKERS_LINGER = 10.0
-# What may differ when a run goes on: it does not change the weights.
+# May differ when a run continues, since it does not change the weights.
 HARMLESS = ("save_every", "keep_checkpoints", "report_to", "validate_every", "workers")
-# What may differ as long as their product with the number of processes stays: a run moves to other machines so.
+# May differ as long as their product with the number of processes stays: so a run can move to other machines.
 STEP_PARTS = ("batch_size", "gradient_accumulation")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, and where its parts are."""
+    """A run's folder, and the paths of its parts."""
 
     folder: Path
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """Get a run that exists; `AdapterError` for a folder that is not one's."""
+        """Get an existing run; `AdapterError` for any other folder."""
         run = cls(Path(folder))
         if not (run.folder / RUN_FILE).is_file():
-            raise AdapterError(
-                f"{folder}: there is no {RUN_FILE} here, so it is not the folder of a run. Check the path."
-            )
+            raise AdapterError(f"{folder}: this is not the folder of a run: it has no {RUN_FILE}. Check the path.")
         return run
 
     def config(self, overrides: Iterable[str] = ()) -> RunConfig:
-        """Get what the run was told; `overrides` may change what is evaluated (`evaluation.x=…`), nothing else."""
+        """Get the run's configuration; `overrides` may change only what is evaluated (`evaluation.x=…`)."""
         for override in overrides:
             if not override.startswith("evaluation."):
-                raise OptionError(f"{override!r}: only evaluation.key=value can be changed in a finished run.")
+                raise OptionError(f"{override!r}: a finished run allows only evaluation.key=value. Leave it out.")
         return load_config(self.folder / RUN_FILE, overrides)
 
     @property
     def is_finished(self) -> bool:
-        """Whether its result is written, with the metrics that it asks for."""
+        """Whether its result is written, with all its metrics."""
         return (self.folder / RESULT_FILE).is_file() and not self.result.unmeasured
 
     @property
     def result(self) -> RunResult:
-        """Get what it found out; `DataError` for a run that is not finished."""
+        """Get its result; `DataError` for a run that is not finished."""
         return RunResult.read(self.folder)
 
     def write(self, result: RunResult) -> None:
-        """Write what the run found out, whole or not at all."""
+        """Write the whole result or nothing."""
         result.write(self.folder / RESULT_FILE)
 
     @property
     def page(self) -> Path:
-        """Where its page is written."""
+        """The path of its page."""
         return self.folder / PAGE
 
     @property
@@ -84,27 +82,27 @@ class Run:
         return self.folder / CHECKPOINTS
 
     def tuned(self, config: RunConfig) -> Path:
-        """Get where the adapter, or without one the whole model, is saved."""
+        """Get the path of the adapter, or of the whole model without one."""
         return self.folder / (MODEL if config.adapter_options is None else ADAPTER)
 
     def last_checkpoint(self) -> Path | None:
-        """Get the newest whole checkpoint."""
+        """Get the newest complete checkpoint."""
         return next(iter(reversed(checkpoints(self.checkpoints))), None)
 
 
 @contextmanager
 def opened_folder(config: RunConfig, run: Run, resume: bool, overwrite: bool = False) -> Iterator[bool]:
-    """Be the only process that trains into the folder, which is new, or holds this very run.
+    """Be the only process that trains into the folder, which is new, or contains this same run.
 
     Get whether, with `overwrite`, it holds another run: nothing is done to that yet, `replace_run` is for later.
     """
     folder = run.folder
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: this is a file, and the output needs a folder. Choose another one.")
+        raise OutputError(f"{folder}: the output must be a folder, but this is a file. Choose another one.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+        raise OutputError(f"{folder}: cannot create this folder: {error.strerror}. Choose another one.") from error
     with hold_folder(folder, WORKERS_LINGER if config.training.workers else 0.0):
         begins = not (folder / RUN_FILE).is_file()
         if overwrite and not begins:
@@ -120,29 +118,29 @@ def opened_folder(config: RunConfig, run: Run, resume: bool, overwrite: bool = F
 
 
 def _leave_nothing(run: Run) -> None:
-    """Take back what a run that was refused has written, so that it does not block the folder for the next try.
+    """Delete what a refused run has written, so that it does not block the folder for the next try.
 
     The empty .lock stays: another process may be waiting for it.
     """
     with suppress(OSError):
-        run.checkpoints.rmdir()  # only where it is empty
+        run.checkpoints.rmdir()  # only if it is empty
     if {path.name for path in run.folder.iterdir()} <= {RUN_FILE, LOCK_FILE}:
         (run.folder / RUN_FILE).unlink(missing_ok=True)
 
 
 def _begin_or_continue(config: RunConfig, run: Run, resume: bool) -> None:
-    """Write run.yaml into a new folder, or see that the folder's run is this one; clear what a killed process left."""
+    """Write run.yaml into a new folder, or check that the folder's run is this one; clear a killed process's files."""
     folder = run.folder
     if (folder / RUN_FILE).is_file():
         if not resume:
             state = "a finished run" if run.is_finished else "an unfinished run"
             raise OutputError(
-                f"{folder}: there is {state} in it. Continue it with --resume, replace it with --overwrite, or choose "
+                f"{folder}: contains {state}. Continue it with --resume, replace it with --overwrite, or choose "
                 f"another folder."
             )
         refuse_other_run(config, run)
     elif any(not path.name.startswith((".lock", f".{RUN_FILE}.partial-")) for path in folder.iterdir()):
-        raise OutputError(f"{folder}: there are other files in it. Choose a new or an empty folder.")
+        raise OutputError(f"{folder}: contains other files. Choose a new or an empty folder.")
     else:
         write_atomically(folder / RUN_FILE, write_yaml(config.plain()))
     for left in [*folder.glob(f".{RUN_FILE}.partial-*"), *folder.glob(f".{RESULT_FILE}.partial-*")]:
@@ -151,7 +149,7 @@ def _begin_or_continue(config: RunConfig, run: Run, resume: bool) -> None:
 
 
 def refuse_other_run(config: RunConfig, run: Run) -> None:
-    """Raise `OutputError` unless the folder's run is of this configuration, as far as it decides the weights."""
+    """Raise `OutputError` unless the folder's run has this configuration, as far as it affects the weights."""
     before, now, folder = run.config().plain(), config.plain(), run.folder
     last = run.last_checkpoint()
     examples = None if last is None else examples_a_step(last)
@@ -161,15 +159,15 @@ def refuse_other_run(config: RunConfig, run: Run) -> None:
     different = sorted(differences(before, now))
     if different:
         raise OutputError(
-            f"{folder}: the run in it has another configuration: {', '.join(different[:3])}. "
+            f"{folder}: its run has another configuration: {', '.join(different[:3])}. "
             f"Give the same configuration, replace the run with --overwrite, or choose another folder."
         )
     asked, processes = config.training, join().num_processes
     found = asked.batch_size * asked.gradient_accumulation * processes
     if examples is not None and examples != found:
         raise OutputError(
-            f"{folder}: {asked.batch_size} x {asked.gradient_accumulation} examples on each of {processes} processes "
-            f"are {found} a step, and the run in it has {examples} a step. Give a "
+            f"{folder}: its run has {examples} examples per step, but {asked.batch_size} x "
+            f"{asked.gradient_accumulation} on each of {processes} processes are {found}. Give a "
             f"training.batch_size and gradient_accumulation that make {examples}, or choose another folder."
         )
 

@@ -1,4 +1,4 @@
-"""A run's model again, as it was before and after: to evaluate it, to let it write, to look at it."""
+"""Load a run's model, as it was before or after training."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .folder import Run
 def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, nn.Module]:
     """Get the recipe and the tuned model of a run's folder, ready to evaluate; `AdapterError` if it was not finished.
 
-    `overrides` may change what is evaluated (`evaluation.x=…`), nothing else.
+    `overrides` may change only what is evaluated (`evaluation.x=…`).
     """
     run = Run.open(folder)
     recipe = _recipe(run, overrides)
     config, tuned = recipe.config, run.tuned(recipe.config)
     if not tuned.is_dir():
-        raise AdapterError(f"{folder}: the run is not finished: there is no {tuned.name}/. Continue it with --resume.")
+        raise AdapterError(f"{folder}: the run is not finished: it has no {tuned.name}/. Continue it with --resume.")
     set_seed(config.seed)
     return recipe, _ready(recipe.load(tuned))
 
 
 def load_base(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, nn.Module]:
-    """Get the recipe of a run's folder and the model that the run began with, ready to evaluate: what was before.
+    """Get the recipe of a run's folder and the model before training, ready to evaluate.
 
-    A new head has the random numbers that the run's seed gave it. `overrides` as for `load_run`.
+    A new head has the random numbers of the run's seed. `overrides` as for `load_run`.
     """
     recipe = _recipe(Run.open(folder), overrides)
     set_seed(recipe.config.seed)

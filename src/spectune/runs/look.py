@@ -1,4 +1,4 @@
-"""`look`: a trained model looked at for its page: how far its weights moved, and what it answers."""
+"""`look`: analyse a trained model for its page: how far its weights moved, and what it answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MOST_EXAMPLES = 12
 
 
 def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
-    """Get the result with spectra, updates, sizes and answers in it.
+    """Get the result with spectra, updates, sizes and answers added.
 
-    Every process of a distributed run calls this: a sharded model answers only where all of them ask it.
+    Every process of a distributed run calls this, since a sharded model needs all of them.
     """
     config = recipe.config
     split = next((split for split in ("validation", "test") if split in recipe.splits), None)
@@ -43,7 +43,7 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
 
 
 def _parts(recipe: Recipe, model: Any, tuned: Path) -> list[Size]:
-    """Get the size of each part of an adapter that has several."""
+    """Get the size of each part of an adapter with several."""
     found = []
     for name, trainable in recipe.parts(model).items():
         files = [*(tuned / name).glob("*.safetensors"), *tuned.glob(f"{name}.safetensors")]

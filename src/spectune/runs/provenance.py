@@ -1,4 +1,4 @@
-"""Where and with what a run took place: the versions and the machine that every record states."""
+"""The versions and the machine of a run, for every record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "peft", "transformers")
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Get the release of Python and of each package that decides the numbers, without importing any of them."""
+    """Get the release of Python and of each package that affects the numbers, without importing them."""
     found = {"python": platform.python_version(), "spectune": __version__}
     for name in (*PACKAGES, *more):
         try:
@@ -25,7 +25,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def machine(**more: Any) -> dict[str, Any]:
-    """Get where the run took place; `more` is what only the run knows, as the name of its accelerator."""
+    """Get the machine; `more` adds what only the run knows, such as the name of its accelerator."""
     return {
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

@@ -19,16 +19,16 @@ from ..training.rates import learning_rate, method_of
 from .building import build
 
 STEPS = 100
-# How far around the run's rate the ramp reaches, to each side. Chosen: two powers of ten.
+# The ramp reaches this far below and above the run's rate: two powers of ten. Chosen.
 REACH = 100.0
-# The running mean keeps this much of its past. fastai keeps 0.98, too slow for a hundred steps. Chosen.
+# The weight of the past in the running mean. fastai has 0.98, too slow for a hundred steps. Chosen.
 KEEP = 0.9
-# fastai's rule: a smoothed loss of four times the best has diverged. Losses that start near their best never get
-# there, so climbing back above the start by as much as was gained counts too. Chosen.
+# fastai's rule: a smoothed loss of four times the best has diverged. Losses that start near their best never reach
+# it, so rising above the start by as much as was gained counts, too. Chosen.
 DIVERGED = 4.0
-# The first tenth of the ramp is noise of the start.
+# The first tenth of the ramp is noise.
 SKIP = 0.1
-# A loss that falls by less than this share of its start has not moved. Chosen.
+# A loss that falls by less than this share has not moved. Chosen.
 MOVED = 0.01
 
 
@@ -41,13 +41,13 @@ class RangeTest:
     losses: list[float]
     smoothed: list[float]
     steepest: float | None
-    """Where the smoothed loss falls fastest per power of ten; None if it never falls."""
+    """The rate at which the smoothed loss falls fastest per power of ten; None if it never falls."""
     diverged: float | None
-    """Where it blew up; None if it did not."""
+    """The rate at which it diverged; None if it did not."""
     proposed: float | None
     """The lower of the steepest rate and a tenth of the diverged one; None if the loss did not move."""
     current: float
-    """The rate that the run would take."""
+    """The run's own rate."""
 
 
 def range_test(
@@ -58,15 +58,15 @@ def range_test(
     steps: int = STEPS,
     on_step: OnStep | None = None,
 ) -> RangeTest:
-    """Train on an exponential ramp of the adapter's rate, stop when the loss diverges, and propose a rate.
+    """Train with an exponential ramp of the adapter's rate, stop when the loss diverges, and propose a rate.
 
-    A new head keeps its own rate. Nothing is saved. One noisy run: the proposal is good to a factor of about three,
-    and a sweep on validation data is the better judge.
+    A new head keeps its own rate. Nothing is saved. From one noisy run, the proposal is good to a factor of about
+    three; a sweep on validation data is more reliable.
     """
     current = learning_rate(config)
     low, high = current / REACH if low is None else low, current * REACH if high is None else high
     if not 0 < low < high or steps < 10:
-        raise OptionError(f"lr: asked for {steps} steps from {low:g} to {high:g}. Give 10 or more, and low below high.")
+        raise OptionError(f"lr: {steps} steps from {low:g} to {high:g}: give at least 10 steps, and low below high.")
     quiet_libraries()
     rate = "head_learning_rate" if config.adapter == HEAD else "learning_rate"
     training = config.training.model_copy(
@@ -84,7 +84,7 @@ def range_test(
 
 
 def read_ramp(method: str, rates: list[float], losses: list[float], current: float) -> RangeTest:
-    """Get the proposal out of the losses of a ramp."""
+    """Get the proposal from the losses of a ramp."""
     smoothed = running_mean(losses)
     place = divergence(smoothed)
     end = len(smoothed) if place is None else place
@@ -96,7 +96,7 @@ def read_ramp(method: str, rates: list[float], losses: list[float], current: flo
 
 
 def running_mean(losses: list[float]) -> list[float]:
-    """Get the mean of the losses so far, the recent ones weighing most, corrected for the short past of the first."""
+    """Get the exponential running mean of the losses, corrected for the short past of the first ones."""
     total, means = 0.0, []
     for step, loss in enumerate(losses, 1):
         total = KEEP * total + (1 - KEEP) * loss
@@ -105,7 +105,7 @@ def running_mean(losses: list[float]) -> list[float]:
 
 
 def divergence(smoothed: list[float]) -> int | None:
-    """Get the first place where a smoothed loss has diverged, None if it has not."""
+    """Get the first index where a smoothed loss has diverged, or None."""
     best = math.inf
     for place, loss in enumerate(smoothed):
         best = min(best, loss) if math.isfinite(loss) else best
@@ -120,7 +120,7 @@ def _steepest(rates: list[float], smoothed: list[float]) -> float | None:
     if not smoothed or smoothed[0] - min(smoothed) < MOVED * abs(smoothed[0]):
         return None
     first = max(1, int(SKIP * len(smoothed)))
-    # Over a few steps on each side: between neighbours the slope is mostly noise.
+    # Over a few steps on each side, since between neighbours the slope is mostly noise.
     reach = max(1, len(smoothed) // 20)
     best, found = 0.0, None
     for i in range(first, len(smoothed)):

@@ -1,4 +1,4 @@
-"""`RunResult`: everything that a finished run found out, as `result.json` holds it and its page shows it."""
+"""`RunResult`: everything that a finished run measured, for `result.json` and its page."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ..errors import DataError
 from ..training.record import Plain, Record, Text
 
 RESULT_FILE = "result.json"
-# Metrics that are shares from 0 to 1, drawn as bars; losses and correlations stand in a table.
+# Metrics that are shares from 0 to 1 are drawn as bars; losses and correlations are in a table.
 SHARES = ("accuracy", "f1", "macro_f1", "exact_match", "gsm8k")
 
 
 class Metric(Record):
-    """One measured figure that the run is compared with, and what it was measured on."""
+    """One figure to compare the run with, and what it was measured on."""
 
     name: Text
     value: float
     note: Text = ""
     share: bool = True
-    """The value is a share from 0 to 1, as an accuracy is, and is drawn as a bar; others stand in a table."""
+    """True if the value is a share from 0 to 1, such as an accuracy, drawn as a bar; others are in a table."""
 
     @model_validator(mode="after")
     def _between(self) -> Metric:
         if self.share and not 0 <= self.value <= 1:
-            raise ValueError(f"metric {self.name!r} is {self.value}, a share lies between 0 and 1; use share=False")
+            raise ValueError(f"metric {self.name!r} is {self.value}, but a share is between 0 and 1; use share=False")
         return self
 
 
 class Size(Record):
-    """What one way of tuning costs: the numbers it trains, and the bytes of its file if there is one."""
+    """The cost of one way of tuning: its trained numbers, and the bytes of its file if there is one."""
 
     name: Text
     trainable: int
@@ -49,7 +49,7 @@ class LayerSpectrum(Record):
 
 
 class LayerMove(Record):
-    """How far one layer has moved."""
+    """How far one layer moved."""
 
     name: Text
     moved: float
@@ -59,12 +59,12 @@ class LayerMove(Record):
 
     @property
     def share(self) -> float:
-        """|dW|_F as a share of |W|_F; 0 for a weight of zeros."""
+        """|dW|_F / |W|_F; 0 for a weight of zeros."""
         return self.moved / self.norm if self.norm else 0.0
 
 
 class Check(Record):
-    """One thing that was checked, and what came out."""
+    """One check and its outcome."""
 
     name: Text
     ok: bool
@@ -80,7 +80,7 @@ class Example(Record):
 
     @property
     def right(self) -> bool:
-        """Whether the model gave the expected answer."""
+        """Whether the model's answer is right."""
         return self.expected == self.predicted
 
 
@@ -98,26 +98,26 @@ class Drawing(Record):
 
 
 class RunResult(Record):
-    """What a finished run found out. Files of a later format are refused, not half-read."""
+    """The result of a finished run. Files of a later format are refused."""
 
     format: Literal[2] = 2
     title: Text = ""
     task: Text = ""
-    """What was learned, in a few words."""
+    """The task, in a few words."""
     method: Text = ""
     """One of METHODS, one of PEFT's types, head, or none (every weight)."""
     config: Plain
-    """The configuration, defaults included."""
+    """The configuration, including defaults."""
     metrics: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Split (validation, test; lm_eval for its tasks) -> metric -> figure. Empty without held-out examples."""
     unmeasured: dict[str, str] = Field(default_factory=dict)
-    """Split -> why its metrics could not be computed after training. Such a run is not finished: --resume measures."""
+    """Split -> why its metrics failed after training. Such a run is not finished: --resume computes them."""
     compared: list[Metric] = Field(default_factory=list)
-    """What the run is compared with: baselines, on the same examples."""
+    """Baselines to compare the run with, on the same examples."""
     losses: list[float]
-    """One for each optimizer step; NaN and infinity are kept, a run that diverged is shown as one."""
+    """One for each optimizer step; NaN and infinity are kept, so that a diverged run shows."""
     validation_losses: list[tuple[int, float]] = Field(default_factory=list)
-    """(step, loss) of each look at the validation examples during training (`training.validate_every`)."""
+    """(step, loss) on the validation examples during training (`training.validate_every`)."""
     learning_rate: float
     trainable: int
     """Numbers of the adapter (or of the whole model), without the head."""
@@ -126,30 +126,30 @@ class RunResult(Record):
     total: int = 0
     """Numbers of the model without the adapter."""
     step_seconds: float | None = None
-    """Median time of an optimizer step; None where no step was left to do."""
+    """Median time of an optimizer step; None if no step was left to do."""
     peak_bytes: int | None = None
-    """Most memory that was in use: of the accelerator, else of the whole process since it started."""
+    """Peak memory of the accelerator, else of the whole process since it started."""
     device: str = ""
     file_bytes: int | None = None
-    """Size of the saved tensors, head included."""
+    """Size of the saved tensors, including the head."""
     sizes: list[Size] = Field(default_factory=list)
-    """What was trained and written, part by part; the first is this run's adapter."""
+    """Sizes by part; the first is this run's adapter."""
     versions: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     looked_at: bool = False
-    """Whether the model was looked at after training: spectra, updates and examples are of it."""
+    """Whether the model was analysed after training: spectra, updates and examples are filled."""
     spectra: list[LayerSpectrum] = Field(default_factory=list)
     updates: list[LayerMove] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     examples: list[Example] = Field(default_factory=list)
     drawings: list[Drawing] = Field(default_factory=list)
-    """What the model drew, in the order in which it was drawn."""
+    """The model's pictures, in their order."""
     folder: Annotated[str, Field(exclude=True)] = ""
-    """Where the run is on this machine; not part of the file."""
+    """The run's folder on this machine; not part of the file."""
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were done."""
+        """Number of optimizer steps done."""
         return len(self.losses)
 
     @property
@@ -159,9 +159,9 @@ class RunResult(Record):
 
     @classmethod
     def read(cls, folder: str | Path) -> RunResult:
-        """Get the result of a finished run from its folder; `DataError` for one that is not finished or not whole."""
+        """Get the result of a finished run from its folder; `DataError` if it is missing or damaged."""
         path = Path(folder, RESULT_FILE)
         if not path.is_file():
-            raise DataError(f"{folder}: the run is not finished: there is no {RESULT_FILE}. Continue it with --resume.")
+            raise DataError(f"{folder}: the run is not finished: it has no {RESULT_FILE}. Continue it with --resume.")
         found = cls.read_file(path, "Delete it and continue with --resume.")
         return found.model_copy(update={"folder": str(Path(folder).resolve())})

@@ -1,4 +1,4 @@
-"""Training a run: `run` for its result, `train_run` where the model is wanted too."""
+"""Training a run: `run` for its result, `train_run` for the model as well."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def run(
     """Get the result of a run, trained into `output_dir`.
 
     With `resume` a finished run is read and not repeated, one that was stopped goes on from its last checkpoint, and
-    one that does not exist is begun: call it again and again until it returns. Without, the folder must be new or
-    empty; with `overwrite` it may hold a run, which is replaced when the first step is done. `on_warning` is told what
-    may be wrong with the examples, before the first step. Raises `OutputError` where the folder holds a run of another
+    one that does not exist is begun: call it again until it returns. Without, the folder must be new or
+    empty; with `overwrite`, it may contain a run, which is replaced after the first step. `on_warning` gets possible
+    mistakes in the examples, before the first step. Raises `OutputError` if the folder contains a run of another
     configuration, `Interrupted` after Ctrl-C.
     """
     found = Run(Path(output_dir))
@@ -78,9 +78,9 @@ def train_run(
 ) -> Trained:
     """Get a trained model with its result; the folder is as after `run`.
 
-    `on_warning` is told what may be wrong with the examples, before the first step.
+    `on_warning` gets possible mistakes in the examples, before the first step.
 
-    With `looks` the result also holds what a page shows of the model: spectra, updates, answers.
+    With `looks`, the result also has the page's spectra, updates and answers.
     """
     if resume and overwrite:
         raise OptionError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
@@ -92,14 +92,14 @@ def train_run(
         trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None, old)
         _write(found, trained.result, processes)
         _refuse_unmeasured(trained.result)
-        if looks:  # the figures are safe by now
+        if looks:  # the figures are already saved
             trained = replace(trained, result=look(trained.result, trained.recipe, trained.model))
             _write(found, trained.result, processes)
         return trained
 
 
 def _write(found: Run, result: RunResult, processes: Any) -> None:
-    """Have the main process write the result, and the others wait until it stands."""
+    """Let the main process write the result while the others wait."""
     if processes.is_main_process:
         found.write(result)
     processes.wait_for_everyone()
@@ -173,8 +173,8 @@ def _fit(trainer: Any, last: Path | None) -> None:
         return
     if trainer.is_fsdp_enabled or not (last / "optimizer.pt").is_file():
         raise OutputError(
-            f"{last}: asked to continue, but runs under FSDP and DeepSpeed cannot be resumed: the optimizer's state is "
-            f"not in a form that other processes read. Begin the run again in another folder, or use DDP."
+            f"{last}: cannot continue: runs under FSDP and DeepSpeed do not save the optimizer's state in a form that "
+            f"other processes read. Start the run again in another folder, or use DDP."
         )
     steps = trainer.args.max_steps
     total = steps if steps > 0 else _all_steps(trainer)
@@ -191,7 +191,7 @@ def _all_steps(trainer: Any) -> int:
 
 
 def measure(recipe: Recipe, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Get the metrics of every held-out split, and lm-eval's where the run asks for it."""
+    """Get the metrics of every held-out split, and of the run's lm-eval tasks."""
     return {name: figures for name, get in _measurements(recipe, model) if (figures := get())}
 
 
@@ -203,13 +203,13 @@ def _measurements(recipe: Recipe, model: nn.Module) -> list[tuple[str, Callable[
 
 
 def _measured(recipe: Recipe, model: nn.Module) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Get what `measure` gets as far as it can be had, and the error of each split where it cannot."""
+    """Get the metrics of `measure` that can be computed, and the error of each split that failed."""
     found: dict[str, dict[str, float]] = {}
     failed: dict[str, str] = {}
     for name, get in _measurements(recipe, model):
         try:
             found |= {name: figures} if (figures := get()) else {}
-        except Exception as error:  # of any kind: the training before it must not be lost
+        except Exception as error:  # the training before it must not be lost
             failed[name] = f"{type(error).__name__}: {one_line(error, 500)}"
     return found, failed
 
@@ -217,13 +217,13 @@ def _measured(recipe: Recipe, model: nn.Module) -> tuple[dict[str, dict[str, flo
 def _refuse_unmeasured(result: RunResult) -> None:
     for name, why in result.unmeasured.items():
         raise DataError(
-            f"{result.folder}: training is done and saved, the metrics of {name} failed: {why}. Mend that and "
-            f"train with --resume: only the metrics are computed again."
+            f"{result.folder}: the training is saved, but the metrics of {name} failed: {why}. Correct this and train "
+            f"with --resume: only the metrics are computed again."
         )
 
 
 def _save(recipe: Recipe, trainer: Any, found: Run) -> int:
-    """Save adapter (or model), tokenizer and template together, whole or not at all; get the tensors' bytes."""
+    """Save adapter (or model), tokenizer and template, all or nothing; get the tensors' bytes."""
     goal = found.tuned(recipe.config)
     model = trainer.accelerator.unwrap_model(trainer.model)
     whole = {} if not trainer.is_fsdp_enabled else {"state_dict": trainer.accelerator.get_state_dict(trainer.model)}
@@ -243,7 +243,7 @@ def _memory() -> tuple[int | None, str]:
         return torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # on Windows
         return None, "cpu"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024), "cpu"

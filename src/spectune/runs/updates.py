@@ -1,4 +1,4 @@
-"""`layer_updates`: how far each adapted layer of a live model has moved, whatever the method."""
+"""`layer_updates`: how far each adapted layer of a live model moved, with any method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX
 from .result import LayerMove
 
-# Rows of the identity that a foreign layer is asked at a time: bounds the memory. Chosen.
+# Rows of the identity per forward of another method's layer: bounds the memory. Chosen.
 ROWS = 512
 
 
@@ -22,8 +22,8 @@ def layer_updates(model: nn.Module) -> list[LayerMove]:
     """Get |dW|_F and |W|_F of every adapted layer, in the model's order.
 
     A spectral layer's dW is the sum of its active adapters at their strength. Any other adapted linear layer (LoRA,
-    DoRA, OFT, …) is asked what it makes of the identity with and without its adapter, so that dW is what it does, not
-    what it stores. Other layers of other methods, and sharded models, are left out.
+    DoRA, OFT, …) maps the identity with and without its adapter, so that dW is its effect, whatever it stores. Other
+    layers of other methods, and sharded models, are left out.
     """
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         return []

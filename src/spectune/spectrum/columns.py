@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import OptionError, WeightError, nearest
 
-Columns = str | int | Sequence[int]
+AnyColumns = str | int | Sequence[int]
 
 COLUMN_WORDS = ("top", "bottom", "random")
 
@@ -31,7 +31,7 @@ class Choice:
         return max(self.places) + 1
 
 
-def choose(columns: Columns, rank: int | None, K: int, seed: int = 0) -> Choice:
+def choose(columns: AnyColumns, rank: int | None, K: int, seed: int = 0) -> Choice:
     """Get the explicit places that `columns` names, `rank` of them (all K for None).
 
     "top": 0 ... rank-1. "bottom": K-rank ... K-1. "random": drawn from all K without replacement,

@@ -13,7 +13,7 @@ import torch
 from ..algebra import fix_signs
 from ..errors import OptionError, WeightError, nearest
 from ..records import Quality, Spectrum, Weight
-from .columns import Choice, Columns, choose
+from .columns import AnyColumns, Choice, choose
 from .exact import PARTIAL_SHARE, exact, gram
 from .found import Found
 from .randomized import block_width, randomized, randomized_batch
@@ -51,7 +51,7 @@ def decompose(
     rank: int | None = None,
     *,
     solver: str = "auto",
-    columns: Columns = "top",
+    columns: AnyColumns = "top",
     tolerance: float = 1e-4,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -77,7 +77,7 @@ class Request:
     """The arguments of `decompose`, as one record."""
 
     rank: int | None = None
-    columns: Columns = "top"
+    columns: AnyColumns = "top"
     solver: str = "auto"
     tolerance: float = 1e-4
     seed: int = 0
@@ -144,7 +144,7 @@ def requested_places(weight: Weight, request: Request) -> tuple[int, ...]:
     return _choice(weight, request.columns, request.rank, request.seed).places
 
 
-def _choice(weight: Weight, columns: Columns, rank: int | None, seed: int) -> Choice:
+def _choice(weight: Weight, columns: AnyColumns, rank: int | None, seed: int) -> Choice:
     """Get the places; the inner message gains the weight's name and shape."""
     W_OI, name = weight.W_OI, weight.name
     shape = "x".join(map(str, W_OI.shape))

@@ -25,7 +25,7 @@ from ..training.rates import method_of
 from .choice import chosen_rate, rate_beyond
 from .config import Cell, SweepConfig, cells, require_splits
 from .record import SweepRecord, read_record
-from .workers import OnStep, Workers, last_words, plain_ctrl_c
+from .workers import OnWorkerStep, Workers, last_words, plain_ctrl_c
 
 RECORDS, RUNS, ASKED = "records", "runs", "sweep.json"
 
@@ -156,7 +156,7 @@ class _Running:
             _tidy(run_folder, self.sweep.keep)
         return record
 
-    def _work(self, cell: Cell, run_folder: Path, on_step: OnStep) -> dict[str, Any]:
+    def _work(self, cell: Cell, run_folder: Path, on_step: OnWorkerStep) -> dict[str, Any]:
         asked = self.sweep.forgetting
         # The base model's loss is the same for every run that begins with the same model.
         known = [r.general_loss_base for r in self.found if r.general_loss_base is not None and _same_base(r, cell)]

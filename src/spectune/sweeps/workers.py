@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-OnStep = Callable[[int, int, "float | None"], None]
+OnWorkerStep = Callable[[int, int, "float | None"], None]
 """Called with (step, steps, loss or None)."""
 
 
@@ -29,7 +29,7 @@ class Workers:
         self._lock = threading.Lock()
         self._stopping = False
 
-    def run(self, job: Path, log: Path, on_step: OnStep) -> int:
+    def run(self, job: Path, log: Path, on_step: OnWorkerStep) -> int:
         """Run a job in a process of its own, and get its exit status; KeyboardInterrupt when it was stopped."""
         with log.open("w", encoding="utf-8") as stderr:
             process = self._start(job, stderr)

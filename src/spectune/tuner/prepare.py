@@ -21,16 +21,16 @@ from .config import SpectralConfig
 from .from_file import chosen_layers
 from .model import SpectralTuner
 
-Batch = Mapping[str, Any]
-Loss = Callable[[nn.Module, Any], torch.Tensor]
+AnyBatch = Mapping[str, Any]
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 
 def prepare(
     model: nn.Module,
     config: SpectralConfig,
-    batches: Iterable[Batch],
+    batches: Iterable[AnyBatch],
     *,
-    loss: Loss | None = None,
+    loss: LossFunction | None = None,
     on_batch: Callable[[int], Any] | None = None,
 ) -> SpectralConfig:
     """Get a copy of the config that holds the directions which these examples choose, ready for `get_peft_model`.
@@ -161,7 +161,7 @@ def _reporter(seen: Moments, mask: list[torch.Tensor | None]) -> Callable[..., A
     return hook
 
 
-def _backward(model: nn.Module, batch: Batch, loss: Loss | None) -> None:
+def _backward(model: nn.Module, batch: AnyBatch, loss: LossFunction | None) -> None:
     with torch.enable_grad():
         value = loss(model, batch) if loss is not None else getattr(model(**batch), "loss", None)
         if not isinstance(value, torch.Tensor):
