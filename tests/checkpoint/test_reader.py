@@ -75,7 +75,7 @@ def test_a_truncated_file_says_how_many_bytes_are_missing(model):
     file.write_bytes(whole[:-3])
     assert f"the file has {len(whole) - 3:,} bytes, but its header promises {len(whole):,}" in refused(model)
     file.write_bytes(whole[:20])
-    assert "the file is 20 bytes, its header alone would be" in refused(model)
+    assert "the file has 20 bytes, but its header alone would be" in refused(model)
 
 
 def raw(header: bytes) -> bytes:

@@ -22,15 +22,15 @@ BAD: dict[str, tuple[str, str]] = {
     "a loop in a loop": (LOOP, "takes more than"),
     "a macro that loops": ("{% macro m() %}" + LOOP + "{% endmacro %}{{ m() }}", "takes more than"),
     "a huge range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "Python behind a class": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be used"),
-    "Python behind a function": ("{{ raise_exception.__globals__['os'].system('x') }}", "cannot be used"),
-    "changing what it is given": ("{{ messages.append(1) }}", "cannot be used"),
+    "Python behind a class": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot use"),
+    "Python behind a function": ("{{ raise_exception.__globals__['os'].system('x') }}", "cannot use"),
+    "changing what it is given": ("{{ messages.append(1) }}", "cannot use"),
     "its own message": ("{{ raise_exception('\\x1b[2J\\u202e') }}", r"\\x1b\[2J\\u202e"),
-    "no syntax": ("{% for %}", "cannot be used"),
-    "an unknown name": ("{{ nothing.of.this }}", "cannot be used"),
+    "no syntax": ("{% for %}", "cannot use"),
+    "an unknown name": ("{{ nothing.of.this }}", "cannot use"),
     "a division by zero": ("{{ 1 / 0 }}", "division by zero"),
-    "endless macros": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot be used"),
-    "an include": ("{% include '/etc/passwd' %}", "cannot be used"),
+    "endless macros": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "cannot use"),
+    "an include": ("{% include '/etc/passwd' %}", "cannot use"),
 }
 
 

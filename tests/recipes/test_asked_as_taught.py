@@ -116,7 +116,7 @@ def test_generation_and_figures_ask_what_was_taught(road: str, tmp_path: Path, m
 def test_words_of_a_user_go_through_the_prompt_of_the_run(tmp_path: Path) -> None:
     both = recipe_of(tmp_path, bpe(), prompt="{question} of {answer}:", completion="{answer}")
     assert both.as_prompt('{"question": "a", "answer": "b"}') == "a of b:"
-    with pytest.raises(OptionError, match="made of question, answer. Give a JSON object"):
+    with pytest.raises(OptionError, match="has the columns question, answer. Give a JSON object"):
         both.as_prompt("a")
     alpaca = recipe_of(tmp_path, bpe(), ALPACAS, format="alpaca")
     assert alpaca.as_prompt("do") == ALPACA.format(instruction="do")

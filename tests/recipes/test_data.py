@@ -71,7 +71,7 @@ def test_the_held_out_share_comes_from_the_seed_and_overlaps_with_nothing(tmp_pa
         ("a.jsonl.gz", GZIP[:-9], "this is not a jsonl file: Compressed file ended"),
         ("a.csv.gz", gzip.compress(b"a" * 2**25), "unpacks to more than 16,777,216 bytes"),
         ("a.jsonl", b"\xff\xfe", "this is not a jsonl file"),
-        ("a.xls", b"", "not read from .xls files"),
+        ("a.xls", b"", "cannot read rows from .xls files"),
     ],
 )
 def test_a_damaged_file_is_named(name: str, content: bytes, line: str, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_processor_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monk
     values = tiny.image_run(tmp_path)
     with pytest.raises(MissingExtraError, match=r"vit: AutoImageProcessor requires .* 'spectune\[vision\]'"):
         run(parse_config(values), tmp_path / "run")
-    with pytest.raises(MissingExtraError, match="requires the Torchvision library. pip"):
+    with pytest.raises(MissingExtraError, match="requires the Torchvision library. Run: pip"):
         alignment.load_encoder(values["model"])
 
 
@@ -202,7 +202,7 @@ def test_sixteen_bits_are_turned_too(tmp_path: Path) -> None:
 
 def test_pixels_that_do_not_say_what_is_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a.tif: pixels of mode F \(32 bits\) white level"):
+    with pytest.raises(DataError, match=r"a.tif: the white level of 32-bit pixels \(mode F\)"):
         images._opened(tmp_path / "a.tif")
 
 

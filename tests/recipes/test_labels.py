@@ -34,7 +34,7 @@ def labelled(folder: Path, *labels: Any, **more: Any) -> Any:
         (" ", "has no label"),
         (["yes"], r"the label \['yes'\] \(list\) is neither"),
         ({"a": 1}, r"the label .* \(dict\) is neither"),
-        (math.inf, r"the label is inf \(float\)"),
+        (math.inf, r"the label inf \(float\)"),
     ],
 )
 def test_what_names_no_class_is_refused_with_its_row(label: Any, line: str, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_texts_in_parts_are_joined(tmp_path: Path) -> None:
 def test_a_template_that_refuses_a_conversation_names_its_row(tmp_path: Path) -> None:
     fussy = "{% if messages[0]['content'] == 'w5' %}{{ raise_exception('no w5') }}{% endif %}" + WRITES_ALL
     row = {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w2"}]}
-    with pytest.raises(DataError, match=r"talk.jsonl, row 2: the chat template does not take it: no w5"):
+    with pytest.raises(DataError, match=r"talk.jsonl, row 2: the chat template refuses it: no w5"):
         dry_run(parse_config(talk(tmp_path, row, fussy)))
 
 

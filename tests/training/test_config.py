@@ -71,7 +71,7 @@ def test_overrides_reach_the_configuration(tmp_path: Path) -> None:
         load_config(path, ["training.learning_rat=1"])
     with pytest.raises(OptionError, match="must be key=value"):
         load_config(path, ["training.steps"])
-    with pytest.raises(OptionError, match="model is 'somewhere' which has no keys"):
+    with pytest.raises(OptionError, match="model is 'somewhere', which has no keys"):
         load_config(path, ["model.name=x"])
 
 
@@ -81,7 +81,7 @@ def test_overrides_reach_the_configuration(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2\n", "duplicate key 'seed'"),
         ("a: {b: 1, b: 2}\n", "duplicate key 'b'"),
         ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
-        ("- 1\n", "asked for keys with values, found list"),
+        ("- 1\n", "keys with values are needed, but this is a list"),
         ("a: [\n", "not YAML"),
     ],
 )

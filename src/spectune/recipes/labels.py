@@ -28,7 +28,7 @@ def class_name(value: Any) -> str:
         return str(int(value)) if value == int(value) else str(value)
     if not isinstance(value, str):
         raise DataError(
-            f"the label {str(value)[:40]} ({type(value).__name__}) is neither text nor a number. Correct it."
+            f"the label {str(value)[:40]} ({type(value).__name__}) is neither text nor a finite number. Correct it."
         )
     name = unicodedata.normalize("NFC", value.strip())  # macOS uses the other form in names of folders
     whole = WHOLE_FLOAT.fullmatch(name)
