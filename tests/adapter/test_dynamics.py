@@ -138,7 +138,7 @@ def test_a_second_decay_by_the_optimizer_is_refused() -> None:
 def test_decay_without_singular_directions_is_refused() -> None:
     model = model_with("lidb", singular_decay=0.3)
     backward(model)
-    with pytest.raises(SpectuneError, match="lidb has no singular directions to guide it"):
+    with pytest.raises(SpectuneError, match="needs singular directions, and lidb has none"):
         torch.optim.SGD(trainable(model), lr=0.01).step()
 
 

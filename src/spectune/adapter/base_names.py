@@ -21,8 +21,8 @@ def base_tensor(layer: str, base: Checkpoint) -> str:
     if len(ending) == 1:
         return ending[0]
     raise AdapterError(
-        f"{base.path}: the base has no tensor for the layer {layer!r}; transformers may rename them on load. Merge in "
-        f"memory then (merge_and_unload, save_pretrained). {nearest(wanted, base.names)}"
+        f"{base.path}: the base has no tensor for the layer {layer!r}. If transformers renames it on load, merge in "
+        f"memory (merge_and_unload, save_pretrained). {nearest(wanted, base.names)}"
     )
 
 
