@@ -60,7 +60,7 @@ def surplus(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 BAD: dict[str, tuple[str, Change, str]] = {
     "unknown method": ("spectral_a", with_config(method="spectral_b"), "unknown method 'spectral_b'"),
     "method is a list": ("spectral_a", with_config(method=["spectral_a"]), "unknown method"),
-    "r of a billion": ("spectral_a", with_config(r=10**9), r"r=1000000000 is absurd (limit 1,048,576"),
+    "r of a billion": ("spectral_a", with_config(r=10**9), r"r=1000000000 is absurd \(limit 1,048,576"),
     "r is a text": ("spectral_a", with_config(r="2"), "r must be an integer"),
     "another r": ("spectral_a", with_config(r=3), "do not fit the base weight"),
     "d of a trillion": ("svft", with_config(off_diagonals=10**12), "off_diagonals=1000000000000"),

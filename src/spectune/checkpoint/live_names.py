@@ -17,7 +17,7 @@ import torch
 from .reader import Checkpoint, LazyFile
 
 # Tensor name -> the tensor.
-Tensors = dict[str, torch.Tensor]
+NamedTensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +34,14 @@ class Group:
     first: str = ""
     """The first of the live names."""
 
-    def to_live(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    def to_live(self, tensors: Mapping[str, torch.Tensor]) -> NamedTensors:
         """Get the live tensors from the stored ones."""
         if self.converter is None:
             return {self.first: tensors[self.stored[0]]}
         pairs = zip(self.renamed, self.patterns, (tensors[name] for name in self.stored), strict=True)
         return _converted(copy.deepcopy(self.converter), self.first, pairs, self.model)
 
-    def to_stored(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    def to_stored(self, tensors: Mapping[str, torch.Tensor]) -> NamedTensors:
         """Get the stored tensors from all the live ones."""
         if self.converter is None:
             return {self.stored[0]: tensors[self.first]}
@@ -53,7 +53,7 @@ class Group:
         return {original[name]: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _converted(converter: Any, first: str, tensors: Any, model: Any) -> Tensors:
+def _converted(converter: Any, first: str, tensors: Any, model: Any) -> NamedTensors:
     for name, pattern, tensor in tensors:
         converter.add_tensor(first, name, pattern, tensor)
     found = converter.convert(first, model=model, config=model.config)
