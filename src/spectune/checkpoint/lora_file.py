@@ -26,7 +26,7 @@ ENDINGS = (
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     (".lora_down.weight", ".lora_up.weight"),
 )
-# NamedTensors and options with which an update is not B A, and why.
+# Tensors and options with which an update is not B A, and why.
 FOREIGN = {
     "lora_magnitude_vector": "DoRA rescales the merged weight, so its update is not B A",
     "dora_scale": "DoRA rescales the merged weight, so its update is not B A",
@@ -73,7 +73,7 @@ class LoraFile:
 
     @property
     def carried(self) -> tuple[str, ...]:
-        """NamedTensors that belong to no update: modules trained in full (modules_to_save)."""
+        """Tensors that belong to no update: modules trained in full (modules_to_save)."""
         used = {name for layer in self.layers.values() for name in (layer.A_name, layer.B_name)}
         return tuple(name for name in self.file.names if name not in used and not name.endswith(".alpha"))
 

@@ -86,7 +86,7 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a whole safetensors file or leave the old one. NamedTensors on any device; views are copied.
+    """Write a whole safetensors file or leave the old one. Tensors on any device; views are copied.
 
     `metadata` is added to `{"format": "pt"}`, which transformers needs. `OutputError` if it cannot be written.
     """
