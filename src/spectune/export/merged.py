@@ -30,6 +30,7 @@ from .plan import MergePlan, plan_merge, saved_layers
 from .shards import Read, reader, stored_changes, write_shards
 from .target import write_config
 from .tied import refuse_still_tied
+from .vocabulary import write_vocabulary
 
 OnTensor = Callable[[int, int, str], None]
 """Called with (merged so far, all, name of the tensor)."""
@@ -113,6 +114,8 @@ def merge_checkpoint(
         if plan.target is not None and (plan.target.options or plan.target.changes_class or plan.apart):
             write_config(base, partial, plan.target, bool(plan.apart))
             refuse_still_tied(base, partial, plan.apart)
+        if plan.target is not None and plan.vocabulary is not None:
+            write_vocabulary(base, partial, plan.target.model, plan.vocabulary)
         copy_for_model(folder.path, partial, base)
         done = Merged(
             Path(output_dir),

@@ -14,6 +14,7 @@ from ..errors import ExportError
 from .architecture import UNKNOWN, architecture_of
 from .target import ModelTarget, find_target
 from .tied import untied
+from .vocabulary import carried_keys, new_vocabulary, with_resized_bases
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class MergePlan:
     apart: tuple[str, ...]
     trained: dict[str, str]
     """Live name -> key in the adapter's file, of what was trained in full."""
+    vocabulary: int | None
+    """The rows of the embedding where they are not the base's."""
     names: dict[str, str | None]
     """Stored name -> the name it is written under (None: not at all), where that is another one."""
 
@@ -56,10 +59,18 @@ def plan_merge(base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> Mer
 
 
 def _plan_for(target: ModelTarget | None, base: Path, checkpoint: Checkpoint, folder: AdapterFolder) -> MergePlan:
+    if target is not None:
+        checkpoint = with_resized_bases(checkpoint, folder, live_view(checkpoint, target.model))
     checkpoint, apart = untied(base, checkpoint, folder, UNKNOWN if target is None else architecture_of(target.model))
     view = LiveView(checkpoint, {}) if target is None else live_view(checkpoint, target.model)
     names = {} if target is None or not target.changes_class else _names_in_class(target.model, view)
-    return MergePlan(target, checkpoint, view, apart, _trained_in_full(folder, view.checkpoint), names)
+    trained, vocabulary = _trained_in_full(folder, view.checkpoint), None
+    if target is not None:
+        tied = _tied(target.model) - {f"{module}.weight" for module in apart}
+        trained = {name: key for name, key in trained.items() if name in view.checkpoint.files or name not in tied}
+        shapes = view.checkpoint.shapes | {name: folder.shapes[key] for name, key in trained.items()}
+        vocabulary = new_vocabulary(target.model, base, folder, shapes, target.options)
+    return MergePlan(target, checkpoint, view, apart, trained, vocabulary, names)
 
 
 def _names_in_class(model: Any, view: LiveView) -> dict[str, str | None]:
@@ -99,14 +110,13 @@ def _trained_in_full(folder: AdapterFolder, base: Checkpoint) -> dict[str, str]:
         name = base_tensor(own.removesuffix(".weight"), base)
         front = name.removesuffix(own) if name.endswith(own) else front
     found = {}
-    for key in folder.names:
-        if ".spectune_adapter." not in key:
-            # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-            starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
-            shorter = [known for start in starts if (known := name[start:]) in base.files]
-            longer = [known for known in (front + name,) if known in base.files]
-            found[max(shorter or longer or [name], key=len)] = key
+    for key in carried_keys(folder):
+        # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
+        name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+        shorter = [known for start in starts if (known := name[start:]) in base.files]
+        longer = [known for known in (front + name,) if known in base.files]
+        found[max(shorter or longer or [name], key=len)] = key
     return found
 
 

@@ -15,8 +15,10 @@ from ..adapter import SpectralModule, spectral_modules
 from ..adapter.saved import tensors_by_layer
 from ..checkpoint import AdapterFolder, Base, find_base, load_auto, read_adapter_folder
 from ..errors import AdapterError, ExportError, SpectuneError, one_line
-from .layers import base_path, choose_adapter, fully_trained
+from .layers import base_path, choose_adapter, fully_trained, inner_model
+from .lora_config import adapter_config
 from .target import config_options, model_class
+from .vocabulary import carried_keys, resize_for, resized_embeddings
 
 # Files by which transformers itself finds the weights of a folder.
 OF_TRANSFORMERS = ("model.safetensors", "model.safetensors.index.json")
@@ -46,7 +48,10 @@ def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: 
         if base_model is not None:
             raise ExportError("base_model: a live model already has its base. Leave base_model out.")
         name = choose_adapter(adapter, adapter_name)
-        return Source(adapter, name, fully_trained(adapter, name))
+        inner = inner_model(adapter)
+        base = getattr(adapter_config(adapter, name), "base_model_name_or_path", None)
+        resized = resized_embeddings(inner, base or getattr(inner, "name_or_path", None))
+        return Source(adapter, name, resized | fully_trained(adapter, name))
     if adapter_name is not None:
         raise ExportError(f"adapter_name={adapter_name!r}: a folder holds only one adapter. Leave adapter_name out.")
     folder = read_adapter_folder(adapter).require("SPECTUNE")
@@ -54,7 +59,7 @@ def open_source(adapter: nn.Module | str | Path, base_model: Any, adapter_name: 
         (_copied_base(base_model), None) if isinstance(base_model, nn.Module) else _loaded_base(folder, base_model)
     )
     _load(model, folder)
-    carried = {name: folder.tensor(name) for name in folder.names if ".spectune_adapter." not in name}
+    carried = {name: folder.tensor(name) for name in carried_keys(folder)}
     return Source(model, ADAPTER_NAME, carried, base)
 
 
@@ -111,6 +116,7 @@ def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
 def _load(model: nn.Module, folder: AdapterFolder) -> None:
     from ..tuner import SpectralConfig, bounded_config  # here, because it imports PEFT
 
+    resize_for(folder, model)
     folder.refuse_surplus(sum(1 for _ in model.modules()), type(model).__name__)
     try:
         # Read here, so that the config knows its folder: transformers passes on the config alone. A spectral one is

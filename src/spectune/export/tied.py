@@ -47,7 +47,7 @@ def untied(
     one head, classes use `tie_word_embeddings` for more than ties (T5 scales its outputs by it).
     """
     changed = _changed(folder, architecture)
-    groups = [group for group in architecture.tied if group & changed]
+    groups = [group for group in architecture.tied if group & changed and not _still_one(folder, group, architecture)]
     files = dict(checkpoint.files)
     for group in groups:
         if architecture.task_type != "CAUSAL_LM" or len(group) != 2:
@@ -75,6 +75,30 @@ def _changed(folder: AdapterFolder, architecture: Architecture) -> set[str]:
     }
     weights = {name.removeprefix(PEFT_PREFIX) for name in weights if name.endswith(".weight")}
     return {architecture.place(name, (1, 1)).module for name in weights}
+
+
+def _still_one(folder: AdapterFolder, group: frozenset[str], architecture: Architecture) -> bool:
+    """Ask whether an adapter's file has these layers only as PEFT saves resized embeddings: one weight, twice."""
+    saved = folder.config.get("modules_to_save") or []
+    ends = tuple(f".{name}" for name in saved) if isinstance(saved, list) else ()
+    if any(f".{module}".endswith(ends) for module in group):
+        return False
+    first: torch.Tensor | None = None
+    for key in folder.names:
+        name = key.removeprefix(PEFT_PREFIX)
+        if (
+            architecture.place(
+                name.partition(".spectune_adapter.")[0].removesuffix(".weight") + ".weight", (1, 1)
+            ).module
+            in group
+        ):
+            if ".spectune_adapter." in name or ".base_layer." in name:
+                return False
+            tensor = folder.tensor(key)
+            if first is not None and not torch.equal(first, tensor):
+                return False
+            first = tensor
+    return first is not None
 
 
 def _refuse(base: Path, group: frozenset[str], changed: set[str]) -> None:
