@@ -5,6 +5,7 @@ Everything is differentiable and works in the dtype that it is given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -158,6 +159,14 @@ def dense(delta: Delta) -> torch.Tensor:
     """Get dW_OI itself, in the dtype of the factors."""
     left_OQ = through_core_from_left(delta.left_OP, delta.core)
     return left_OQ @ delta.right_QI
+
+
+def dense_stack(deltas: Sequence[Delta]) -> torch.Tensor:
+    """Get dW_BOI of B updates of weights of one shape, in one batched product where they are equally wide."""
+    if len({delta.right_QI.shape for delta in deltas}) > 1:
+        return torch.stack([dense(delta) for delta in deltas])
+    left_BOQ = torch.stack([through_core_from_left(delta.left_OP, delta.core) for delta in deltas])
+    return left_BOQ @ torch.stack([delta.right_QI for delta in deltas])
 
 
 def through_core_from_left(left_OP: torch.Tensor, core: torch.Tensor | SparseCore) -> torch.Tensor:

@@ -43,6 +43,13 @@ LEANED_ON: list[tuple[str, str, tuple[str, ...], str]] = [
         ("get_apply_tensor_subclass",),
         "tuner/base_weight.py: how a quantised layer is turned into numbers",
     ),
+    ("peft.utils.integrations", "init_empty_weights", (), "tuner/model.py: experts of an adapter about to be loaded"),
+    (
+        "peft.tuners.tuners_utils",
+        "BaseTuner._inject_parameters",
+        ("peft_config", "model", "adapter_name", "low_cpu_mem_usage"),
+        "tuner/model.py: overridden, target_parameters; private",
+    ),
     ("peft.utils.quantization_utils", "QuantizationBackend", (), "tuner/base_weight.py: the type of the above"),
     ("peft.utils.quantization_utils", "QuantizationBackend.get_base_weight", (), "tuner/layer.py: dequantise"),
     (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,18 +52,38 @@ def refuse_absurd(options: Mapping[str, Any]) -> None:
 
 
 class LayerRanks:
-    """The r of each layer by one config's rank_pattern; use one for all layers, since its patterns share a deadline."""
+    """The r of each layer by one config's rank_pattern; use one for all layers, since its patterns share a deadline.
 
-    def __init__(self, rank_pattern: object) -> None:
+    All matrices of a parameter in `target_parameters` have the r of the parameter.
+    """
+
+    def __init__(self, rank_pattern: object, target_parameters: object = None) -> None:
         if not isinstance(rank_pattern or {}, Mapping):
             raise AdapterError(f"adapter_config.json: rank_pattern={rank_pattern!r} is not a map from layers to ranks.")
         self._ranks: Mapping[str, int] = rank_pattern or {}  # type: ignore[assignment]
         self._patterns = LayerPatterns(self._ranks)
+        self._parameters = target_parameters if isinstance(target_parameters, (list, tuple, set)) else ()
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> LayerRanks:
+        """Get the ranks of a saved adapter."""
+        return cls(config.get("rank_pattern"), config.get("target_parameters"))
 
     def of(self, layer: str) -> int | None:
         """Get the pattern's r for a layer, or None; `AdapterError` for hostile patterns."""
-        pattern = self._patterns.first(layer)
+        pattern = self.pattern_of(parameter_of(layer, self._parameters) or layer)
         return None if pattern is None else self._ranks[pattern]
+
+    def pattern_of(self, layer: str) -> str | None:
+        """Get the first pattern that names a layer."""
+        return self._patterns.first(layer)
+
+
+def parameter_of(layer: str, target_parameters: Iterable[Any]) -> str | None:
+    """Get the path of the parameter that a layer is one matrix of (`mlp.experts.gate_up_proj.3`), or None."""
+    path, _, place = layer.rpartition(".")
+    named = any(isinstance(word, str) and f".{path}".endswith(f".{word}") for word in target_parameters)
+    return path if named and place.isdigit() else None
 
 
 def saved_method(
@@ -80,7 +100,7 @@ def saved_method(
         raise OptionError(f"adapter_config.json: unknown method {name!r}. {nearest(name, list(METHODS))}")
     given = {option: config[option] for option in METHODS[name].options() if config.get(option) is not None}
     options = {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
-    r = (ranks or LayerRanks(config.get("rank_pattern"))).of(layer)
+    r = (ranks or LayerRanks.of_config(config)).of(layer)
     options = options if r is None else {**options, "r": r}
     refuse_absurd(options)
     try:
@@ -97,7 +117,7 @@ def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str
     is not the adapter's. One base weight is in memory at a time.
     """
     owner: SpectralModule | None = None
-    ranks = LayerRanks(folder.config.get("rank_pattern"))
+    ranks = LayerRanks.of_config(folder.config)
     for layer, names in owner_first(folder):
         tensor_name = base_tensor(layer, base)
         tensors = {name: folder.tensor(key) for name, key in names.items()}

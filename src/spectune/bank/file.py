@@ -44,7 +44,7 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
         brought = load_file(saved.path / TENSOR_FILE)  # at once: reading tensor by tensor opens the file for each
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{folder}: cannot read the tensors: {error}. Copy the file again.") from error
-    cores, ranks = {}, LayerRanks(config.rank_pattern)
+    cores, ranks = {}, LayerRanks(config.rank_pattern, config.target_parameters)
     for layer, module in modules.items():
         method = config.method_for(layer, ranks.of(layer), module.U_OR.shape[0], module.Vh_RI.shape[1])
         if method != module.method:

@@ -161,7 +161,7 @@ class SpectralDraft:
 
     def updates(self, folder: Path, base_matrix: BaseMatrix) -> Iterator[tuple[str, torch.Tensor]]:
         saved = read_adapter_folder(folder).require("SPECTUNE")
-        ranks, layers = LayerRanks(saved.config.get("rank_pattern")), tensors_by_layer(saved)
+        ranks, layers = LayerRanks.of_config(saved.config), tensors_by_layer(saved)
         for layer in self.ranks:
             tensors = {name: saved.tensor(key) for name, key in layers[layer].items()}
             W_OI = base_matrix(layer)

@@ -111,7 +111,7 @@ class Adapter:
     def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
         """Get the modules of a file that contains its bases, from the file alone."""
         owner: SpectralModule | None = None
-        ranks = LayerRanks(self.folder.config.get("rank_pattern"))
+        ranks = LayerRanks.of_config(self.folder.config)
         for layer, names in owner_first(self.folder):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
             if any(tensors.get(name, torch.zeros(0)).ndim != 2 for name in ("U_OR", "Vh_RI")):

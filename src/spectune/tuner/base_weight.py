@@ -17,7 +17,7 @@ class Layout:
     """How one kind of layer stores its matrix."""
 
     kind: str
-    """`linear`, `conv`, `embedding` or `attention`: which adapted layer serves it."""
+    """`linear`, `conv`, `embedding`, `attention` or `expert`: which adapted layer serves it."""
     transposed: bool = False
     """True where the layer stores in x out."""
     attribute: str = "weight"
@@ -42,6 +42,18 @@ LAYOUTS: dict[type[nn.Module], Layout] = {
     nn.Embedding: Layout("embedding", transposed=True),
     nn.MultiheadAttention: Layout("attention", attribute="in_proj_weight"),
 }
+
+# Classes of transformers that store their experts in x out without saying so (`is_transposed`).
+IN_X_OUT = ("Llama4TextExperts",)
+
+
+def stored_in_x_out(owner: nn.Module) -> bool:
+    """Ask whether a module stores the matrices of its parameters in x out: transformers says so of its experts.
+
+    The singular directions are the same either way; what differs is which of the two factors is called left.
+    """
+    named = any(kind.__name__ in IN_X_OUT for kind in type(owner).__mro__)
+    return bool(getattr(owner, "is_transposed", named))
 
 
 def layout_of(layer: nn.Module, name: str, backend: QuantizationBackend | None = None) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,17 +20,16 @@ from .directions import data_basis
 
 
 def find_bases(
-    model: nn.Module, config: SpectralConfig, targets: Callable[[str], Any], tick: Callable[[str], None]
+    weights: Iterable[Weight], config: SpectralConfig, ranks: LayerRanks, tick: Callable[[str], None]
 ) -> dict[str, Spectrum]:
-    """Get module path -> basis, for the plainly stored weights that `targets` says yes to.
+    """Get name of a weight -> basis.
 
     Equal shapes are solved together, the cache is asked first, and the processes of a distributed run share the
-    work. What is left out here (quantised weights, which are dequantised one by one) `find_basis` finds alone.
+    work.
     """
     asked: dict[Request, list[Weight]] = {}
-    ranks = LayerRanks(config.rank_pattern)
-    for path, weight in _weights(model, targets):
-        if (request := _request(path, weight.W_OI, config, ranks)) is not None:
+    for weight in weights:
+        if (request := _request(weight.name, weight.W_OI, config, ranks)) is not None:
             asked.setdefault(request, []).append(weight)
     svd = config.svd_options
     bases: dict[str, Spectrum] = {}
@@ -41,7 +40,11 @@ def find_bases(
     return bases
 
 
-def _weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[tuple[str, Weight]]:
+def weights_of_layers(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[Weight]:
+    """Get the plainly stored weights of the layers that `targets` says yes to.
+
+    What is left out here (quantised weights, which are dequantised one by one) `find_basis` finds alone.
+    """
     for path, module in model.named_modules():
         # A second adapter meets the layers that the first has adapted; their insides are not targets.
         if not path or ".base_layer" in path or ".spectune_" in path or not targets(path):
@@ -53,7 +56,7 @@ def _weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[tuple[
             layout = layout_of(layer, path)
             stored = plain_weight(layer, layout.attribute, path)
             if not stored.is_meta or processes() > 1:  # the numbers may come from another process
-                yield path, Weight(path, layout.to_matrix(stored))
+                yield Weight(path, layout.to_matrix(stored))
         except WeightError:
             continue  # PEFT has not asked for this layer yet; if it does, the refusal is raised there
 

@@ -82,6 +82,13 @@ class SpectralConfig(MethodOptions, PeftConfig):
         default=None,
         metadata={"help": "Module names, a regex, or 'all-linear'. None: the usual ones of the architecture."},
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Ends of the paths of parameters, for experts that are stored in one; each matrix is tuned as a "
+            "weight of its own. With target_modules=[] nothing else is."
+        },
+    )
     exclude_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Module names, or a regex, that are left alone."}
     )
@@ -134,6 +141,8 @@ class SpectralConfig(MethodOptions, PeftConfig):
         check_plain_types(self.svd, "svd.")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if self.target_parameters is not None:
+            self.target_parameters = sorted(set(self.target_parameters))
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if self.origin is not None:  # a copy with changes: the patterns are as strange, but its file backs it no more
@@ -189,6 +198,10 @@ class SpectralConfig(MethodOptions, PeftConfig):
         if self.rank_pattern and "r" not in METHODS[self.method].options():
             raise OptionError(
                 f"method {self.method!r} has no option 'r', so rank_pattern cannot be used. Leave it out."
+            )
+        if self.target_parameters and self.bias == "spectune_only":
+            raise OptionError(
+                "bias='spectune_only' cannot be used with target_parameters: a stack of experts has no bias of its own."
             )
         if not 0 <= self.singular_decay < float("inf"):
             raise OptionError(f"singular_decay={self.singular_decay} must not be negative or infinite.")

@@ -21,6 +21,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "singular_decay": (int, float),
     "target_modules": NAMES,
     "exclude_modules": NAMES,
+    "target_parameters": (list, tuple, set, type(None)),
     "modules_to_save": (list, tuple, set, type(None)),
     "layers_pattern": NAMES,
     "layers_to_transform": (int, list, tuple, type(None)),
@@ -41,9 +42,11 @@ def check_types(config: Any) -> None:
         if not isinstance(value, kinds):
             raise _wrong_type(name, value)
         words: Any = [] if value is None or isinstance(value, (str, int)) else value
-        if (kinds is NAMES or name == "modules_to_save") and not all(isinstance(word, str) for word in words):
+        if (kinds is NAMES or name in ("modules_to_save", "target_parameters")) and not all(
+            isinstance(word, str) for word in words
+        ):
             raise OptionError(f"{name}={value!r}: only names can stand in this list. Correct it.")
-        if name == "target_modules" and value is not None and not value:
+        if name == "target_modules" and value is not None and not value and not config.target_parameters:
             raise OptionError(
                 f"target_modules={value!r}: no layer is named. Name some, or leave it out for the usual ones."
             )

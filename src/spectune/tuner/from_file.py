@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
 from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression, is_tame
 from ..errors import AdapterError, WeightError
+from ..records import Weight
 from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
 
@@ -29,15 +30,20 @@ ANY_COUNTED = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 @contextmanager
-def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[frozenset[str]]:
+def out_of_peft_s_sight(
+    config: SpectralConfig, model: nn.Module, parameters: Iterable[str] = ()
+) -> Iterator[frozenset[str]]:
     """Get the layers that a config chooses, and keep its patterns from PEFT for the time of the block.
+
+    `parameters` are the paths of those that it chooses besides.
 
     PEFT matches `target_modules` once more when it saves, so one that may take `re` for ever stays a set of names.
     `AdapterError` for patterns that choose nothing, are none, or take too long.
     """
     kept: dict[str, Any] = {"exclude_modules": config.exclude_modules, "rank_pattern": config.rank_pattern}
     chosen = chosen_layers(config, model)
-    if not chosen:
+    parameters = list(parameters)
+    if not chosen and not parameters:
         raise AdapterError(
             f"target_modules: {str(config.target_modules)[:200]!r} names no layer of {type(model).__name__} that "
             f"nothing excludes. Load the adapter on the base model that it was trained on."
@@ -46,8 +52,8 @@ def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[fr
         if is_tame(config.target_modules, max(len(path) for path, _ in model.named_modules())):
             kept["target_modules"] = config.target_modules
         config.target_modules = set(chosen)
-    ranks = LayerRanks(config.rank_pattern)
-    given = {layer: r for layer in sorted(chosen) if (r := ranks.of(layer)) is not None}
+    ranks = LayerRanks(config.rank_pattern, config.target_parameters)
+    given = {layer: r for layer in sorted(chosen) + parameters if (r := ranks.of(layer)) is not None}
     config.exclude_modules, config.rank_pattern = None, {f"^{re.escape(layer)}": r for layer, r in given.items()}
     try:
         yield chosen
@@ -59,9 +65,11 @@ def out_of_peft_s_sight(config: SpectralConfig, model: nn.Module) -> Iterator[fr
 def chosen_layers(config: PeftConfig, model: nn.Module) -> frozenset[str]:
     """Get the paths of the modules that a config targets, as PEFT's check_target_module_exists chooses them."""
     clock = Clock()
-    targeted, excluded = (_Names(getattr(config, name, None), clock) for name in ("target_modules", "exclude_modules"))
+    targeted, excluded = (
+        LayerNames(getattr(config, name, None), clock) for name in ("target_modules", "exclude_modules")
+    )
     saved = [Expression(name, INSIDE, clock) for name in getattr(config, "modules_to_save", None) or ()]
-    counted = _Counted(config, clock)
+    counted = LayerIndices(config, clock)
     # A second adapter meets the layers that the first has adapted; their insides are not targets.
     paths = [
         path for path, _ in model.named_modules() if path and ".base_layer" not in path and ".spectune_" not in path
@@ -76,7 +84,7 @@ def chosen_layers(config: PeftConfig, model: nn.Module) -> frozenset[str]:
     )
 
 
-class _Names:
+class LayerNames:
     """Names of modules, or a pattern for whole paths."""
 
     def __init__(self, words: Any, clock: Clock) -> None:
@@ -89,7 +97,7 @@ class _Names:
         return any(path[start:] in self.names for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))))
 
 
-class _Counted:
+class LayerIndices:
     """layers_to_transform, with layers_pattern."""
 
     def __init__(self, config: PeftConfig, clock: Clock) -> None:
@@ -109,20 +117,29 @@ class _Counted:
         return match is not None and match["idx"] is not None and int(match["idx"]) in self.indices
 
 
-def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[str]) -> None:
+def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[str], experts: list[Weight]) -> None:
     """Raise `AdapterError` where the file does not hold what its config would make; once, before anything is made.
 
-    A layer may stand under another path in the file (transformers renames some), so what is not there by name may be
-    any tensor of that name and shape that no other layer has claimed.
+    `experts` are the matrices of chosen parameters. A layer may stand under another path in the file
+    (transformers renames some), so what is not there by name may be any tensor of that name and shape that no other
+    layer has claimed.
     """
     origin = config.origin
     if origin is None or origin.folder is None:
         return
     read = read_adapter_folder(origin.folder)
-    read.refuse_surplus(sum(1 for _ in model.modules()), type(model).__name__)
+    read.refuse_surplus(sum(1 for _ in model.modules()) + len(experts), type(model).__name__)
     saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in read.shapes.items()}
     left = Counter((key.rpartition(".")[2], shape) for key, shape in saved.items() if f".{ADAPTERS_ATTRIBUTE}." in key)
-    made = list(_made(config, model, chosen))
+    made = list(
+        _made(
+            config,
+            [
+                *_shapes(chosen, model),
+                *((expert.name, (expert.W_OI.shape[0], expert.W_OI.shape[1])) for expert in experts),
+            ],
+        )
+    )
     by_name = {made_ for made_ in made if saved.get(f"{made_[0]}.{ADAPTERS_ATTRIBUTE}.{made_[1]}") == made_[2]}
     for layer, name, shape in (*by_name, *(other for other in made if other not in by_name)):
         left[name, shape] -= 1
@@ -132,11 +149,11 @@ def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[
 
 
 def _made(
-    config: SpectralConfig, model: nn.Module, chosen: frozenset[str]
+    config: SpectralConfig, layers: list[tuple[str, tuple[int, int]]]
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Get (layer, tensor, shape) for what the tuner would allocate at the config's word alone."""
-    ranks, shared_made = LayerRanks(config.rank_pattern), False
-    for layer, (rows_O, cols_I) in _shapes(chosen, model):
+    ranks, shared_made = LayerRanks(config.rank_pattern, config.target_parameters), False
+    for layer, (rows_O, cols_I) in layers:
         try:
             method = config.method_for(layer, ranks.of(layer), rows_O, cols_I)
             rank, _ = method.basis(rows_O, cols_I)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from ..adapter import Dynamics, SpectralModule, in_own_dtype
@@ -44,9 +45,11 @@ class SpectralLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         self.base_layer = base_layer
-        self.module_name = name
-        self.quantization_backend = backend_of(self.get_base_layer())
-        self.layout = layout_of(self.get_base_layer(), name, self.quantization_backend)
+        backend = backend_of(self.get_base_layer())
+        self._begin(name, layout_of(self.get_base_layer(), name, backend), backend)
+
+    def _begin(self, name: str, layout: Layout, backend: QuantizationBackend | None) -> None:
+        self.module_name, self.layout, self.quantization_backend = name, layout, backend
         self.spectune_adapter = nn.ModuleDict()
         # The pretrained parameter itself while updates are merged; in a list, so that it is not registered twice.
         self._replaced: list[nn.Parameter] = []
@@ -153,8 +156,7 @@ class SpectralLayer(BaseTunerLayer):
         merged = self._with_updates(original, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        present = self._exchange(nn.Parameter(merged, requires_grad=False))
-        self._replaced = self._replaced or [present]
+        self._put(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -164,11 +166,20 @@ class SpectralLayer(BaseTunerLayer):
 
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self._put_back()
+        self.merged_adapters.clear()
+
+    def _put(self, merged: torch.Tensor) -> None:
+        """Put a merged weight in the place of the pretrained one, which is kept aside."""
+        present = self._exchange(nn.Parameter(merged, requires_grad=False))
+        self._replaced = self._replaced or [present]
+
+    def _put_back(self) -> None:
+        """Put the pretrained weight back in its place."""
         (pretrained,) = self._replaced
         merged = self._exchange(pretrained)
         pretrained.data = pretrained.data.to(merged.device, merged.dtype)  # the model may have moved since
         self._replaced = []
-        self.merged_adapters.clear()
 
     def _with_updates(self, original: torch.Tensor, names: list[str]) -> torch.Tensor:
         total = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)

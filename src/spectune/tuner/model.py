@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from ..adapter import SpectralModule, spectral_modules
@@ -17,10 +18,11 @@ from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
 from ..errors import LeftOutError, OptionError, SpectuneError, nearest, one_line
-from ..records import Spectrum
-from .bases import find_bases
+from ..records import Spectrum, Weight
+from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
+from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
 from .kinds import KINDS, SpectralAttentionLinear, kind_of
@@ -28,7 +30,9 @@ from .layer import SpectralLayer
 from .mixed_rows import rows_named
 from .origin import Origin
 from .own_code import is_read
+from .parameters import chosen_parameters, ranks_of_modules, say_what_all_linear_leaves_out
 from .progress import decomposing
+from .take_back import take_back
 from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
 
 
@@ -48,13 +52,15 @@ class SpectralTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         refuse_unmatched_targets(config, model)
         refuse_name_of_a_part(adapter_name, model)
+        say_what_all_linear_leaves_out(config, model)
+        self._stacked = chosen_parameters(config, model)
         try:
             with nullcontext() if config.origin is None else self._bounded(config, model):
                 self._inject(model, adapter_name, *args, **kwargs)
             try:
                 self._concessions.close(any(name == adapter_name for _, name, _ in spectral_modules(model)))
             except OptionError:
-                self._take_back(model, adapter_name)
+                take_back(model, adapter_name)
                 raise
         except ValueError as error:  # PEFT's: a pattern names no layer of this model
             if isinstance(error, SpectuneError):
@@ -65,6 +71,9 @@ class SpectralTuner(BaseTuner):
         try:
             return super()._prepare_adapter_config(peft_config, model_config)
         except ValueError as error:  # PEFT knows no usual layers for this model
+            if peft_config.target_parameters:
+                peft_config.target_modules = set()
+                return peft_config
             found = model_config.get("model_type") or "this model"
             raise OptionError(
                 f"target_modules: asked for the usual layers of {found}, found none in PEFT's table. Name the layers."
@@ -74,9 +83,11 @@ class SpectralTuner(BaseTuner):
     def _bounded(self, config: SpectralConfig, model: nn.Module) -> Iterator[None]:
         """Hold a config from a file to bounded time and to the memory that the file backs."""
         complete = self._prepare_adapter_config(config, self.get_model_config(model))
-        with out_of_peft_s_sight(_maybe_include_all_linear_layers(complete, model), model) as self._chosen:
+        parameters = [target.path for target in self._stacked]
+        complete = _maybe_include_all_linear_layers(complete, model)
+        with out_of_peft_s_sight(complete, model, parameters) as self._chosen:
             try:
-                refuse_unbacked(config, model, self._chosen)
+                refuse_unbacked(config, model, self._chosen, list(self._experts(model)))
                 yield
             finally:
                 self._chosen = None
@@ -84,12 +95,13 @@ class SpectralTuner(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._model, self._bases = model, {}
-        self._ranks, self._concessions = LayerRanks(config.rank_pattern), Concessions(config)
+        self._ranks = LayerRanks(config.rank_pattern, config.target_parameters)
+        self._concessions = Concessions(config)
         try:
-            with decomposing() as self._tick:
+            with decomposing() as self._tick, ranks_of_modules(config, self._stacked):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except SpectuneError:
-            self._take_back(model, adapter_name)
+            take_back(model, adapter_name)
             raise
         finally:
             del self._tick, self._bases, self._ranks, self._model
@@ -102,9 +114,21 @@ class SpectralTuner(BaseTuner):
     def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:
         """Find all bases before the first layer is replaced: PEFT calls this when the config is complete."""
         complete = _maybe_include_all_linear_layers(peft_config, model)
-        self._bases = find_bases(
-            model, complete, lambda path: self._check_target_module_exists(complete, path), self._tick
-        )
+        layers = weights_of_layers(model, lambda path: self._check_target_module_exists(complete, path))
+        self._bases = find_bases([*layers, *self._experts(model)], complete, self._ranks, self._tick)
+
+    def _experts(self, model: nn.Module) -> Iterator[Weight]:
+        return (weight for target in self._stacked for weight in target.weights(model))
+
+    def _inject_parameters(
+        self, peft_config: SpectralConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt what target_parameters names, in place of PEFT's own loop, which knows its own layers by name."""
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for target in self._stacked:
+                for expert in target.experts(model, adapter_name):
+                    self._create_and_replace(peft_config, adapter_name, expert, "", model, expert.module_name)
+        return [target.path for target in self._stacked]
 
     def _create_and_replace(
         self,
@@ -114,11 +138,7 @@ class SpectralTuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        *,
-        parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None:
-            raise OptionError(f"{current_key}: target_parameters is not supported. Name modules in target_modules.")
         basis = self._bases.pop(current_key, None)
         if basis is None:
             self._tick(current_key)
@@ -160,6 +180,12 @@ class SpectralTuner(BaseTuner):
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
         return adapted
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, SpectralParameters):  # PEFT would look for a weight of the module that comes back
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -231,15 +257,6 @@ class SpectralTuner(BaseTuner):
         if not config.build_method().shared_shapes():
             return None
         return next((module for _, name, module in spectral_modules(self.model) if name == adapter_name), None)
-
-    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, SpectralLayer) or adapter_name not in layer.spectune_adapter:
-                continue
-            layer.delete_adapter(adapter_name)
-            if not layer.spectune_adapter:
-                parent = model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], layer.base_layer)
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:
