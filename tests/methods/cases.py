@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "spectral_r-scaled": ("spectral_r", {"r": 3, "train_singular_values": True}),
     "specadapt": ("specadapt", {"r": 2}),
     "specadapt-own": ("specadapt", {"r": 2, "basis_rank": 4, "shared_core": False}),
+    "one_sided": ("one_sided", {"r": 3}),
+    "one_sided-left": ("one_sided", {"r": 3, "side": "left"}),
     "svdiff": ("svdiff", {}),
     "svdiff-truncated": ("svdiff", {"basis_rank": 3}),
     "lidb": ("lidb", {"r": 2, "output_width": 5, "input_width": 6}),

@@ -18,6 +18,7 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
     "spectral_r": {"r": 4},
     "svft": {"pattern": "banded"},
     "specadapt": {"r": 4},
+    "one_sided": {"r": 4},
     "svdiff": {},
     "lidb": {"r": 4},
     "orthogonal_adaptation": {"r": 4},

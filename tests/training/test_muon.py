@@ -30,6 +30,8 @@ LINEAR: dict[str, dict[str, Any]] = {
     "core of 4": {"method": "svft", "pattern": "dense", "basis_rank": 4},
     "core of 12": {"method": "svft", "pattern": "dense", "basis_rank": 12},
     "core of 12 x 5": {"method": "svft", "pattern": "dense", "core": [12, 5]},
+    "one_sided": {"method": "one_sided", "r": 4},
+    "one_sided, left": {"method": "one_sided", "r": 4, "side": "left"},
     "orthogonal_adaptation": {"method": "orthogonal_adaptation", "r": 4},
 }
 

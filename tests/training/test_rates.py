@@ -33,6 +33,9 @@ def test_defaults_stand_where_the_committed_sweeps_say() -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "rates.json"
     found = json.loads(path.read_text())
     for name, method in METHODS.items():
+        if name not in found["compromise"]:
+            assert "not measured" in KNOWN[name].source
+            continue
         best = found["compromise"][name]
         assert best / 10.01 <= method.learning_rate <= 3.01 * best, name
         assert found["defaults"][name] == method.learning_rate, name

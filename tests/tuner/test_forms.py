@@ -15,6 +15,7 @@ from .conftest import adapted
 FORMS: dict[str, dict[str, Any]] = {
     "svft dense": {"method": "svft", "pattern": "dense", "off_diagonals": None, "basis_rank": 5},
     "svft dense, rectangular": {"method": "svft", "pattern": "dense", "off_diagonals": None, "core": [5, 3]},
+    "one_sided, left": {"method": "one_sided", "side": "left"},
 }
 
 

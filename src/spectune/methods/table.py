@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..errors import OptionError, nearest
 from .contract import Method
+from .one_sided import OneSided
 from .orthogonal import LiDB, OrthogonalAdaptation
 from .specadapt import SpecAdapt
 from .spectral_a import SpectralA
@@ -14,7 +15,8 @@ from .svdiff import SVDiff
 from .svft import SVFT
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (SpectralA, SpectralR, SVFT, SpecAdapt, SVDiff, LiDB, OrthogonalAdaptation)
+    method.name: method
+    for method in (SpectralA, SpectralR, SVFT, SpecAdapt, OneSided, SVDiff, LiDB, OrthogonalAdaptation)
 }
 
 

@@ -38,6 +38,7 @@ KNOWN: dict[str, KnownRates] = {
     "spectral_r": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: 1e-4 (text encoder) to 5e-2 (UNet); {SMALL}"),
     "svft": KnownRates(1e-3, 1e-1, f"{SVFT}: 1e-3 (random, LLaMA-3) to 8e-2 (plain, CoLA); {SMALL}"),
     "specadapt": KnownRates(3e-4, 1e-2, f"SpecAdapt's official trainer: 3e-3, all of VTAB-1k; {SMALL}"),
+    "one_sided": KnownRates(1e-4, 1e-2, "as LoRA, one of whose factors it trains; chosen, not measured"),
     "svdiff": KnownRates(1e-4, 1e-1, f"{SPECTRAL}: its SVDiff runs, 1e-4 and 1e-3; {SMALL}"),
     "lidb": KnownRates(1e-4, 1e-2, f"{SPECTRAL}: its LiDB runs, 1e-4 and 5e-4; {SMALL}"),
     "orthogonal_adaptation": KnownRates(1e-5, 1e-2, f"{SPECTRAL}: as its LoRA runs, 1e-5 and 1e-4; {SMALL}"),

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         gate: bool | None = None
         shared_core: bool | None = None
         weight_dropout: float | None = None
+        side: str | None = None
         output_width: int | None = None
         input_width: int | None = None
         basis_seed: int | None = None
