@@ -83,14 +83,14 @@ def test_plain_peft_gives_the_logits_of_the_spectral_adapter(answers, case):
 
 def test_the_ranks_are_those_of_the_algebra(answers):
     def ranks(case):
-        return {".".join(name.split(".")[-2:]): rank for name, rank in answers[case][1].ranks.items()}
+        return {".".join(name.split(".")[-2:]): rank for name, rank in answers[case][1].exact_ranks.items()}
 
     assert set(ranks("llama-spectral_a").values()) == {6}
     assert ranks("llama-svft-rectangular") == {"self_attn.q_proj": 32, "self_attn.k_proj": 16, "mlp.down_proj": 32}
     assert set(ranks("llama-svft-random").values()) <= set(range(1, 13))
     # 2r = 28 directions of a 16x32 weight: no LoRA needs more than 16.
     assert ranks("llama-wider-than-the-weight") == {"self_attn.q_proj": 28, "self_attn.k_proj": 16}
-    assert sorted(answers["llama-rank_pattern"][1].ranks.values()) == [4, 4, 4, 10, 14, 14]
+    assert sorted(answers["llama-rank_pattern"][1].exact_ranks.values()) == [4, 4, 4, 10, 14, 14]
 
 
 def test_the_export_says_what_a_server_must_allow(answers):
@@ -132,6 +132,19 @@ def test_fully_trained_modules_stand_under_the_keys_that_peft_writes(tmp_path):
     assert {name for name in exported if ".lora_" not in name} == set(kept)
     assert len(kept) == 4
     assert all(torch.equal(exported[name], tensor) for name, tensor in kept.items())
+
+
+def test_layers_of_several_ranks_get_the_largest_unless_told_not_to(tmp_path):
+    model = adapted("llama-rank_pattern")
+    padded = export_lora(model, tmp_path / "padded")
+    plain = export_lora(model, tmp_path / "plain", pad=False)
+    assert set(padded.ranks.values()) == {14} and padded.exact_ranks == plain.ranks == plain.exact_ranks
+    assert sorted(plain.ranks.values()) == [4, 4, 4, 10, 14, 14]
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("padded", "plain")]
+    assert (configs[0]["r"], configs[0]["lora_alpha"], configs[0]["rank_pattern"]) == (14, 14, {})
+    assert configs[1]["rank_pattern"] == configs[1]["alpha_pattern"] != {}
+    with pytest.raises(ExportError, match="pad_to=16: with pad=False no layer is padded"):
+        export_lora(model, tmp_path / "other", pad_to=16, pad=False)
 
 
 def test_padding_gives_every_layer_one_rank_and_changes_nothing(tmp_path):

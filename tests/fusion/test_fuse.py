@@ -119,6 +119,9 @@ def test_average_takes_every_method_and_rank(shelf: Path, tmp_path: Path) -> Non
     saved = fused.save(shelf / "averaged", overwrite=True)
     assert saved.kind == "lora" and 4 + 4 + 2 < saved.max_rank <= 6 + 4 + 4 + 2 and saved.error < 1e-6
     assert_same(update(shelf, "averaged"), weighted(shelf, names, weights))
+    plain = fused.save(shelf / "averaged", pad=False, overwrite=True)
+    assert len(set(plain.ranks.values())) > 1 and set(saved.ranks.values()) == {max(plain.ranks.values())}
+    assert_same(update(shelf, "averaged"), weighted(shelf, names, weights))
     assert "for a LoRA, only names and shapes" in fused.report.base
 
 

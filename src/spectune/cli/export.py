@@ -33,7 +33,10 @@ def export(
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (lora).")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose part of an update.")] = False,
-    pad_to: Annotated[int | None, typer.Option(help="Pad every layer to this rank with zeros (lora).")] = None,
+    pad: Annotated[
+        bool, typer.Option("--pad/--no-pad", help="Pad layers of smaller rank to the largest, with zeros (lora).")
+    ] = True,
+    pad_to: Annotated[int | None, typer.Option(help="Give every layer this larger rank, with zeros (lora).")] = None,
     diffusers: Annotated[
         str | None,
         typer.Option(help="Also write diffusers' names for this part: unet, transformer, text_encoder (lora)."),
@@ -42,9 +45,9 @@ def export(
 ) -> None:
     """Write an adapter in a form that other software loads, and print the proof that it is the same update."""
     if to is ExportForm.merged:
-        if max_rank is not None or pad_to is not None or allow_lossy or diffusers:
+        if max_rank is not None or pad_to is not None or not pad or allow_lossy or diffusers:
             raise OptionError(
-                "--max-rank, --allow-lossy, --pad-to and --diffusers work only with --to lora. Leave them out."
+                "--max-rank, --allow-lossy, --no-pad, --pad-to and --diffusers work only with --to lora. Leave them out."
             )
         _show(_merge(adapter, output, base), as_json)
         return
@@ -56,11 +59,19 @@ def export(
         base_model=base,
         max_rank=max_rank,
         allow_lossy=allow_lossy,
+        pad=pad,
         pad_to=pad_to,
         diffusers=diffusers,
     )
     if as_json:
-        proof = {"path": str(done.path), "max_rank": done.max_rank, "lost": done.lost, "proof": done.proof.to_json()}
+        proof = {
+            "path": str(done.path),
+            "max_rank": done.max_rank,
+            "vllm_max_lora_rank": done.vllm_max_lora_rank,
+            "refused": done.refused,
+            "lost": done.lost,
+            "proof": done.proof.to_json(),
+        }
         print(json.dumps(proof, indent=2))
     else:
         _print_proof(done)
@@ -118,6 +129,18 @@ def _print_proof(done: LoraExport) -> None:
         console.print(f"max |logit difference| {logits.error:.1e}, the largest logit is {logits.largest:.1e}")
     if any(done.lost.values()):
         console.print(f"lossy: --max-rank cut off at most {max(done.lost.values()):.1%} of an update")
-    served = done.vllm_max_lora_rank
-    console.print(f"vLLM: --max-lora-rank {served}" if served else f"vLLM serves no rank as high as {done.max_rank}")
+    if done.exact_ranks != done.ranks:
+        smallest = min(done.exact_ranks.values())
+        console.print(
+            f"ranks from {smallest} are padded to {done.max_rank} with zeros, as llama.cpp and SGLang need it"
+        )
+    console.print(_readers(done), soft_wrap=True)
     console.print(f"LoRA written to {done.path}", soft_wrap=True)
+
+
+def _readers(done: LoraExport) -> str:
+    """Get one line on what servers make of the folder."""
+    refusals = [f"{reader} ({why})" for reader, why in done.refused.items()]
+    line = f"would be refused or misread by: {'; '.join(refusals)}" if refusals else "vLLM, SGLang, llama.cpp: fits"
+    served = done.vllm_max_lora_rank
+    return f"{line}. vLLM needs --max-lora-rank {served}" if served and "vLLM" not in done.refused else line

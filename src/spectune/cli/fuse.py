@@ -41,13 +41,18 @@ def fuse(
     as_lora: Annotated[bool, typer.Option("--as-lora", help="Write a LoRA even if a spectral_a is possible.")] = False,
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (LoRA).")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose part of an update.")] = False,
+    pad: Annotated[
+        bool, typer.Option("--pad/--no-pad", help="Pad layers of smaller rank to the largest (LoRA).")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Make one adapter out of several, and show how much of each is kept and how much they overlap."""
     from ..fusion import fuse as fuse_adapters
 
-    if output is None and (as_lora or max_rank is not None or allow_lossy):
-        raise OptionError("--as-lora, --max-rank and --allow-lossy need a folder to write to. Pass -o FOLDER.")
+    if output is None and (as_lora or max_rank is not None or allow_lossy or not pad):
+        raise OptionError(
+            "--as-lora, --max-rank, --allow-lossy and --no-pad need a folder to write to. Pass -o FOLDER."
+        )
     fused = fuse_adapters(
         adapters,
         rule=rule,
@@ -57,7 +62,7 @@ def fuse(
         activations=_activations(adapters, examples, base) if examples else None,
         eps=eps,
     )
-    saved = fused.save(output, as_lora=as_lora, max_rank=max_rank, allow_lossy=allow_lossy) if output else None
+    saved = fused.save(output, as_lora=as_lora, max_rank=max_rank, allow_lossy=allow_lossy, pad=pad) if output else None
     if report is not None:
         from ..pages import write_overlap_page
 

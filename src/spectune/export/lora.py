@@ -17,6 +17,7 @@ from ..checkpoint import (
     TensorFile,
     adapter_path,
     fresh_folder,
+    read_adapter_folder,
     refuse_to_replace,
     save_tensors,
     write_atomically,
@@ -26,13 +27,12 @@ from ..errors import ExportError, nearest
 from .companions import copy_companions
 from .layers import AdaptedLayer, adapted_layers, in_double, inner_model
 from .lora_config import lora_config, refuse_trained_biases
+from .readers import refusals, vllm_rank
 from .source import Source, open_source
 from .verify import Proof, verify_lora
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIFFUSERS_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-# The only values that vLLM's --max-lora-rank takes (vllm-project/vllm#26461).
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,14 @@ class LoraExport:
     path: Path
     adapter_name: str
     ranks: dict[str, int] = field(repr=False)
-    """Layer -> rank of its two factors."""
+    """Layer -> rank of its two factors, as they are stored."""
     proof: Proof = field(repr=False)
     lost: dict[str, float] = field(default_factory=dict, repr=False)
     """Layer -> share of its update (Frobenius norm) that `max_rank` cut off; empty when nothing was cut."""
+    exact_ranks: dict[str, int] = field(default_factory=dict, repr=False)
+    """Layer -> rank of its factors before padding."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Reader (vLLM, SGLang, llama.cpp) -> why it would refuse the folder, or misread it."""
 
     @property
     def max_rank(self) -> int:
@@ -55,7 +59,7 @@ class LoraExport:
     @property
     def vllm_max_lora_rank(self) -> int | None:
         """The value for vLLM's --max-lora-rank; None if the rank is larger than vLLM serves."""
-        return next((allowed for allowed in VLLM_RANKS if allowed >= self.max_rank), None)
+        return vllm_rank(self.max_rank)
 
 
 def export_lora(
@@ -66,6 +70,7 @@ def export_lora(
     adapter_name: str | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    pad: bool = True,
     pad_to: int | None = None,
     max_rank: int | None = None,
     allow_lossy: bool = False,
@@ -80,8 +85,9 @@ def export_lora(
     `adapter` is a model with spectral adapters, or the folder of a saved one, which is loaded onto
     `base_model` (a model, which is copied; a folder or repository; default: the one that the config names).
     `dtype` is that of the factors: anything below float32 rounds them, and the proof allows for exactly
-    that. `pad_to` pads every layer to this rank with zeros. The logits are compared on `inputs`
-    (default: a seeded random batch); `check_logits=False` skips that.
+    that. Layers of several ranks are padded with zeros to the largest, since llama.cpp, SGLang and vLLM read one alpha
+    or one rank for the whole file; `pad=False` keeps each layer's own rank, `pad_to` pads to a larger one. The logits
+    are compared on `inputs` (default: a seeded random batch); `check_logits=False` skips that.
 
     `max_rank` cuts wider updates to their best approximation of that rank, by QR of the factors. That loses
     something, so it needs `allow_lossy=True`, and `LoraExport.lost` says how much for every layer.
@@ -105,14 +111,17 @@ def export_lora(
         layers = adapted_layers(source.model, source.adapter_name)
         refuse_trained_biases(source.model, source.adapter_name)
         lost = _losses(layers, max_rank, allow_lossy)
-        ranks = _write(source, layers, partial, dtype, pad_to, max_rank)
+        if pad_to is not None and not pad:
+            raise ExportError(f"pad_to={pad_to}: with pad=False no layer is padded. Leave one of them out.")
+        ranks, exact_ranks = _write(source, layers, partial, dtype, pad, pad_to, max_rank)
         proof = verify_lora(
             source.model, source.adapter_name, partial, inputs, check_logits=check_logits, exact=not any(lost.values())
         )
         if diffusers is not None:
             _write_for_diffusers(partial, diffusers)
         _write_beside(adapter, source, partial)
-    return LoraExport(Path(output_dir), source.adapter_name, ranks, proof, lost)
+        refused = refusals(read_adapter_folder(partial))
+    return LoraExport(Path(output_dir), source.adapter_name, ranks, proof, lost, exact_ranks, refused)
 
 
 def _write_beside(adapter: nn.Module | str | Path, source: Source, folder: Path) -> None:
@@ -159,38 +168,51 @@ def _write(
     layers: list[AdaptedLayer],
     folder: Path,
     dtype: torch.dtype,
+    pad: bool,
     pad_to: int | None,
     max_rank: int | None,
-) -> dict[str, int]:
-    """Write tensors and config; get layer -> rank."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Write tensors and config; get layer -> rank, as written and before padding."""
     tensors = dict(source.carried)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise ExportError(
                 f"{name}: trained in full, and contains NaN or infinity. Train or copy the adapter again."
             )
-    ranks = {}
-    for layer in layers:
-        B_OP, A_PI = lora_factors(layer, dtype, pad_to, max_rank)
-        tensors[f"{PEFT_PREFIX}{layer.name}.lora_A.weight"] = A_PI
-        tensors[f"{PEFT_PREFIX}{layer.name}.lora_B.weight"] = B_OP
-        ranks[layer.name] = A_PI.shape[0]
+    factors = {layer.name: lora_factors(layer, dtype, max_rank) for layer in layers}
+    exact = {name: len(A_PI) for name, (_, A_PI) in factors.items()}
+    goal = pad_to or (max(exact.values()) if pad else 1)
+    _refuse_narrow(exact, pad_to)
+    for name, (B_OP, A_PI) in factors.items():
+        missing = max(goal - exact[name], 0)
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A_PI, (0, 0, 0, missing))
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B_OP, (0, missing))
+    ranks = {name: max(goal, rank) for name, rank in exact.items()}
     transposed = any(layer.fan_in_fan_out for layer in layers)
     config = lora_config(
         source.model, source.adapter_name, ranks, transposed, None if source.base is None else source.base.name
     )
     save_tensors(folder / "adapter_model.safetensors", tensors)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return ranks
+    return ranks, exact
+
+
+def _refuse_narrow(exact: Mapping[str, int], pad_to: int | None) -> None:
+    widest = max(exact, key=lambda name: exact[name])
+    if pad_to is not None and pad_to < exact[widest]:
+        raise ExportError(
+            f"{widest}: pad_to={pad_to} is less than the rank of this update ({exact[widest]}). Pad to {exact[widest]} "
+            "or more."
+        )
 
 
 @torch.no_grad()
 def lora_factors(
-    layer: AdaptedLayer, dtype: torch.dtype = torch.float32, pad_to: int | None = None, max_rank: int | None = None
+    layer: AdaptedLayer, dtype: torch.dtype = torch.float32, max_rank: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Get (B_OP, A_PI) on the CPU with B A = dW: computed in float64, rounded once to `dtype`.
 
-    P is at least 1 and at most min(O, I), or `pad_to`; `ExportError` where the update does not fit.
+    P is at least 1 and at most min(O, I).
     """
     B_OP, A_PI = to_factors(in_double(layer.module.delta()))
     if max_rank is not None and max_rank < A_PI.shape[0]:
@@ -202,11 +224,7 @@ def lora_factors(
         one = torch.eye(min(rows_O, cols_I), dtype=dW_OI.dtype, device=dW_OI.device)
         B_OP, A_PI = (one, dW_OI) if rows_O <= cols_I else (dW_OI, one)
         P = one.shape[0]
-    if pad_to is not None and pad_to < P:
-        raise ExportError(
-            f"{layer.name}: pad_to={pad_to} is less than the rank of this update ({P}). Pad to {P} or more."
-        )
-    missing = max(pad_to or 1, P) - P
+    missing = max(1 - P, 0)  # an update of nothing is one direction of zeros
     B_OP, A_PI = nn.functional.pad(B_OP, (0, missing)), nn.functional.pad(A_PI, (0, 0, 0, missing))
     factors = B_OP.to("cpu", dtype), A_PI.to("cpu", dtype)
     if not all(torch.isfinite(factor).all() for factor in factors):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ..algebra import to_factors, truncate
 from ..checkpoint import PEFT_PREFIX, fresh_folder, save_tensors, write_atomically
@@ -84,11 +85,16 @@ def save_lora(
     max_rank: int | None,
     allow_lossy: bool,
     overwrite: bool,
+    pad: bool = True,
 ) -> Saved:
-    """Write a LoRA with scaling 1 whose rank in every layer is that of the update, or at most `max_rank`."""
+    """Write a LoRA with scaling 1 whose rank in every layer is that of the update, or at most `max_rank`.
+
+    With `pad` all layers then get the largest of these ranks, with zeros: llama.cpp and SGLang read one for the file.
+    """
     if max_rank is not None and max_rank < 1:
         raise ExportError(f"max_rank={max_rank} must be at least 1.")
     tensors, ranks, lost, error = dict(carried), {}, {}, 0.0
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer, part in parts.items():
         _refuse_embedding(layer, part)
         exact = max(len(compact(part.delta).S_P), 1)
@@ -98,7 +104,12 @@ def save_lora(
         B_OP, A_PI, ranks[layer] = B_OP.float(), A_PI.float(), rank
         _refuse_non_finite(layer, B_OP, A_PI)
         error = error if lost[layer] else max(error, _difference(part, B_OP.double(), A_PI.double()))
-        kernel = part.stored.kernel
+        factors[layer] = B_OP, A_PI
+    for layer, (B_OP, A_PI) in factors.items():
+        ranks[layer] = max(ranks.values()) if pad else ranks[layer]
+        rank, kernel = ranks[layer], parts[layer].stored.kernel
+        missing = rank - len(A_PI)
+        B_OP, A_PI = functional.pad(B_OP, (0, missing)), functional.pad(A_PI, (0, 0, 0, missing))
         tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = A_PI.reshape(rank, -1, *kernel) if kernel else A_PI
         tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = B_OP.reshape(*B_OP.shape, *(1 for _ in kernel))
     _refuse_loss(lost, max_rank, allow_lossy)

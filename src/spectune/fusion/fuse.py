@@ -58,12 +58,14 @@ class Fused:
         as_lora: bool = False,
         max_rank: int | None = None,
         allow_lossy: bool = False,
+        pad: bool = True,
         overwrite: bool = False,
     ) -> Saved:
         """Write an adapter folder: spectral_a if the rule gives one, otherwise (or `as_lora`) a LoRA that PEFT loads.
 
         A spectral_a folder contains its directions, bit for bit those of the parts. A LoRA's rank in each layer is
-        that of the update: stacked factors are reduced by QR if that loses nothing. `max_rank` cuts further and
+        that of the update: stacked factors are reduced by QR if that loses nothing, and padded with zeros to the
+        largest, as servers want it (`pad=False` leaves that). `max_rank` cuts further and
         needs `allow_lossy`; `Saved.lost` says how much. `OutputError` for an output folder that is not empty, or
         that would replace an adapter or the base; `ExportError` for a cut that was not allowed, `OptionError` for
         cutting a spectral_a adapter.
@@ -75,7 +77,7 @@ class Fused:
                     f"max_rank={max_rank}: a spectral_a adapter cannot be cut. Save it with as_lora=True (--as-lora)."
                 )
             return save_spectral(output_dir, self.parts, self.config, self.carried, overwrite)
-        return save_lora(output_dir, self.parts, self.config, self.carried, max_rank, allow_lossy, overwrite)
+        return save_lora(output_dir, self.parts, self.config, self.carried, max_rank, allow_lossy, overwrite, pad)
 
 
 @torch.no_grad()
