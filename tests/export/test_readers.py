@@ -147,8 +147,8 @@ def test_what_a_server_does_not_read_is_said(tmp_path: Path) -> None:
 
 
 def test_diffusers_gives_every_layer_the_scaling_one(tmp_path: Path) -> None:
-    """diffusers/utils/peft_utils.py, get_peft_kwargs: without alphas alpha is the rank of the first layer (before
-    0.42) or each layer's own: one rank for all is right for both."""
+    """diffusers/utils/peft_utils.py, get_peft_kwargs: without alphas, alpha is the rank of the first layer (older
+    releases) or each layer's own: one rank for all is right for both."""
     peft_utils = pytest.importorskip("diffusers.utils.peft_utils")
     model = adapted(MIXED)
     export_lora(model, tmp_path / "lora", diffusers="text_encoder", check_logits=False)
