@@ -119,10 +119,15 @@ def test_average_takes_every_method_and_rank(shelf: Path, tmp_path: Path) -> Non
     saved = fused.save(shelf / "averaged", overwrite=True)
     assert saved.kind == "lora" and 4 + 4 + 2 < saved.max_rank <= 6 + 4 + 4 + 2 and saved.error < 1e-6
     assert_same(update(shelf, "averaged"), weighted(shelf, names, weights))
-    plain = fused.save(shelf / "averaged", pad=False, overwrite=True)
-    assert len(set(plain.ranks.values())) > 1 and set(saved.ranks.values()) == {max(plain.ranks.values())}
-    assert_same(update(shelf, "averaged"), weighted(shelf, names, weights))
     assert "for a LoRA, only names and shapes" in fused.report.base
+
+
+def test_a_fused_lora_has_one_rank_unless_told_not_to(shelf: Path) -> None:
+    fused = fuse([shelf / "b", shelf / "q_only"], rule="average", weights=1)
+    plain = fused.save(shelf / "several", pad=False, overwrite=True)
+    saved = fused.save(shelf / "one", overwrite=True)
+    assert len(set(plain.ranks.values())) > 1 and set(saved.ranks.values()) == {max(plain.ranks.values())}
+    assert_same(update(shelf, "one"), update(shelf, "several"))
 
 
 @pytest.mark.parametrize("as_lora", [False, True])

@@ -47,7 +47,8 @@ def export(
     if to is ExportForm.merged:
         if max_rank is not None or pad_to is not None or not pad or allow_lossy or diffusers:
             raise OptionError(
-                "--max-rank, --allow-lossy, --no-pad, --pad-to and --diffusers work only with --to lora. Leave them out."
+                "--max-rank, --allow-lossy, --no-pad, --pad-to and --diffusers work only with --to lora. Leave them "
+                "out."
             )
         _show(_merge(adapter, output, base), as_json)
         return
