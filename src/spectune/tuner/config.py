@@ -16,7 +16,7 @@ from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest, one_line
 from ..methods import METHODS, Method, build_method
 from ..spectrum import DataSpectra
-from .config_types import check_plain_types, check_types
+from .config_types import check_plain_types, check_rank_pattern, check_types
 from .directions import check_directions
 from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
@@ -195,14 +195,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 words = [str(word) for word in known]
                 raise OptionError(f"{option}={value!r} does not exist. {nearest(str(value), words)}")
         check_directions(self.directions, METHODS[self.method], self.save_basis)
-        if self.rank_pattern and "r" not in METHODS[self.method].options():
-            raise OptionError(
-                f"method {self.method!r} has no option 'r', so rank_pattern cannot be used. Leave it out."
-            )
-        if self.target_parameters and self.bias == "spectune_only":
-            raise OptionError(
-                "bias='spectune_only' cannot be used with target_parameters: a stack of experts has no bias of its own."
-            )
+        check_rank_pattern(self.build_method(), self.rank_pattern)
         if not 0 <= self.singular_decay < float("inf"):
             raise OptionError(f"singular_decay={self.singular_decay} must not be negative or infinite.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

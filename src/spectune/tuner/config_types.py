@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numbers
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from ..errors import OptionError, one_line
+from ..methods import Method
 from ..spectrum import DataSpectra
 from .origin import Origin
 
@@ -78,3 +80,15 @@ def _check_pattern(name: str, words: str) -> None:
         re.compile(words)
     except (re.error, RecursionError, OverflowError) as error:
         raise OptionError(f"{name}={words!r} is not a regular expression: {one_line(error)}. Correct it.") from None
+
+
+def check_rank_pattern(method: Method, rank_pattern: Mapping[str, int]) -> None:
+    """Raise `OptionError` for ranks of single layers where the method has none, or has one that all weights share."""
+    if rank_pattern and "r" not in method.options():
+        raise OptionError(f"method {method.name!r} has no option 'r', so rank_pattern cannot be used. Leave it out.")
+    r: int = getattr(method, "r", 0)
+    if any(other != r for other in rank_pattern.values()) and method.shared_shapes():
+        raise OptionError(
+            f"rank_pattern={dict(rank_pattern)}: all weights share one {r}x{r} core, so none can have another r. Set "
+            f"shared_core to False, or leave rank_pattern out."
+        )
