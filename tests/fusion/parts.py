@@ -34,10 +34,12 @@ def inputs(seed: int, count: int = 40, cols: int = COLS) -> torch.Tensor:
     return random(count, cols, seed=1000 + seed)
 
 
-def spectral_part(name: str, columns: tuple[int, ...], seed: int, W_OI: torch.Tensor | None = None) -> Part:
+def spectral_part(
+    name: str, columns: tuple[int, ...], seed: int, W_OI: torch.Tensor | None = None, shifts: bool = False
+) -> Part:
     W_OI = weight() if W_OI is None else W_OI
     basis = decompose(Weight("layer", W_OI), len(columns), columns=columns, dtype=DTYPE, solver="exact")
-    method = build_method("spectral_a", {"r": len(columns), "columns": columns})
+    method = build_method("spectral_a", {"r": len(columns), "columns": columns, "train_singular_values": shifts})
     shapes = method.trained_shapes(*W_OI.shape)
     trained = {n: 0.3 * random(*shape, seed=10 * seed + i) for i, (n, shape) in enumerate(shapes.items())}
     x_NI = inputs(seed)

@@ -34,6 +34,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "c": spectral([9, 7], r=2),
             "clash": spectral([2, 11], r=2),
             "q_only": spectral([12], r=1, target_modules=["q_proj"]),
+            "shifted": spectral([15], r=1, target_modules=["q_proj"], train_singular_values=True),
             "rotated": spectral("top", r=4, method="spectral_r"),
             "lora": lora(4),
             "rslora": lora(2, use_rslora=True),
@@ -111,6 +112,17 @@ def test_layers_with_different_columns_are_given_the_same_by_the_base(shelf: Pat
     fused.save(tmp_path / "fused")
     model = PeftModel.from_pretrained(load_base(base_folder(shelf)), tmp_path / "fused")
     assert sum(hasattr(module, "get_delta_weight") for module in model.modules()) == len(both)
+
+
+def test_trained_singular_values_are_fused_saved_and_exported_exactly(shelf: Path, tmp_path: Path) -> None:
+    fused = fuse([shelf / "b", shelf / "shifted"], weights=1)
+    saved = fused.save(shelf / "with_shifts", overwrite=True)
+    both, shifted = update(shelf, "b"), update(shelf, "shifted")
+    wanted = {layer: both[layer] + shifted.get(layer, torch.tensor(0.0)) for layer in both}
+    assert_same(update(shelf, "with_shifts"), wanted)
+    assert saved.kind == "spectral_a" and saved.error < 1e-6
+    export_lora(shelf / "with_shifts", shelf / "with_shifts_lora", overwrite=True)
+    assert_same(update(shelf, "with_shifts_lora"), wanted)
 
 
 def test_average_takes_every_method_and_rank(shelf: Path, tmp_path: Path) -> None:

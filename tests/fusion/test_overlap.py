@@ -48,9 +48,13 @@ def test_disjoint_rows_read_different_inputs() -> None:
     assert pair.input_angle == pytest.approx(90, abs=1e-3) and pair.input_cross < 1e-6 < pair.output_cross
 
 
-def test_mixed_terms_are_those_that_the_spectral_rule_adds() -> None:
-    apart = [spectral_part("a", (0, 1), 1), spectral_part("b", (4, 3), 2)]
-    shared = [spectral_part("a", (0, 1), 1), spectral_part("b", (1, 3), 2)]
+@pytest.mark.parametrize("shifts", [(False, False), (True, True), (False, True), (True, False)])
+def test_mixed_terms_are_those_that_the_spectral_rule_adds(shifts: tuple[bool, bool]) -> None:
+    one, other = shifts
+    apart = [spectral_part("a", (0, 1), 1, shifts=one), spectral_part("b", (4, 3), 2, shifts=other)]
+    shared = [spectral_part("a", (0, 1), 1, shifts=one), spectral_part("b", (1, 3), 2, shifts=other)]
+    shared[1].basis.U_OR.neg_(), shared[1].basis.Vh_RI.neg_()  # another solver's signs
+    shared[1].trained["A_U"].neg_(), shared[1].trained["A_Vh"].neg_()
     assert pair_overlaps(apart)[0].spectral_cross == 0 and pair_overlaps(apart)[0].shared_columns == ()
     (pair,) = pair_overlaps(shared)
     both = sum(dense(part.delta) for part in shared)

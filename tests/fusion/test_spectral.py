@@ -48,6 +48,35 @@ def test_weight_1_keeps_every_update_exactly_when_columns_are_disjoint() -> None
             assert torch.equal(fused.basis.U_OR[:, place], part.basis.U_OR[:, own])
 
 
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.5, 0.5]])
+def test_shifts_of_singular_values_are_fused_too_also_beside_an_adapter_without_them(weights: list[float]) -> None:
+    parts = [spectral_part("a", (0, 1), 1, shifts=True), spectral_part("b", (2, 5), 2)]
+    fused = Spectral().fuse(parts, weights)
+    halves = [
+        (part.basis.U_OR + l * part.trained["A_U"])
+        @ torch.diag(part.basis.S_R + l * part.trained.get("shift", torch.zeros(2)))
+        @ (part.basis.Vh_RI + l * part.trained["A_Vh"])
+        - part.basis.U_OR * part.basis.S_R @ part.basis.Vh_RI
+        for part, l in zip(parts, weights, strict=True)
+    ]
+    torch.testing.assert_close(dense(fused.delta), halves[0] + halves[1], rtol=1e-11, atol=1e-11)
+    if weights[0] == 1.0:
+        together = dense(parts[0].delta) + dense(parts[1].delta)
+        torch.testing.assert_close(dense(fused.delta), together, rtol=1e-12, atol=1e-12)
+    assert fused.trained["shift"][2:].count_nonzero() == 0 and fused.trained["shift"][:2].count_nonzero() == 2
+
+
+def test_a_shift_on_a_shared_column_keeps_its_sign_when_a_basis_is_turned() -> None:
+    parts = [spectral_part("a", (0, 1), 1, shifts=True), spectral_part("b", (1, 4), 2, shifts=True)]
+    fused = Spectral(allow_overlap=True).fuse(parts, [1.0, 1.0])
+    parts[1].basis.U_OR.neg_(), parts[1].basis.Vh_RI.neg_()
+    parts[1].trained["A_U"].neg_(), parts[1].trained["A_Vh"].neg_()
+    turned = Spectral(allow_overlap=True).fuse(parts, [1.0, 1.0])
+    torch.testing.assert_close(dense(turned.delta), dense(fused.delta), rtol=1e-12, atol=1e-12)
+    place = fused.columns.index(1)
+    assert fused.trained["shift"][place] == parts[0].trained["shift"][1] + parts[1].trained["shift"][0]
+
+
 def test_the_papers_1_over_n_differs_from_the_average_of_weights_in_the_last_term_only() -> None:
     parts = [spectral_part(*part) for part in PARTS]
     fused = dense(Spectral().fuse(parts, [1 / 3] * 3).delta)

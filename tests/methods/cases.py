@@ -13,6 +13,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "spectral_a-bottom": ("spectral_a", {"r": 2, "columns": "bottom"}),
     "spectral_a-start": ("spectral_a", {"r": 2, "columns": 3}),
     "spectral_a-list": ("spectral_a", {"r": 2, "columns": (0, 4)}),
+    "spectral_a-shifted": ("spectral_a", {"r": 2, "train_singular_values": True}),
     "svft-plain": ("svft", {}),
     "svft-plain-truncated": ("svft", {"basis_rank": 4}),
     "svft-banded": ("svft", {"pattern": "banded", "off_diagonals": 1}),

@@ -25,6 +25,32 @@ def test_update_is_the_papers_formula() -> None:
     assert rank(delta) == 6
 
 
+def test_with_shifts_it_is_the_formula_of_the_text_to_image_code() -> None:
+    """(U + A)(S + C)(V + B)^T on the tuned columns, pilancilab/spectral_adapter, SpectralLinearLayer_part."""
+    W_OI = torch.randn(9, 7, dtype=torch.float64)
+    spectrum = decompose(W_OI, 3, solver="exact", dtype=torch.float64)
+    A_U, A_Vh = torch.randn(9, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    C_R = torch.randn(3, dtype=torch.float64)
+    method = SpectralA(r=3, train_singular_values=True)
+    delta = method.delta(spectrum, {"A_U": A_U, "A_Vh": A_Vh, "shift": C_R}, {})
+    rest_OI = W_OI - spectrum.U_OR * spectrum.S_R @ spectrum.Vh_RI
+    tuned_OI = (spectrum.U_OR + A_U) @ torch.diag(spectrum.S_R + C_R) @ (spectrum.Vh_RI + A_Vh) + rest_OI
+    torch.testing.assert_close(W_OI + dense(delta), tuned_OI, rtol=1e-11, atol=1e-11)
+    assert rank(delta) == method.exact_rank(9, 7) == 6
+    assert method.trainable_count(9, 7) == SpectralA(r=3).trainable_count(9, 7) + 3
+
+
+def test_without_shifts_nothing_of_them_is_computed() -> None:
+    """The update is, bit for bit, the two products that it was before shifts could be trained."""
+    spectrum = decompose(torch.randn(9, 7), 3)
+    trained = {"A_U": torch.randn(9, 3), "A_Vh": torch.randn(3, 7)}
+    delta = SpectralA(r=3).delta(spectrum, trained, {})
+    assert list(SpectralA(r=3).trained_shapes(9, 7)) == ["A_U", "A_Vh"]
+    assert torch.equal(delta.left_OP, torch.cat([trained["A_U"], spectrum.U_OR], 1))
+    assert torch.equal(delta.core, torch.cat([spectrum.S_R, spectrum.S_R]))
+    assert torch.equal(delta.right_QI, torch.cat([spectrum.Vh_RI + trained["A_Vh"], trained["A_Vh"]]))
+
+
 # The official scripts: DeBERTaV3-base r=24 on query, key, value of 12 layers; Mistral-7B r=8 on q, k, v, o, gate of
 # 32 layers; Llama-3-8B r=8 on q, k, v, up, down, gate. The paper's trainable percentages follow from these.
 PUBLISHED = {

@@ -19,6 +19,7 @@ from ..errors import AdapterError, ExportError
 from .adapters import MIDDLE
 from .contract import Part
 from .overlap import compact
+from .spectral import method_on, richest
 
 # Below this share nothing is lost but float64's roundoff.
 NOTHING = 1e-12
@@ -54,10 +55,14 @@ def save_spectral(
     """Write a spectral_a adapter together with its directions, so that nothing needs to be computed again."""
     tensors, ranks, error = dict(carried), {}, 0.0
     columns = sorted({column for part in parts.values() for column in part.columns})
+    method = richest(parts.values())
     for layer, part in parts.items():
         assert part.basis is not None and part.method is not None
         basis = part.basis.to(dtype=torch.float32)
         trained = {name: tensor.float() for name, tensor in part.trained.items()}
+        whole = method_on(part.columns, [*parts.values()])  # one config for all layers
+        for name, shape in whole.trained_shapes(*part.delta.shape).items():
+            trained.setdefault(name, torch.zeros(shape))
         _refuse_non_finite(layer, *trained.values())
         stem = f"{PEFT_PREFIX}{layer}{MIDDLE}"
         tensors |= {stem + name: tensor for name, tensor in trained.items()}
@@ -68,6 +73,7 @@ def save_spectral(
     written = {
         "peft_type": "SPECTUNE",
         "method": "spectral_a",
+        **{name: value for name, value in vars(method).items() if value != method.options()[name]},
         "r": len(columns),
         "columns": list(columns),
         "save_basis": "always",

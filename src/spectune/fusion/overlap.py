@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import torch
 
 from ..algebra import to_factors
+from ..methods import Method
 from ..records import Delta
 from .contract import Part
 
@@ -141,16 +142,31 @@ def _spectral_cross(one: Part, other: Part, size: float) -> float:
         return 0.0
     assert one.basis is not None and other.basis is not None
     mine, yours = ([basis.columns.index(c) for c in shared] for basis in (one.basis, other.basis))
+    basis = replace(
+        one.basis,
+        U_OR=one.basis.U_OR[:, mine], S_R=one.basis.S_R[mine], Vh_RI=one.basis.Vh_RI[mine], columns=tuple(shared),
+    )  # fmt: skip
     # The two may hold a direction with opposite signs; then so are the numbers along it.
-    signs_R = torch.sign((one.basis.U_OR[:, mine] * other.basis.U_OR[:, yours]).sum(0))
-    S_R = one.basis.S_R[mine] * signs_R
-    axes = one.method.direction_axes()
-    first, second = (
-        {name: part.trained[name].index_select(axis, torch.tensor(chosen)) for name, axis in axes.items()}
-        for part, chosen in ((one, mine), (other, yours))
-    )
-    cross = one.method.cross_terms(S_R, first, second)
+    signs_R = torch.sign((basis.U_OR * other.basis.U_OR[:, yours]).sum(0))
+    # What one of them trains and the other does not (the singular values) is zero there.
+    method = max((one.method, other.method), key=lambda method: len(method.direction_axes()))
+    first, second = (_along(part, chosen, method) for part, chosen in ((one, mine), (other, yours)))
+    for name, axis in method.direction_axes().items():
+        if second[name].ndim > 1:  # a singular value keeps its sign when both its vectors turn
+            second[name] = second[name] * (signs_R if axis else signs_R[:, None])
+    cross = method.cross_terms(basis, first, second)
     return 0.0 if cross is None else compact(cross).size / size
+
+
+def _along(part: Part, chosen: list[int], method: Method) -> dict[str, torch.Tensor]:
+    """Get the trained numbers of these directions; zeros for those that only the other adapter trains."""
+    found = {}
+    for name, axis in method.direction_axes().items():
+        like = part.trained.get(name)
+        if like is None:
+            like = part.delta.left_OP.new_zeros(method.trained_shapes(*part.delta.shape)[name])
+        found[name] = like.index_select(axis, torch.tensor(chosen))
+    return found
 
 
 def kept_strengths(parts: Sequence[Part], fused: Compact) -> dict[str, tuple[float, float]]:

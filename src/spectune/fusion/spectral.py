@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import ClassVar
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import AdapterError
-from ..methods import Method, build_method
+from ..methods import Method
 from ..records import Quality, Spectrum, Weight
 from ..spectrum import decompose
 from .contract import Fusion, Part
@@ -31,7 +31,8 @@ class Spectral(Fusion):
     S is diagonal, so disjoint columns have no cross terms. l_i = 1/N is the paper's choice, and every concept keeps
     about 1/N of its strength; l_i = 1 keeps every concept's tuned columns exactly, dW = sum_i dW_i. Disjoint means
     disjoint in columns: concepts still share the entries of W and the activations. On a shared column
-    (`allow_overlap`) the numbers of the adapters add up, which brings cross terms l_i l_j A_U,i S A_Vh,j.
+    (`allow_overlap`) the numbers of the adapters add up, which brings cross terms l_i l_j A_U,i S A_Vh,j. Adapters that
+    train singular values have S + sum_i l_i C_i in place of S.
 
     Spectral Adapter (Zhang & Pilanci, arXiv 2405.13952), on adapter fusion. Its published code averages the merged
     weights, which agrees only to first order: the last term is then divided by N instead of N^2.
@@ -50,16 +51,18 @@ class Spectral(Fusion):
                 _refuse_shared_columns(first, second)
         columns = tuple(sorted({column for basis in bases for column in basis.columns}))
         rows_O, cols_I = parts[0].delta.shape
-        union, trained = _empty(rows_O, cols_I, columns, parts[0])
+        union, trained = _empty(rows_O, cols_I, columns, parts)
         filled: set[int] = set()
         for part, basis, weight in zip(parts, bases, weights, strict=True):
             for own, column in enumerate(basis.columns):
                 place = columns.index(column)
                 sign = _put(union, place, basis, own, part) if column in filled else _fill(union, place, basis, own)
                 for name, axis in _axes(part).items():
-                    trained[name].select(axis, place).add_(part.trained[name].select(axis, own), alpha=weight * sign)
+                    # A singular value keeps its sign when both its vectors turn.
+                    turn = sign if trained[name].ndim > 1 else 1.0
+                    trained[name].select(axis, place).add_(part.trained[name].select(axis, own), alpha=weight * turn)
                 filled.add(column)
-        return _spectral_part(parts[0], union, trained)
+        return _spectral_part(parts, union, trained)
 
 
 def pad(part: Part, columns: Sequence[int], W_OI: torch.Tensor) -> Part:
@@ -70,14 +73,14 @@ def pad(part: Part, columns: Sequence[int], W_OI: torch.Tensor) -> Part:
         return part
     found = decompose(Weight(part.layer, W_OI), len(missing), columns=missing, dtype=torch.float64)
     rows_O, cols_I = part.delta.shape
-    union, trained = _empty(rows_O, cols_I, tuple(columns), part)
+    union, trained = _empty(rows_O, cols_I, tuple(columns), [part])
     for place, column in enumerate(columns):
         source, own = (found, missing.index(column)) if column in missing else (part.basis, part.columns.index(column))
         _fill(union, place, source, own)
         if column not in missing:
             for name, axis in _axes(part).items():
                 trained[name].select(axis, place).copy_(part.trained[name].select(axis, own))
-    return _spectral_part(part, union, trained)
+    return _spectral_part([part], union, trained)
 
 
 def _basis_of(part: Part) -> Spectrum:
@@ -100,18 +103,27 @@ def _refuse_shared_columns(first: Part, second: Part) -> None:
         )
 
 
-def _empty(rows_O: int, cols_I: int, columns: tuple[int, ...], part: Part) -> tuple[Spectrum, dict[str, torch.Tensor]]:
-    R, like = len(columns), part.delta.left_OP
+def _empty(
+    rows_O: int, cols_I: int, columns: tuple[int, ...], parts: Sequence[Part]
+) -> tuple[Spectrum, dict[str, torch.Tensor]]:
+    R, like = len(columns), parts[0].delta.left_OP
     quality = Quality(solver="fused", residual=0.0, orthogonality=0.0, gap=float("inf"))
     union = Spectrum(
-        like.new_zeros(rows_O, R), like.new_zeros(R), like.new_zeros(R, cols_I), columns, quality, part.layer
+        like.new_zeros(rows_O, R), like.new_zeros(R), like.new_zeros(R, cols_I), columns, quality, parts[0].layer
     )
-    shapes = _method_of(columns).trained_shapes(rows_O, cols_I)
+    shapes = method_on(columns, parts).trained_shapes(rows_O, cols_I)
     return union, {name: like.new_zeros(shape) for name, shape in shapes.items()}
 
 
-def _method_of(columns: tuple[int, ...]) -> Method:
-    return build_method(METHOD, {"r": len(columns), "columns": columns})
+def method_on(columns: tuple[int, ...], parts: Sequence[Part]) -> Method:
+    """Get spectral_a on these columns, with the options of the adapter that trains most kinds of numbers."""
+    return replace(richest(parts), r=len(columns), columns=columns)  # type: ignore[call-arg]
+
+
+def richest(parts: Iterable[Part]) -> Method:
+    """Get the method of the adapter that trains most kinds of numbers; what the others lack of them is zero."""
+    methods = [part.method for part in parts if part.method is not None]
+    return max(methods, key=lambda method: len(method.direction_axes()))
 
 
 def _axes(part: Part) -> dict[str, int]:
@@ -137,7 +149,7 @@ def _put(union: Spectrum, place: int, basis: Spectrum, own: int, part: Part) -> 
     return 1.0 if left > 0 else -1.0
 
 
-def _spectral_part(like: Part, union: Spectrum, trained: dict[str, torch.Tensor]) -> Part:
-    method = _method_of(union.columns)
+def _spectral_part(parts: Sequence[Part], union: Spectrum, trained: dict[str, torch.Tensor]) -> Part:
+    method = method_on(union.columns, parts)
     delta = method.delta(union, trained, {})
-    return replace(like, adapter="fused", delta=delta, method=method, basis=union, trained=trained, gram_II=None)
+    return replace(parts[0], adapter="fused", delta=delta, method=method, basis=union, trained=trained, gram_II=None)

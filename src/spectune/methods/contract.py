@@ -103,8 +103,8 @@ class Method:
         adapters of other directions can be put side by side along it (the spectral fusion). Empty: they cannot."""
         return {}
 
-    def cross_terms(self, S_R: torch.Tensor, mine: Tensors, theirs: Tensors) -> Delta | None:
-        """Get what the update of mine + theirs, on the same directions, has beyond both; None if unknown."""
+    def cross_terms(self, spectrum: Spectrum, mine: Tensors, theirs: Tensors) -> Delta | None:
+        """Get what the update of mine + theirs, on the directions of one spectrum, has beyond both; None if unknown."""
         return None
 
     def disturb(self, trained: Tensors) -> Tensors:

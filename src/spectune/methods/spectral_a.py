@@ -24,8 +24,12 @@ class SpectralA(Method):
     exactly the weights that PiSSA of rank r reaches; they differ in preconditioning and in what
     weight decay pulls towards (here: the pretrained weight).
 
+    `train_singular_values` adds r numbers C, one to each singular value: diag(S + C) in place of diag(S), still of
+    rank 2r. The paper has no C; the authors' text-to-image code trains it, their language code does not.
+
     Spectral Adapter (Zhang & Pilanci, arXiv 2405.13952), section 3, "Spectral Adapter^A"; their
-    V is our Vh^T, their A_V is our A_Vh^T.
+    V is our Vh^T, their A_V is our A_Vh^T, the C of their code is our `shift`. Their code rounds U, S, V and the rest
+    of W to the base's precision, so that a bfloat16 base begins 0.3% off W; here the base weight stays as it is.
     """
 
     name: ClassVar[str] = "spectral_a"
@@ -38,6 +42,9 @@ class SpectralA(Method):
     columns: Columns = option(
         "top", 'Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list.'
     )
+    train_singular_values: bool = option(
+        False, "Also train C, one shift for each singular value, as the authors' text-to-image code does."
+    )
 
     def __post_init__(self) -> None:
         self._at_least(1, r=self.r)
@@ -49,7 +56,8 @@ class SpectralA(Method):
         return fit_directions(self, rows_O, cols_I, name)
 
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
-        return {"A_U": (rows_O, self.r), "A_Vh": (self.r, cols_I)}
+        shapes: dict[str, tuple[int, ...]] = {"A_U": (rows_O, self.r), "A_Vh": (self.r, cols_I)}
+        return shapes | {"shift": (self.r,)} if self.train_singular_values else shapes
 
     def check(self, spectrum: Spectrum) -> None:
         refuse_dead_directions(self.name, spectrum)
@@ -63,22 +71,41 @@ class SpectralA(Method):
 
     def decay_profile(self, spectrum: Spectrum, frozen: Tensors) -> dict[str, torch.Tensor]:
         weak_R = weakness(spectrum)
-        return {"A_U": weak_R[None, :], "A_Vh": weak_R[:, None]}
+        profile = {"A_U": weak_R[None, :], "A_Vh": weak_R[:, None]}
+        return profile | {"shift": weak_R} if self.train_singular_values else profile
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
-        A_U, A_Vh = trained["A_U"], trained["A_Vh"]
+        A_U, A_Vh, S_R = trained["A_U"], trained["A_Vh"], spectrum.S_R
         left_OP = torch.cat([A_U, spectrum.U_OR], dim=1)
-        right_PI = torch.cat([spectrum.Vh_RI + A_Vh, A_Vh], dim=0)
-        whole = Delta(left_OP, torch.cat([spectrum.S_R, spectrum.S_R]), right_PI)
+        if self.train_singular_values:
+            # A_U (S + C) (Vh + A_Vh) + U ((S + C) A_Vh + C Vh): what the tuned part has beyond U S Vh.
+            shifted_R, shift_R = S_R + trained["shift"], trained["shift"]
+            below_RI = shifted_R[:, None] * A_Vh + shift_R[:, None] * spectrum.Vh_RI
+            right_PI = torch.cat([spectrum.Vh_RI + A_Vh, below_RI], dim=0)
+            whole = Delta(left_OP, torch.cat([shifted_R, torch.ones_like(shifted_R)]), right_PI)
+        else:
+            right_PI = torch.cat([spectrum.Vh_RI + A_Vh, A_Vh], dim=0)
+            whole = Delta(left_OP, torch.cat([S_R, S_R]), right_PI)
         return whole if strength == 1.0 else scale(whole, strength)
 
     def direction_axes(self) -> dict[str, int]:
-        return {"A_U": 1, "A_Vh": 0}
+        axes = {"A_U": 1, "A_Vh": 0}
+        return axes | {"shift": 0} if self.train_singular_values else axes
 
-    def cross_terms(self, S_R: torch.Tensor, mine: Tensors, theirs: Tensors) -> Delta:
+    def cross_terms(self, spectrum: Spectrum, mine: Tensors, theirs: Tensors) -> Delta:
+        if self.train_singular_values:
+            both = {name: mine[name] + theirs[name] for name in mine}
+            deltas = [
+                self.delta(spectrum, both, {}),
+                self.delta(spectrum, mine, {}, -1.0),
+                self.delta(spectrum, theirs, {}, -1.0),
+            ]
+            cores = [delta.core for delta in deltas if isinstance(delta.core, torch.Tensor)]
+            left_OP = torch.cat([delta.left_OP for delta in deltas], dim=1)
+            return Delta(left_OP, torch.cat(cores), torch.cat([delta.right_QI for delta in deltas]))
         # A_U,1 S A_Vh,2 + A_U,2 S A_Vh,1: the product of the sums has these, the updates have not.
         left_OP = torch.cat([mine["A_U"], theirs["A_U"]], dim=1)
-        return Delta(left_OP, torch.cat([S_R, S_R]), torch.cat([theirs["A_Vh"], mine["A_Vh"]]))
+        return Delta(left_OP, torch.cat([spectrum.S_R, spectrum.S_R]), torch.cat([theirs["A_Vh"], mine["A_Vh"]]))
 
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
         return min(2 * self.r, rows_O, cols_I)

@@ -18,7 +18,7 @@ def validation_means(records: Sequence[SweepRecord], metric: str | None) -> dict
     """
     tried: dict[float, list[float]] = defaultdict(list)
     for record in records:
-        if record.ok:
+        if record.ok and record.metrics.get("validation"):
             name, value = metric_of(record.metrics, ("validation",), metric)
             worst = math.inf if better_is_smaller(name) else -math.inf
             tried[record.rate].append(value if math.isfinite(value) else worst)
@@ -27,7 +27,13 @@ def validation_means(records: Sequence[SweepRecord], metric: str | None) -> dict
 
 
 def chosen_rate(records: Sequence[SweepRecord], metric: str | None) -> float | None:
-    """Get the rate with the best mean on validation, of equals the lowest; None where every run failed."""
+    """Get the rate with the best mean on validation, of equals the lowest; None where every run failed.
+
+    A single rate needs no validation examples: there is nothing to choose.
+    """
+    tried = {record.rate for record in records}
+    if len(tried) == 1 and any(record.ok for record in records):
+        return tried.pop()
     means = validation_means(records, metric)
     if not means:
         return None

@@ -21,21 +21,29 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
+Grid = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
 class Arm(Section):
     """One way of tuning, and the learning rates to try."""
 
     adapter: dict[str, Any] | Literal["none", "head"] = Field(
         description="As in a run: method, peft_type, none, or head (whose rates are the head's)."
     )
-    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="The grid.")
+    learning_rates: Grid | dict[str, Grid] = Field(description="The grid; or task -> its grid, for every task.")
     over: dict[str, Any] = Field(default_factory=dict, description="Goes over the base run for this method alone.")
 
     @field_validator("learning_rates")
     @classmethod
-    def _once(cls, values: list[float]) -> list[float]:
-        if len({f"{value:g}" for value in values}) < len(values):
-            raise ValueError("a rate stands twice")
+    def _once(cls, values: list[float] | dict[str, list[float]]) -> list[float] | dict[str, list[float]]:
+        for grid in values.values() if isinstance(values, dict) else [values]:
+            if len({f"{value:g}" for value in grid}) < len(grid):
+                raise ValueError("a rate stands twice")
         return values
+
+    def rates(self, task: str) -> list[float]:
+        """Get the grid for a task."""
+        return list(self.learning_rates[task] if isinstance(self.learning_rates, dict) else self.learning_rates)
 
 
 class GeneralText(Section):
@@ -89,6 +97,22 @@ class SweepConfig(Section):
                 raise ValueError(f"{name!r} names a folder: letters, digits, '.', '_', '-' and '+' only")
         return values
 
+    @model_validator(mode="after")
+    def _a_grid_for_each_task(self) -> SweepConfig:
+        for name, method in self.methods.items():
+            grids = method.learning_rates
+            if isinstance(grids, dict) and set(grids) != set(self.tasks):
+                raise ValueError(
+                    f"methods.{name}.learning_rates has grids for {', '.join(grids)}, but the tasks are "
+                    f"{', '.join(self.tasks)}; give one for each"
+                )
+        return self
+
+    @property
+    def chooses(self) -> bool:
+        """Whether any method has more than one rate to choose from."""
+        return self.grow > 0 or any(len(m.rates(task)) > 1 for m in self.methods.values() for task in self.tasks)
+
     @field_validator("seeds")
     @classmethod
     def _once(cls, values: list[int]) -> list[int]:
@@ -123,7 +147,7 @@ def parse_sweep(values: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
     sweep = validate(SweepConfig, values, where)
     for task in sweep.tasks:
         for method in sweep.methods:
-            cell(sweep, task, method, sweep.methods[method].learning_rates[0], sweep.seeds[0])
+            cell(sweep, task, method, sweep.methods[method].rates(task)[0], sweep.seeds[0])
     return sweep
 
 
@@ -159,11 +183,11 @@ def require_splits(sweep: SweepConfig) -> None:
     """Refuse a sweep that lacks the examples to choose a rate on, or to report, before anything is trained."""
     method, kinds = next(iter(sweep.methods)), set[str]()
     for task in sweep.tasks:
-        config = cell(sweep, task, method, sweep.methods[method].learning_rates[0], sweep.seeds[0]).config
+        config = cell(sweep, task, method, sweep.methods[method].rates(task)[0], sweep.seeds[0]).config
         kinds.add(config.recipe)
         splits = recipe_class(config.recipe)(config).splits
         for split, use in (("validation", "to choose learning rates on"), ("test", "to report")):
-            if split not in splits:
+            if split not in splits and (sweep.chooses or split == "test"):
                 raise DataError(
                     f"{task}: asked for {split} examples {use}, found {', '.join(splits)}. Give data.{split}"
                     f"{' or data.validation_share' if split == 'validation' else ''}."

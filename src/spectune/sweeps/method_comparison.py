@@ -41,7 +41,9 @@ def as_method_comparison(sweep: SweepConfig, record: SweepRecord) -> dict[str, A
     """Get one run in PEFT's form; `test accuracy` is the sweep's reported metric, whose name stands beside it."""
     config = record.config
     metric, test = metric_of(record.metrics, REPORTED, sweep.report or sweep.metric)
-    validation = metric_of(record.metrics, ("validation",), sweep.metric)
+    measured = record.metrics.get("validation")
+    name, value = metric_of(record.metrics, ("validation",), sweep.metric) if measured else ("", None)
+    validation = {f"valid {name}": value} if measured else {}
     peak = NOT_MEASURED if record.found.peak_bytes is None else record.found.peak_bytes
     samples = record.found.steps * config["training"]["batch_size"] * config["training"]["gradient_accumulation"]
     last = {
@@ -72,7 +74,7 @@ def as_method_comparison(sweep: SweepConfig, record: SweepRecord) -> dict[str, A
             "num_total_params": record.found.total,
             "status": ("success" if record.ok else "failed"),
             "metrics": [
-                {"step": record.found.steps, f"valid {validation[0]}": validation[1], "train loss": record.final_loss},
+                {"step": record.found.steps, **validation, "train loss": record.final_loss},
                 last | ({} if record.forgetting is None else {"forgetting": record.forgetting}),
             ],
         },

@@ -99,13 +99,13 @@ class _Running:
     def __post_init__(self) -> None:
         sweep, seeds = self.sweep, len(self.sweep.seeds)
         first = len(sweep.seeds[: sweep.tuning_seeds])
-        rates = [len(method.learning_rates) for method in sweep.methods.values()]
-        self.runs = len(sweep.tasks) * sum(count * first + seeds - first for count in rates)
+        rates = [len(method.rates(task)) for method in sweep.methods.values() for task in sweep.tasks]
+        self.runs = sum(count * first + seeds - first for count in rates)
         self.workers = Workers(self.jobs)
 
     def line(self, task: str, method: str) -> list[SweepRecord]:
         """Get the records of one method on one task: the first seeds try the rates, the others run the chosen one."""
-        sweep, rates = self.sweep, list(self.sweep.methods[method].learning_rates)
+        sweep, rates = self.sweep, self.sweep.methods[method].rates(task)
         first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
         found = [self.once(cell) for cell in cells(sweep, task, method, rates, first)]
         for _ in range(sweep.grow):

@@ -37,7 +37,7 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, A
         "smaller_is_chosen": {task: better_is_smaller(name) for task, name in chosen.items()},
         "seeds": list(sweep.seeds),
         "tuning_seeds": len(sweep.seeds[: sweep.tuning_seeds]),
-        "grids": {name: list(method.learning_rates) for name, method in sweep.methods.items()},
+        "grids": {name: method.learning_rates for name, method in sweep.methods.items()},
         "tasks": list(sweep.tasks),
         "methods": list(sweep.methods),
         "rows": rows,
@@ -62,7 +62,8 @@ def task_metrics(
     found = {}
     for task in sweep.tasks:
         good = next((record for record in records if record.ok and record.task == task), None)
-        found[task] = metric_of(good.metrics, splits, name)[0] if good else name or ""
+        measured = good is not None and any(good.metrics.get(split) for split in splits)
+        found[task] = metric_of(good.metrics, splits, name)[0] if good and measured else name or ""
     return found
 
 
@@ -74,7 +75,7 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
     at = [r for r in mine if r.ok and r.rate == rate]
     tests = [metric_of(r.metrics, REPORTED, sweep.report or sweep.metric)[1] for r in at]
     means = validation_means(tuning, sweep.metric)
-    grid = sorted({*sweep.methods[method].learning_rates, *(r.rate for r in mine)})
+    grid = sorted({*sweep.methods[method].rates(task), *(r.rate for r in mine)})
     forgot = [r.forgetting for r in at if r.forgetting is not None]
     return {
         "task": task,
@@ -83,7 +84,7 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
         "rate": rate,
         # The best rate may lie outside of what was tried.
         "at_edge": len(grid) > 1 and rate in (grid[0], grid[-1]),
-        "validation": _finite(means[rate]) if rate is not None else None,
+        "validation": _finite(means[rate]) if rate in means else None,
         "validation_by_rate": [[r, _finite(value)] for r, value in means.items()],
         "test": _finite(statistics.fmean(tests)) if tests else None,
         "spread": statistics.stdev(tests) if len(tests) > 1 and all(map(math.isfinite, tests)) else None,
@@ -113,7 +114,7 @@ def averages(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[
 
 def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequence[SweepRecord]) -> list[str]:
     """Get what a reader must know before believing the table, one sentence each."""
-    counts = {len(method.learning_rates) for method in sweep.methods.values()}
+    counts = {len(method.rates(task)) for method in sweep.methods.values() for task in sweep.tasks}
     said = [] if len(counts) == 1 else ["The methods tried different numbers of learning rates."]
     if sweep.grow:
         said.append(f"A grid whose best rate stood at its end was continued there, by at most {sweep.grow} rates.")
@@ -158,10 +159,14 @@ def to_markdown(summary: Mapping[str, Any], published: Mapping[str, Any] | None 
 
 def _told(summary: Mapping[str, Any]) -> str:
     seeds = len(summary["seeds"])
-    return (
-        f"Test {summary['metric']}, mean of the seeds ({seeds}) with lowest and highest; the learning rate is the best "
-        f"of each method's grid by validation {summary['chosen_by']}."
-    )
+    return f"Test {summary['metric']}, mean of the seeds ({seeds}) with lowest and highest; {rates_told(summary)}."
+
+
+def rates_told(summary: Mapping[str, Any]) -> str:
+    """Get how the learning rates came about."""
+    if any(len(row["validation_by_rate"]) > 1 for row in summary["rows"]):
+        return f"each method's learning rate is the best of its grid by validation {summary['chosen_by']}"
+    return "each method ran at the one learning rate that was given for it"
 
 
 def _table(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
