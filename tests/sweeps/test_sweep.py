@@ -15,6 +15,7 @@ import pytest
 
 from spectune.checkpoint import hold_folder
 from spectune.errors import DataError, OptionError, OutputError
+from spectune.pages.comparison_page import render_comparison
 from spectune.sweeps import SweepRecord, load_sweep, parse_sweep, run_sweep, summarise, to_markdown
 from spectune.sweeps.choice import chosen_rate, rate_beyond
 from spectune.sweeps.config import GeneralText, cell
@@ -32,6 +33,31 @@ GRID = {"adapter": {"method": "svft", "target_modules": ["q"]}, "learning_rates"
 def test_a_sweep_that_another_process_is_at_is_refused(tmp_path: Path) -> None:
     with hold_folder(tmp_path), pytest.raises(OutputError, match="another process is writing into this folder"):
         run_sweep(parse_sweep(text_sweep(tmp_path)), tmp_path, provenance={})
+
+
+def test_a_method_may_have_another_grid_for_each_task() -> None:
+    rates = {"one": [1e-3], "two": [1e-2, 1e-1]}
+    sweep = parse_sweep(plain_sweep(tasks={"one": {}, "two": {}}, methods={"a": GRID | {"learning_rates": rates}}))
+    assert {task: sweep.methods["a"].rates(task) for task in sweep.tasks} == rates and sweep.chooses
+
+
+def test_single_rates_need_no_validation_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paper that trained at one rate on all of train can be run so."""
+    monkeypatch.setattr(Workers, "run", in_this_process)
+    asked = text_sweep(tmp_path, seeds=[0])
+    del asked["methods"]["full"]
+    asked["run"]["data"].pop("validation", None), asked["run"]["data"].pop("validation_share", None)
+    with pytest.raises(DataError, match="validation examples"):
+        run_sweep(parse_sweep(asked), tmp_path / "out", provenance={})
+    asked["methods"]["spectral_a"]["learning_rates"] = [1e-3]
+    sweep = parse_sweep(asked)
+    records = run_sweep(sweep, tmp_path / "out", provenance={})
+    summary = summarise(sweep, records)
+    (row,) = summary["rows"]
+    assert row["rate"] == 1e-3 and row["validation"] is None and row["test"] is not None and not row["at_edge"]
+    assert "ran at the one learning rate" in to_markdown(summary)
+    assert "ran at the one learning rate" in render_comparison(summary)
+    assert not any("valid" in name for name in as_method_comparison(sweep, records[0])["train_info"]["metrics"][0])
 
 
 def plain_sweep(**more: Any) -> dict[str, Any]:
@@ -52,6 +78,10 @@ def plain_sweep(**more: Any) -> dict[str, Any]:
         ({"tasks": {"t": {"seed": 3}}}, "t, a: seed is given by methods and seeds"),
         ({"tasks": {"t": {"data": {"gleu": "sst2"}}}}, "data.gleu: unknown key. Did you mean 'glue'?"),
         ({"methods": {"a": GRID | {"learning_rates": []}}}, "learning_rates"),
+        (
+            {"methods": {"a": GRID | {"learning_rates": {"other": [1e-3]}}}},
+            "methods.a.learning_rates has grids for other, but the tasks are task; give one for each",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_runs(wrong: dict[str, Any], line: str) -> None:

@@ -25,6 +25,9 @@ def reproduce(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder with the files that the experiment needs.")
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="A grid of rates for each method, in place of the paper's one.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: reproductions/ and the name.")
     ] = None,
@@ -43,14 +46,20 @@ def reproduce(
     experiment, console = load_experiment(name), Console(stderr=True, quiet=as_json)
     folder = output or Path("reproductions", f"{name}-small" if small else name)
     if experiment.compute is not None:
-        if overrides or data is not None:
+        if overrides or data is not None or tune:
             raise OptionError(
-                f"{name} is computed without training, so key=value and --data do not apply. Leave them out."
+                f"{name} is computed without training, so key=value, --data and --tune do not apply. Leave them out."
             )
         _compute(experiment, folder, as_json, console)
         return
     ready = prepare(
-        experiment, folder, small=small, data=data, overrides=overrides or [], say=lambda words: console.print(words)
+        experiment,
+        folder,
+        small=small,
+        tune=tune,
+        data=data,
+        overrides=overrides or [],
+        say=lambda words: console.print(words),
     )
     records = run_under_bar(ready.sweep, folder, console, jobs)
     summary = write_files(ready.sweep, records, folder, console, ready.published)
@@ -83,13 +92,15 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(
             json.dumps(
-                {name: e.model_dump(include={"title", "source", "needs"}) for name, e in found.items()}, indent=2
+                {name: e.model_dump(include={"title", "source", "needs", "missing"}) for name, e in found.items()},
+                indent=2,
             )
         )
         return
     table = Table("name", "what", "needs at full size", "--small")
     for name, experiment in found.items():
-        table.add_row(name, experiment.title, experiment.needs, "yes" if experiment.small else "–")
+        needs = experiment.needs if experiment.missing is None else f"not here: {experiment.missing}"
+        table.add_row(name, experiment.title, needs, "yes" if experiment.small else "–")
     Console().print(table)
 
 
@@ -102,7 +113,8 @@ def _compute(experiment: Experiment, folder: Path, as_json: bool, console: Conso
     from .comparison_files import provenance
 
     rows = [asdict(row) for row in COMPUTATIONS[str(experiment.compute)]()]
-    found = {"title": experiment.title, "source": experiment.source, "rows": rows, "provenance": provenance()}
+    found = {"title": experiment.title, "source": experiment.source, "rows": rows}
+    found |= {"deviations": experiment.deviations, "provenance": provenance()}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "computed.json", json.dumps(found, indent=1) + "\n")
     write_claims(found, folder / "computed.html")
@@ -114,6 +126,8 @@ def _compute(experiment: Experiment, folder: Path, as_json: bool, console: Conso
             agrees = {True: "yes", False: "NO", None: "–"}[row["agrees"]]
             table.add_row(row["claim"], row["published"], row["found"], agrees)
         console.print(table)
+        for sentence in experiment.deviations:
+            console.print(f"deviation: {sentence}", markup=False, soft_wrap=True)
         console.print(f"open {(folder / 'computed.html').resolve().as_uri()}", soft_wrap=True)
     if any(row["agrees"] is False for row in rows):
         raise SystemExit(1)

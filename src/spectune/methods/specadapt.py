@@ -26,8 +26,11 @@ class SpecAdapt(Method):
 
     SpecAdapt (Zhang et al.); only the code is public in full. It reshapes each tensor to a near-square
     matrix first, which glues rows of a weight together; here U and Vh are the singular vectors of the
-    weight as it maps inputs to outputs. Its dropout masks single entries of the dense update. Its
-    singular-guided decay and gradient normalisation are options of every method: `spectune.attach_dynamics`.
+    weight as it maps inputs to outputs. Its dropout masks single entries of the dense update, once a step. Without
+    sharing (`shared_core=False`) its update has no H at all; here each weight has its own, which starts at the identity.
+    Its singular-guided decay and gradient normalisation are options of every method, off by default:
+    `singular_decay=0.39`, `grad_norm="rms"` or `spectune.attach_dynamics`. It decays A, B and H a second time through
+    AdamW's weight decay, and leaves gradients far below 1e-4 unnormalised; here every gradient but zero is normalised.
     """
 
     name: ClassVar[str] = "specadapt"

@@ -30,9 +30,8 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
         smaller, small_chosen = summary["smaller_is_better"][task], summary["smaller_is_chosen"][task]
         metric, chosen_by = summary["task_metrics"][task], summary["task_chosen_by"][task]
         rows = [row for row in summary["rows"] if row["task"] == task]
-        charts = [front_chart(rows, metric, smaller)]
-        if any(row["validation_by_rate"] for row in rows):  # none without validation examples
-            charts.append(rate_chart(rows, chosen_by, small_chosen))
+        measured = any(row["validation_by_rate"] for row in rows)  # not without validation examples
+        charts = (front_chart(rows, metric, smaller), rate_chart(rows, chosen_by, small_chosen) if measured else "")
         printed = {} if published is None else {m: r.get(task) for m, r in published["rows"].items()}
         parts.append(
             {"task": task, "metric": metric, "smaller": smaller, "rows": _ranked(rows, smaller), "charts": charts}
@@ -45,7 +44,8 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
         parts=parts,
         published=published,
         headline=headline(summary),
-        rates=rates_told(summary),
+        # A single rate is given, not chosen.
+        chosen=any(len(row["validation_by_rate"]) > 1 for row in summary["rows"]),
         colours={name: place % COLOURS for place, name in enumerate(summary["methods"])},
         provenance=json.dumps(summary["provenance"], indent=2, ensure_ascii=False),
         all_smaller=all(summary["smaller_is_better"].values()),

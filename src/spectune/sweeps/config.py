@@ -77,6 +77,9 @@ class SweepConfig(Section):
     tuning_seeds: int | None = Field(
         None, gt=0, description="Only so many seeds try every rate, the rest only the chosen one; default: all."
     )
+    head_at_rate: bool = Field(
+        False, description="Train a new head at the adapter's rate, as scripts with one rate for all do."
+    )
     grow: int = Field(
         0,
         ge=0,
@@ -156,7 +159,8 @@ def cell(sweep: SweepConfig, task: str, method: str, rate: float, seed: int) -> 
     asked = sweep.methods[method]
     values = merged(merged(sweep.run, sweep.tasks[task]), asked.over)
     rate_of = "head_learning_rate" if asked.adapter == HEAD else "learning_rate"
-    own = {"adapter": asked.adapter, "training": {rate_of: rate}, "seed": seed}
+    training = {rate_of: rate} | ({"head_learning_rate": rate} if sweep.head_at_rate else {})
+    own = {"adapter": asked.adapter, "training": training, "seed": seed}
     for name in ("adapter", "seed"):
         if name in values:
             raise OptionError(f"{task}, {method}: {name} is given by methods and seeds. Leave it out of run and tasks.")
