@@ -75,7 +75,9 @@ def test_what_cannot_be_run_says_why(name: str, tmp_path: Path) -> None:
     assert EXPERIMENTS[name].missing in str(found.value)
 
 
-@pytest.mark.parametrize(("name", "small"), [(n, s) for n in SWEEPS for s in (True, False) if not s or EXPERIMENTS[n].small])
+@pytest.mark.parametrize(
+    ("name", "small"), [(n, s) for n in SWEEPS for s in (True, False) if not s or EXPERIMENTS[n].small]
+)
 def test_every_sweep_is_whole(name: str, small: bool, tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
     ready = prepare(experiment, tmp_path, small=small, data=tmp_path, overrides=["seeds=[5]"])

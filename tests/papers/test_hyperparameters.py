@@ -148,7 +148,15 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, dict[str, Any
     ),
 }
 # Rates of the text encoder beside the UNet's.
-VASE_TEXT = {"lora": 1e-5, "oft": 1e-5, "lidb": 5e-4, "svdiff": 1e-3, "vera_1": 1e-3, "vera_1024": 5e-3, "vera_4096": 5e-3}
+VASE_TEXT = {
+    "lora": 1e-5,
+    "oft": 1e-5,
+    "lidb": 5e-4,
+    "svdiff": 1e-3,
+    "vera_1": 1e-3,
+    "vera_1024": 5e-3,
+    "vera_4096": 5e-3,
+}
 VASE_TEXT |= {f"spectral_r_{r}": rate for r, rate in ((2, 1e-3), (8, 5e-4), (24, 1e-4), (32, 1e-4), (40, 1e-3))}
 DATASETS = ("cifar100", "flowers102", "food101", "resisc45")
 VISION_RATES: dict[str, dict[str, tuple[float, ...]]] = {  # vision_experiments/run_vit_base.sh, run_vit_large.sh
@@ -261,7 +269,8 @@ def test_specadapts_own_rules_are_on_and_each_is_taken_out_once(tmp_path: Path) 
     whole = sweep.methods["whole"].adapter
     for name, changed in {
         "rank_4": {"r": 4}, "rank_64": {"r": 64}, "no_guided_decay": {"singular_decay": None},
-        "no_grad_norm": {"grad_norm": None}, "own_cores": {"shared_core": False}, "no_dropout": {"weight_dropout": None},
+        "no_grad_norm": {"grad_norm": None}, "own_cores": {"shared_core": False},
+        "no_dropout": {"weight_dropout": None},
     }.items():  # fmt: skip
         adapter = sweep.methods[name].adapter
         assert {k: v for k, v in {**whole, **changed}.items() if v is not None} == adapter  # type: ignore[dict-item]

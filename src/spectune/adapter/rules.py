@@ -24,7 +24,7 @@ def _layer(grad: torch.Tensor, axis: Axes) -> torch.Tensor:
 
 def _tiny(grad: torch.Tensor) -> float:
     # Only for a gradient of exactly zero. The official code adds 1e-8 under the root, so that it does not normalise a
-    # gradient of rms below 1e-4 but divides it by 1e-4.
+    # gradient of rms below 1e-4 but divides it by 1e-4 (benchmarks/results/grad_norm.json).
     return torch.finfo(grad.dtype).tiny
 
 

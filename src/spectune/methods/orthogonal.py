@@ -23,8 +23,8 @@ class LiDB(Method):
     A starts at zero, B as LoRA's down matrix does. E and F follow from the seed and the shape, so
     the file need not store them; weights of one shape share them.
 
-    The rows of E^T and F have length one. The Spectral Adapter's code draws them anew in each layer from the global
-    random state and stores them in the file; SCALE_LIDB
+    The rows of E^T and F have length one. The Spectral Adapter's code has the same length, but draws them anew in each
+    layer from the global random state and stores them in the file.
 
     Lightweight DreamBooth, HyperDreamBooth (Ruiz et al., arXiv 2307.06949), section 4.1, which
     calls P = 50 and Q = 100 a and b, and E and F P and Q, as our state dict does.
@@ -97,7 +97,8 @@ class OrthogonalAdaptation(Method):
 
     Concepts with different numbers have disjoint rows, so dW_i dW_j^T = 0 and their sum does not mix:
     what the paper wants. The version in the Spectral Adapter's code misses it: there every concept
-    draws the same rows. SCALE_OA
+    draws the same rows. Its rows are also halved; here they have length one, so that the same B is twice
+    the update of theirs, and rates do not carry over unchanged.
 
     Orthogonal Adaptation (Po et al., arXiv 2312.02432), section 4.
     """
