@@ -121,7 +121,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, dict[str, Any
         {"svft_plain": (5e-2, svft("plain", kinds=SEVEN)), "svft_banded": (1e-3, svft("banded", 8, SEVEN))},
     ),
     "vtab-specadapt": (
-        "zhangkunzk/SpecAdapt_pytorch: defaults of its optimizer and trainer",
+        "zhangkunzk/SpecAdapt_pytorch @11899bd: code/run.py, code/script/run.sh, torchstocks/optim/peft/svda.py",
         {"epochs": 100, "batch_size": 64, "warmup": 0.05, "schedule": "cosine"},
         {
             "specadapt": (
@@ -262,6 +262,16 @@ def test_every_adapter_is_one_that_can_be_built(name: str, tmp_path: Path) -> No
             adapters = list(adapters[0].values())
         for adapter in adapters:
             assert build_adapter_config(dict(adapter)) is not None, method
+
+
+def test_vtab_is_learned_without_augmentation_by_one_rate_for_all(tmp_path: Path) -> None:
+    """code/dataset.py only resizes; code/run.py has one rate for body and head, script/run.sh decay 0.2 for LoRA."""
+    sweep = sweep_of("vtab-specadapt", tmp_path)
+    assert len(sweep.tasks) == 19 and sweep.seeds == [42]
+    for method, (rate, decay) in {"specadapt": (3e-3, 0.0), "lora": (1e-3, 0.2)}.items():
+        found = cell(sweep, "dtd", method, rate, 42).config
+        assert not found.data.augment  # type: ignore[attr-defined]
+        assert (found.training.head_learning_rate, found.training.weight_decay) == (rate, decay)
 
 
 def test_specadapts_own_rules_are_on_and_each_is_taken_out_once(tmp_path: Path) -> None:

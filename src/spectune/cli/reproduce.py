@@ -113,7 +113,7 @@ def _compute(experiment: Experiment, folder: Path, as_json: bool, console: Conso
     from .comparison_files import provenance
 
     rows = [asdict(row) for row in COMPUTATIONS[str(experiment.compute)]()]
-    found = {"title": experiment.title, "source": experiment.source, "rows": rows}
+    found: dict[str, Any] = {"title": experiment.title, "source": experiment.source, "rows": rows}
     found |= {"deviations": experiment.deviations, "provenance": provenance()}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "computed.json", json.dumps(found, indent=1) + "\n")
