@@ -93,4 +93,8 @@ def test_claims_stand_in_a_table(tmp_path: Path) -> None:
     rows = [{"claim": "a < b", "published": "1", "found": "2", "agrees": False}]
     write_claims({"title": "T", "source": "S", "rows": rows, "provenance": {}}, tmp_path / "c.html")
     page = (tmp_path / "c.html").read_text()
-    assert "a &lt; b" in page and "<td>no</td>" in page and "://" not in page
+    assert "a &lt; b" in page and "<td>no</td>" in page and "://" not in page and "departs" not in page
+    told = {"title": "T", "source": "S", "rows": rows, "provenance": {}, "deviations": ["Another <machine>."]}
+    write_claims(told, tmp_path / "c.html")
+    page = (tmp_path / "c.html").read_text()
+    assert "departs from the paper" in page and "Another &lt;machine&gt;." in page

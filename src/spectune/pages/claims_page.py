@@ -16,9 +16,12 @@ WORDS = {True: "yes", False: "no", None: "–"}
 def write_claims(found: Mapping[str, Any], path: str | Path) -> None:
     """Write `title`, `source`, `rows` (claim, published, found, agrees) and `provenance` as a page.
 
+    `deviations`, sentences, may be given too.
+
     Whole or not at all, all of it escaped. `MissingExtraError` without jinja2, `OutputError` where it
     cannot be written.
     """
     provenance = json.dumps(found["provenance"], indent=2)
-    page = fill("claims.html.j2", found=found, rows=found["rows"], words=WORDS, provenance=provenance)
+    said = list(found.get("deviations", ()))
+    page = fill("claims.html.j2", found=found, rows=found["rows"], deviations=said, words=WORDS, provenance=provenance)
     write_atomically(path, page)
