@@ -14,6 +14,8 @@ from ..adapter import SpectralModule, spectral_modules
 from ..checkpoint import PEFT_PREFIX
 from ..errors import ExportError, nearest
 from ..records import Delta, SparseCore
+from .paths import base_path as base_path
+from .stacked import StackPlace, stack_place
 
 # PEFT refuses a LoRA on these layers of these models (tuners_utils.py, _check_lora_target_modules_mamba).
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
@@ -28,6 +30,18 @@ class AdaptedLayer:
     module: SpectralModule
     fan_in_fan_out: bool
     """True if the layer stores its weight in x out (transformers' Conv1D)."""
+    place: StackPlace | None = None
+    """Where the layer is one matrix of a stored stack (target_parameters): which one, of what."""
+
+    @property
+    def target(self) -> str:
+        """The name by which PEFT targets it: the layer's, or that of the parameter which it is a part of."""
+        return self.name if self.place is None else self.place.parameter
+
+    @property
+    def key(self) -> str:
+        """The path under which PEFT keeps the factors in a file."""
+        return self.name if self.place is None else self.place.key
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
@@ -36,10 +50,10 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> list[AdaptedLayer]:
     for path, name, module in spectral_modules(model):
         if name == adapter_name:
             layer = model.get_submodule(path)
-            base = _base_of(layer)
-            _refuse_inexact(base_path(model, path), layer, base)
+            place, base = stack_place(model, path, adapter_name), _base_of(layer)
+            _refuse_inexact(base_path(model, path), layer, base if place is None else None)
             _refuse_what_peft_does(base_path(model, path), inner_model(model))
-            found.append(AdaptedLayer(base_path(model, path), module, isinstance(base, Conv1D)))
+            found.append(AdaptedLayer(base_path(model, path), module, isinstance(base, Conv1D), place))
     return found
 
 
@@ -69,12 +83,6 @@ def fully_trained(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor
             for name, tensor in copies[adapter_name].state_dict().items():
                 tensors[f"{stem}.{name}"] = tensor
     return tensors
-
-
-def base_path(model: nn.Module, path: str) -> str:
-    """Get the path of a module in the base model, without what PEFT and torch.compile add to it."""
-    path = path.removeprefix("_orig_mod.").replace(".base_layer", "")
-    return path.removeprefix(PEFT_PREFIX) if hasattr(model, "get_base_model") else path
 
 
 def base_paths(model: nn.Module) -> Iterator[str]:
@@ -112,8 +120,8 @@ def _refuse_what_peft_does(path: str, model: Any) -> None:
         )
 
 
-def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module) -> None:
-    if not isinstance(base, (nn.Linear, Conv1D)):
+def _refuse_inexact(path: str, layer: nn.Module, base: nn.Module | None) -> None:
+    if base is not None and not isinstance(base, (nn.Linear, Conv1D)):
         raise ExportError(
             f"{path}: a {type(base).__name__} has no exact LoRA; only linear layers and Conv1D do. Merge the adapter "
             "instead."

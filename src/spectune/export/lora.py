@@ -29,6 +29,7 @@ from .layers import AdaptedLayer, adapted_layers, in_double, inner_model
 from .lora_config import lora_config, refuse_trained_biases
 from .readers import refusals, vllm_rank
 from .source import Source, open_source
+from .stacked import Pair, StackPlace, stack_factors
 from .verify import Proof, verify_lora
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -179,18 +180,31 @@ def _write(
             raise ExportError(
                 f"{name}: trained in full, and contains NaN or infinity. Train or copy the adapter again."
             )
-    factors = {layer.name: lora_factors(layer, dtype, max_rank) for layer in layers}
-    exact = {name: len(A_PI) for name, (_, A_PI) in factors.items()}
+    factors = {layer: lora_factors(layer, dtype, max_rank) for layer in layers}
+    exact: dict[str, int] = {}
+    for layer, (_, A_PI) in factors.items():
+        exact[layer.target] = max(len(A_PI), exact.get(layer.target, 1))
     goal = pad_to or (max(exact.values()) if pad else 1)
     _refuse_narrow(exact, pad_to)
-    for name, (B_OP, A_PI) in factors.items():
-        missing = max(goal - exact[name], 0)
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(A_PI, (0, 0, 0, missing))
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(B_OP, (0, missing))
     ranks = {name: max(goal, rank) for name, rank in exact.items()}
+    stacks: dict[str, tuple[StackPlace, dict[int, Pair]]] = {}
+    for layer, (B_OP, A_PI) in factors.items():
+        missing = ranks[layer.target] - len(A_PI)
+        B_OP, A_PI = nn.functional.pad(B_OP, (0, missing)), nn.functional.pad(A_PI, (0, 0, 0, missing))
+        if layer.place is None:
+            tensors |= _named(layer.key, B_OP, A_PI)
+        else:
+            stacks.setdefault(layer.target, (layer.place, {}))[1][layer.place.index] = B_OP, A_PI
+    for place, experts in stacks.values():
+        tensors |= _named(place.key, *stack_factors(place, experts))
     transposed = any(layer.fan_in_fan_out for layer in layers)
     config = lora_config(
-        source.model, source.adapter_name, ranks, transposed, None if source.base is None else source.base.name
+        source.model,
+        source.adapter_name,
+        ranks,
+        transposed,
+        None if source.base is None else source.base.name,
+        set(stacks),
     )
     save_tensors(folder / "adapter_model.safetensors", tensors)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -204,6 +218,10 @@ def _refuse_narrow(exact: Mapping[str, int], pad_to: int | None) -> None:
             f"{widest}: pad_to={pad_to} is less than the rank of this update ({exact[widest]}). Pad to {exact[widest]} "
             "or more."
         )
+
+
+def _named(key: str, lora_B: torch.Tensor, lora_A: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{PEFT_PREFIX}{key}.lora_{side}.weight": factor for side, factor in (("A", lora_A), ("B", lora_B))}
 
 
 @torch.no_grad()

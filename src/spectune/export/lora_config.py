@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import ExportError
-from .layers import base_paths, inner_model
+from .layers import base_path, base_paths, inner_model
 
 # Fields that mean the same in the config of the spectral adapter and of the LoRA.
 SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
@@ -22,12 +22,19 @@ def lora_config(
     ranks: Mapping[str, int],
     fan_in_fan_out: bool,
     base: str | None = None,
+    parameters: Collection[str] = (),
 ) -> dict[str, Any]:
     """Get the config with which PEFT puts factors of these ranks (layer -> rank) on exactly these layers.
 
     `r` is the most common rank, the others are in `rank_pattern`; alpha equals the rank everywhere.
-    `base` is the name or folder of the base model, in case the adapter's own config does not name it.
+    `base` is the name or folder of the base model, in case the adapter's own config does not name it; `parameters` are
+    the names in `ranks` that stand for stored stacks of experts.
     """
+    if parameters and fan_in_fan_out:
+        raise ExportError(
+            f"{min(parameters)}: a LoRA cannot hold experts and Conv1D layers together. Merge the adapter instead."
+        )
+    modules = [layer for layer in ranks if layer not in parameters]
     ours = adapter_config(model, adapter_name)
     shared = {name: _plain(getattr(ours, name, None)) for name in SHARED_FIELDS}
     inner = inner_model(model)
@@ -38,7 +45,8 @@ def lora_config(
         **shared,
         "base_model_name_or_path": name or None,
         "auto_mapping": None if shared["task_type"] else _class_of(inner),
-        "target_modules": target_modules(list(ranks), base_paths(model), shared["modules_to_save"] or []),
+        "target_modules": target_modules(modules, base_paths(model), shared["modules_to_save"] or []),
+        **({"target_parameters": target_parameters(model, parameters)} if parameters else {}),
         "r": r,
         "lora_alpha": r,
         "rank_pattern": pattern,
@@ -98,6 +106,13 @@ def target_modules(adapted: list[str], all_paths: Iterable[str], modules_to_save
         if {path for path in paths if path in targets or path.endswith(ends)} == set(adapted):
             return targets
     return "|".join(re.escape(name) for name in sorted(adapted))
+
+
+def target_parameters(model: nn.Module, adapted: Collection[str]) -> list[str]:
+    """Get the ends of paths by which PEFT finds these parameters and no other: two parts of each, or whole paths."""
+    paths = [base_path(model, path) for path, _ in model.named_parameters() if ".spectune_adapter" not in path]
+    ends = {".".join(path.split(".")[-2:]) for path in adapted}
+    return sorted(ends if {p for p in paths if p.endswith(tuple(f".{e}" for e in ends))} == set(adapted) else adapted)
 
 
 def _plain(value: Any) -> Any:

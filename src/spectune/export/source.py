@@ -117,7 +117,8 @@ def _load(model: nn.Module, folder: AdapterFolder) -> None:
     from ..tuner import SpectralConfig, bounded_config  # here, because it imports PEFT
 
     resize_for(folder, model)
-    folder.refuse_surplus(sum(1 for _ in model.modules()), type(model).__name__)
+    experts = sum(len(parameter) for parameter in model.parameters() if parameter.ndim == 3)
+    folder.refuse_surplus(sum(1 for _ in model.modules()) + experts, type(model).__name__)
     try:
         # Read here, so that the config knows its folder: transformers passes on the config alone. A spectral one is
         # bounded where it is injected, whoever reads it.

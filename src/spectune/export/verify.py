@@ -16,6 +16,7 @@ from ..errors import ExportError
 from ..records import Delta
 from .layers import AdaptedLayer, adapted_layers, choose_adapter, in_double
 from .logits import LogitProof, compare_logits
+from .stacked import unstack_factors
 
 # Rows of dW compared at a time: 1024 rows of 16384 float64 are 128 MiB. Chosen, not measured.
 BLOCK_ROWS = 1024
@@ -110,7 +111,7 @@ class _StoredFactors:
 
     def __init__(self, folder: AdapterFolder, layers: list[AdaptedLayer]) -> None:
         self.folder = folder
-        wanted = {f"{PEFT_PREFIX}{layer.name}.lora_{side}.weight" for layer in layers for side in "AB"}
+        wanted = {f"{PEFT_PREFIX}{layer.key}.lora_{side}.weight" for layer in layers for side in "AB"}
         found = {name for name in folder.names if ".lora_" in name}
         if wanted != found:
             name = min(wanted ^ found)
@@ -129,9 +130,9 @@ class _StoredFactors:
 
     def of(self, layer: AdaptedLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Get (B_OP, A_PI) of one layer, on its device, in the dtype of the file."""
-        stem, device = f"{PEFT_PREFIX}{layer.name}.lora_", layer.module.S_R.device
+        stem, device = f"{PEFT_PREFIX}{layer.key}.lora_", layer.module.S_R.device
         B_OP, A_PI = (self.folder.tensor(f"{stem}{side}.weight").to(device) for side in "BA")
-        return B_OP, A_PI
+        return (B_OP, A_PI) if layer.place is None else unstack_factors(layer.place, B_OP, A_PI)
 
 
 def _compare_layer(layer: AdaptedLayer, B_OP: torch.Tensor, A_PI: torch.Tensor) -> LayerProof:
