@@ -43,7 +43,8 @@ def spectral_part(
     shapes = method.trained_shapes(*W_OI.shape)
     trained = {n: 0.3 * random(*shape, seed=10 * seed + i) for i, (n, shape) in enumerate(shapes.items())}
     x_NI = inputs(seed)
-    return Part(name, "layer", method.delta(basis, trained, {}), method, basis, trained, x_NI.mT @ x_NI)
+    seen = {"gram_II": x_NI.mT @ x_NI, "cross_II": x_NI.mT @ x_NI, "weight_OI": W_OI}
+    return Part(name, "layer", method.delta(basis, trained, {}), method, basis, trained, **seen)
 
 
 def lora_part(name: str, rank: int, seed: int) -> Part:
@@ -51,7 +52,7 @@ def lora_part(name: str, rank: int, seed: int) -> Part:
         random(ROWS, rank, seed=seed), torch.full((rank,), 0.5, dtype=DTYPE), random(rank, COLS, seed=seed + 1)
     )
     x_NI = inputs(seed)
-    return Part(name, "layer", delta, gram_II=x_NI.mT @ x_NI)
+    return Part(name, "layer", delta, gram_II=x_NI.mT @ x_NI, cross_II=x_NI.mT @ x_NI, weight_OI=weight())
 
 
 def orthogonal_part(name: str, concept: int, seed: int, basis_seed: int = 0, r: int = 3) -> Part:

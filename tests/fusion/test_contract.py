@@ -32,6 +32,18 @@ CASES: dict[str, tuple[Fusion, Callable[[], list[Part]]]] = {
         lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), lora_part("c", 2, 3)],
     ),
     "gradient-limit": (build_fusion("gradient", {"eps": 0.0}), lambda: [lora_part("a", 5, 2), lora_part("b", 2, 3)]),
+    "task_singular": (
+        build_fusion("task_singular", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
+    ),
+    "sequential": (
+        build_fusion("sequential", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), lora_part("c", 2, 3)],
+    ),
+    "match": (
+        build_fusion("match", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), lora_part("c", 2, 3)],
+    ),
     "orthogonal": (
         build_fusion("orthogonal", {}),
         lambda: [orthogonal_part("a", 0, 1), orthogonal_part("b", 1, 2), orthogonal_part("c", 3, 3)],
@@ -73,5 +85,5 @@ def test_weights_scale_the_update_where_the_rule_is_linear(case: str) -> None:
 def test_an_option_that_a_rule_does_not_use_is_refused() -> None:
     with pytest.raises(OptionError, match="rule 'average' has no option 'allow_overlap'"):
         build_fusion("average", {"allow_overlap": True})
-    with pytest.raises(OptionError, match=r"unknown rule 'spectrall'. Did you mean 'spectral'\?"):
+    with pytest.raises(OptionError, match=r"unknown rule 'spectrall'. Did you mean 'spectral' or 'sequential'\?"):
         build_fusion("spectrall", {})

@@ -36,7 +36,12 @@ class Part:
     """For spectral methods that tune chosen columns: these directions, with their columns in the spectrum."""
     trained: dict[str, torch.Tensor] = field(default_factory=dict)
     gram_II: torch.Tensor | None = None
-    """sum_n x_n x_n^T over the inputs that this adapter's own examples send into the layer."""
+    """sum_n x_n x_n^T over the inputs that this adapter's own examples send into the layer; a mean behind what is
+    merged, for rules that look there."""
+    cross_II: torch.Tensor | None = None
+    """mean_n z_n x_n^T: inputs in the adapter's own model by those behind what is merged, token by token."""
+    weight_OI: torch.Tensor | None = None
+    """The base weight, for rules that look behind what is merged."""
     stored: Stored = Stored()
 
     @property
@@ -57,6 +62,10 @@ class Fusion:
     """The word in `fuse(rule=...)` and on the command line."""
     paper: ClassVar[str]
     """Title and arXiv number."""
+    whole_weights: ClassVar[bool] = False
+    """Whether the weights are 1 by default, and not 1/N."""
+    behind: ClassVar[bool] = False
+    """Whether it looks at each layer behind the layers that are merged already, so that it needs the base model."""
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         """Get the fused update of one layer; `AdapterError` or `OptionError` names the layer and the reason."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..adapter.base_names import base_tensor, by_live_names
 from ..checkpoint import Base, Checkpoint, refuse_to_replace
@@ -16,6 +17,7 @@ from ..errors import AdapterError, OptionError
 from ..records import Delta
 from .activations import Grams
 from .adapters import Adapter, common_base, open_adapters
+from .behind import Batch, fuse_behind
 from .contract import Fusion, Part
 from .folder import Saved, save_lora, save_spectral
 from .overlap import LayerOverlap, OverlapReport, PairOverlap, compact, kept_strengths, pair_overlaps
@@ -90,36 +92,55 @@ def fuse(
     allow_overlap: bool | None = None,
     activations: Sequence[Mapping[str, torch.Tensor]] | None = None,
     eps: float | None = None,
+    model: nn.Module | None = None,
+    examples: Sequence[Sequence[Batch]] | None = None,
+    keep: Sequence[Batch] | None = None,
+    rank: int | None = None,
+    heads_apart: bool = False,
+    on_layers: Callable[[int, int], Any] | None = None,
 ) -> Fused:
     """Get one adapter out of several saved ones, with a report of how much they overlap; `.save(folder)` writes it.
 
     `adapters` are folders of spectral adapters or of PEFT LoRAs, trained on one base; `rule` is one of FUSIONS.
-    `weights` is one number each, or one for all; None is 1/N. With rule="spectral" and weights=1 every adapter keeps
-    its tuned columns exactly when no two share one. `base` (named as for `find_base`; None: what the adapters name, if
-    it is on this machine) proves that all belong to it; a file that keeps only a sketch of its directions needs it.
+    `weights` is one number each, or one for all; None is 1 for task_singular, else 1/N. With rule="spectral" and
+    weights=1 every adapter keeps its tuned columns exactly when no two share one. `base` (named as for `find_base`;
+    None: what the adapters name, if it is on this machine) proves that all belong to it; a file that keeps only a
+    sketch of its directions needs it.
     `activations` and `eps` belong to rule="gradient": the result of `collect_grams` for each adapter. All updates
-    are in memory as factors in float64; no dense update is ever built, and one base weight is read at a time.
+    are in memory as factors in float64, and one base weight is read at a time.
+    The rules `match` and `sequential` run the base `model` (not changed) over `examples`, a list of batches for each
+    adapter (some 64 to 256 examples, no labels), layer by layer behind what is merged; `keep` are batches of neutral
+    use whose outputs the merge should leave alone, `rank` that of match's result. `on_layers` is told of the progress.
+    Modules that the adapters trained in full, such as heads, must be equal; `heads_apart` leaves them out.
 
     `AdapterError` names the layer and the reason: different bases, shapes, clashing columns (unless
     `allow_overlap=True`), methods that the rule does not accept. `OptionError` for options that the rule does not use.
     """
-    options = {"allow_overlap": allow_overlap, "eps": eps}
+    options = {"allow_overlap": allow_overlap, "eps": eps, "rank": rank}
     chosen = build_fusion(rule, {name: value for name, value in options.items() if value is not None})
     opened = open_adapters(adapters)
-    shares = _weights(opened, weights)
+    shares = _weights(opened, 1.0 if weights is None and chosen.whole_weights else weights)
     _check_activations(rule, opened, activations)
+    _check_examples(chosen, opened, model, examples, keep)
     found = common_base(opened, base)
     adapted = [layer for adapter in opened for layer in adapter.layers]
     checkpoint = None if found is None else by_live_names(found.checkpoint, adapted)
     layers = _by_layer(opened, checkpoint, activations)
     foreign = max(check_same_base(parts) for parts in layers.values())
-    fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}
+    if model is not None and examples is not None:
+        own = {adapter.name: batches for adapter, batches in zip(opened, examples, strict=True)}
+        fused = fuse_behind(chosen, model, layers, shares, own, keep or (), on_layers)
+    else:
+        fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}
     if rule == "spectral":
         fused = _on_equal_columns(fused, checkpoint)
     report = _report(chosen, opened, shares, layers, fused, _proof(opened, found, foreign))
     read = [adapter.folder.path for adapter in opened] + ([] if found is None else [found.path])
     sources = tuple(path.absolute() for path in read)
-    return Fused(report, fused, _common_config(opened, layers, found), _common_carried(opened), sources)
+    config, carried = _common_config(opened, layers, found), {} if heads_apart else _common_carried(opened)
+    if heads_apart:
+        config["modules_to_save"] = None
+    return Fused(report, fused, config, carried, sources)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:
@@ -143,6 +164,31 @@ def _check_activations(
     if len(activations) != len(adapters):
         raise OptionError(
             f"activations: {len(activations)} were given for {len(adapters)} adapters. Give one for each adapter."
+        )
+
+
+def _check_examples(
+    rule: Fusion,
+    adapters: Sequence[Adapter],
+    model: nn.Module | None,
+    examples: Sequence[Sequence[Batch]] | None,
+    keep: Sequence[Batch] | None,
+) -> None:
+    if not rule.behind:
+        if model is not None or examples is not None or keep is not None:
+            raise OptionError(
+                f"model, examples and keep: rule {rule.name!r} does not use them. Leave them out, or use rule='match'."
+            )
+        return
+    if model is None or examples is None:
+        raise OptionError(
+            f"rule {rule.name!r} looks at what the merged model does with each adapter's examples. Pass model=the base "
+            f"and examples=[batches of each adapter], or --examples on the command line."
+        )
+    if len(examples) != len(adapters) or not all(len(batches) for batches in examples):
+        raise OptionError(
+            f"examples: {len(examples)} lists of batches were given for {len(adapters)} adapters. Give one for each, "
+            f"none of them empty."
         )
 
 
@@ -241,6 +287,7 @@ def _common_carried(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
         if different:
             raise AdapterError(
                 f"{different[0]}: trained in full, but not the same in {adapters[0].name} and {adapter.name}; no rule "
-                "fuses whole modules. Train without modules_to_save and biases, or give all adapters the same ones."
+                "fuses whole modules. Leave them out with heads_apart (--heads-apart), or train all adapters with the "
+                "same ones."
             )
     return carried[0]

@@ -8,10 +8,14 @@ from ..errors import OptionError, nearest
 from .average import Average
 from .contract import Fusion
 from .gradient import Gradient
+from .match import Match, Sequential
 from .orthogonal import Orthogonal
 from .spectral import Spectral
+from .task_singular import TaskSingular
 
-FUSIONS: dict[str, type[Fusion]] = {rule.name: rule for rule in (Spectral, Average, Gradient, Orthogonal)}
+FUSIONS: dict[str, type[Fusion]] = {
+    rule.name: rule for rule in (Spectral, Average, TaskSingular, Gradient, Sequential, Match, Orthogonal)
+}
 
 
 def build_fusion(name: str, options: Mapping[str, object]) -> Fusion:
