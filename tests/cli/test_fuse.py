@@ -75,6 +75,14 @@ def test_gradient_reads_the_examples_of_each_adapter(shelf: Path, tmp_path: Path
     assert gradient["rule"] == "gradient" and gradient["kind"] == "lora" and 0 < gradient["kept"]["dog"] < 1
 
 
+def test_match_runs_the_base_on_the_examples_and_keeps_what_it_should(shelf: Path, tmp_path: Path) -> None:
+    words = ["fuse", shelf / "dog", shelf / "lora", "--rule", "match", "--rank", "2", "-o", tmp_path / "out"]
+    looks = ["--examples", shelf / "dog.txt", "--examples", shelf / "cat.jsonl"]
+    done = run(*words, *looks, "--keep", shelf / "cat.jsonl", "--heads-apart")
+    assert done.exit_code == 0 and "lora written to" in done.output and "of rank 2" in done.output, done.output
+    PeftModel.from_pretrained(load_base(base_folder(shelf)), tmp_path / "out")
+
+
 def test_schedule_hands_out_blocks() -> None:
     done = run("schedule", "--concepts", "2", "--r", "3")
     assert "columns: [3, 4, 5]" in done.output and "weights need at least 6 directions" in done.output
@@ -96,6 +104,8 @@ WRONG = [
     (["fuse", "dog", "cat", "--weights", "one"], OptionError, "--weights 'one': must be numbers"),
     (["fuse", "dog", "cat", "--max-rank", "2"], OptionError, "Pass -o FOLDER"),
     (["fuse", "dog", "cat", "--rule", "gradient", "--examples", "dog.txt"], OptionError, "1 files for 2 adapters"),
+    (["fuse", "dog", "cat", "--rule", "average", "--keep", "dog.txt"], OptionError, "--keep: rule 'average'"),
+    (["fuse", "dog", "cat", "--rule", "match"], OptionError, "Pass model=the base and examples"),
     (
         ["fuse", "dog", "--rule", "gradient", "--examples", "none.txt"],
         DataError,

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 def fuse(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of saved adapters or runs, spectral or LoRA.")],
-    rule: Annotated[str, typer.Option(help="spectral, average, gradient or orthogonal.")] = "spectral",
+    rule: Annotated[
+        str, typer.Option(help="spectral, average, task_singular, gradient, sequential, match or orthogonal.")
+    ] = "spectral",
     weights: Annotated[
-        str | None, typer.Option(help="One number for all, or one for each: 1 or 0.5,0.3,0.2; default: 1/N.")
+        str | None,
+        typer.Option(help="One number for all, or one for each: 1 or 0.5,0.3,0.2; default: 1/N (task_singular: 1)."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty. Default: report only.")
@@ -33,11 +36,18 @@ def fuse(
     ] = False,
     examples: Annotated[
         list[Path] | None,
-        typer.Option(help="Text or JSONL file of each adapter's own examples, in their order (gradient)."),
+        typer.Option(help="Text or JSONL file of each adapter's own examples, in order (gradient, sequential, match)."),
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Texts on which the merge should leave the base alone (sequential, match).")
     ] = None,
     eps: Annotated[
-        float | None, typer.Option(help="Strength of the pull towards no change; 0 takes the limit (gradient).")
+        float | None, typer.Option(help="Pull towards no change (gradient) or the mean (sequential, match).")
     ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result (match); default: the ranks' sum.")] = None,
+    heads_apart: Annotated[
+        bool, typer.Option("--heads-apart", help="Leave out modules trained in full, such as heads.")
+    ] = False,
     as_lora: Annotated[bool, typer.Option("--as-lora", help="Write a LoRA even if a spectral_a is possible.")] = False,
     max_rank: Annotated[int | None, typer.Option(help="Cut wider updates to this rank (LoRA).")] = None,
     allow_lossy: Annotated[bool, typer.Option("--allow-lossy", help="Let --max-rank lose part of an update.")] = False,
@@ -59,8 +69,10 @@ def fuse(
         weights=_weights(weights),
         base=base,
         allow_overlap=allow_overlap or None,
-        activations=_activations(adapters, examples, base) if examples else None,
         eps=eps,
+        rank=rank,
+        heads_apart=heads_apart,
+        **_looked_at(rule, adapters, examples, keep, base),
     )
     saved = fused.save(output, as_lora=as_lora, max_rank=max_rank, allow_lossy=allow_lossy, pad=pad) if output else None
     if report is not None:
@@ -80,7 +92,52 @@ def _weights(words: str | None) -> list[float] | float | None:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _activations(adapters: list[Path], examples: list[Path], base: str | None) -> list[dict[str, Any]]:
+def _looked_at(
+    rule: str, adapters: list[Path], examples: list[Path] | None, keep: Path | None, base: str | None
+) -> dict[str, Any]:
+    """Get what a rule takes besides the adapters: activations of their examples, or the base and batches of them."""
+    from ..fusion import FUSIONS
+
+    behind = rule in FUSIONS and FUSIONS[rule].behind
+    if keep is not None and not behind:
+        raise OptionError(f"--keep: rule {rule!r} does not use it. Leave it out, or use --rule match.")
+    if not examples:
+        return {}
+    if len(examples) != len(adapters):
+        raise OptionError(
+            f"--examples: {len(examples)} files for {len(adapters)} adapters. Name one for each, in order."
+        )
+    texts = [_texts(path) for path in examples]
+    return (
+        _base_and_batches(adapters, texts, None if keep is None else _texts(keep), base)
+        if behind
+        else {"activations": _activations(adapters, texts, base)}
+    )
+
+
+def _base_and_batches(
+    adapters: list[Path], texts: list[list[str]], keep: list[str] | None, base: str | None
+) -> dict[str, Any]:
+    from ..checkpoint import load_tokenizer
+    from ..export.source import open_base
+    from .terminal import Console
+
+    model, of = open_base(adapters[0], base)
+    tokenizer = load_tokenizer(of.name if of.from_hub else of.config_folder, of.revision)
+
+    def batches(lines: list[str]) -> list[dict[str, Any]]:
+        return [dict(tokenizer(line, return_tensors="pt", truncation=True)) for line in lines]
+
+    console = Console(stderr=True)
+    return {
+        "model": model,
+        "examples": [batches(lines) for lines in texts],
+        "keep": None if keep is None else batches(keep),
+        "on_layers": lambda done, layers: console.print(f"merged {done} of {layers} layers"),
+    }
+
+
+def _activations(adapters: list[Path], texts: list[list[str]], base: str | None) -> list[dict[str, Any]]:
     """Get the Gram matrices of every adapter's own texts, with that adapter on the base."""
     from ..checkpoint import load_tokenizer
     from ..export.source import open_adapted
@@ -88,11 +145,7 @@ def _activations(adapters: list[Path], examples: list[Path], base: str | None) -
     from .progress import Stages
     from .terminal import Console
 
-    if len(examples) != len(adapters):
-        raise OptionError(
-            f"--examples: {len(examples)} files for {len(adapters)} adapters. Name one for each, in order."
-        )
-    texts, found = [_texts(path) for path in examples], []
+    found = []
     with Stages(Console(stderr=True)) as stages:
         for path, lines in zip(adapters, texts, strict=True):
             model, of = open_adapted(path, base)

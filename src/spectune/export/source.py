@@ -71,6 +71,11 @@ def open_adapted(adapter: str | Path, base: str | Path | None = None) -> tuple[n
     return model, found
 
 
+def open_base(adapter: str | Path, base: str | Path | None = None) -> tuple[nn.Module, Base]:
+    """Get the base model of a saved adapter, without the adapter; errors as `open_source`."""
+    return _loaded_base(read_adapter_folder(adapter).require("SPECTUNE", "LORA"), base)
+
+
 def _copied_base(model: nn.Module) -> nn.Module:
     if getattr(model, "peft_config", None) or not hasattr(model, "load_adapter"):
         found = "adapters already" if getattr(model, "peft_config", None) else "no load_adapter"
