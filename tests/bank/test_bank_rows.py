@@ -38,12 +38,12 @@ def test_residents_for_another_number_of_rows_are_refused(
     names: list[str], banked: tuple[PeftModel, AdapterBank]
 ) -> None:
     model, bank = banked
-    with bank(names), pytest.raises(OptionError, match=f"{len(names)} adapter names were given for 3 rows"):
+    with bank(names), pytest.raises(OptionError, match=f"{len(names)} adapter names for 3 rows"):
         output(model, LLAMA.inputs())
-    with pytest.raises(OptionError, match=f"{len(names)} adapter names were given for 3 rows"):
+    with pytest.raises(OptionError, match=f"{len(names)} adapter names for 3 rows"):
         output(model, {**LLAMA.inputs(), "adapter_names": names})
     twice = {"input_ids": LLAMA.inputs()["input_ids"].repeat(2, 1)}
-    with bank(["anna", "ben", "anna"]), pytest.raises(OptionError, match="3 adapter names were given for 6 rows"):
+    with bank(["anna", "ben", "anna"]), pytest.raises(OptionError, match="3 adapter names for 6 rows"):
         output(model, twice)  # never paired off
 
 

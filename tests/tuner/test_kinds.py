@@ -122,6 +122,13 @@ def test_gradients_reach_every_adapter(kind: str, method: str) -> None:
             assert parameter.grad is not None and torch.count_nonzero(parameter.grad), name
 
 
+def test_merging_a_grouped_convolution_changes_no_bit(method: str) -> None:
+    model, x, _ = adapted("conv2d-groups", method)
+    tuned = output(model, x)
+    model.merge_adapter()
+    assert torch.equal(output(model, x), tuned)
+
+
 def test_kernels_are_flattened_as_in_the_papers() -> None:
     model, _ = build("conv2d")
     kernel = model.layer.weight.detach()

@@ -8,6 +8,8 @@ from .dynamics import Dynamics as Dynamics
 from .kept_basis import BASIS as BASIS
 from .kept_basis import in_own_dtype as in_own_dtype
 from .modules import SpectralModule as SpectralModule
+from .offloading import at_hand as at_hand
+from .offloading import forward_of as forward_of
 from .rules import GRADIENT_NORMS as GRADIENT_NORMS
 from .saved import base_tensor as base_tensor
 from .saved import saved_modules as saved_modules

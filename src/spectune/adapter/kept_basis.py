@@ -14,6 +14,7 @@ from ..errors import AdapterError
 from ..methods.contract import Method
 from ..records import Spectrum
 from ..spectrum import align, sketch, sketch_tolerance, sketch_width
+from .offloading import at_hand
 
 # |W Vh^T - U S| of an embedded basis, as a fraction of a foreign basis of that size (|W|_F sqrt(R / K)): rounding the
 # base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
@@ -67,6 +68,8 @@ class KeptBasis(nn.Module):
         for name, tensor in frozen.items():
             kept = tensor if tensor.is_floating_point() else tensor.to(torch.int32)
             self.register_buffer(name, kept.to(device), persistent=method.saves_frozen())
+        self._aside: dict[str, torch.Tensor] = {}
+        """What stands on the meta device until a file brings it, as it was found here."""
         found = math.isfinite(spectrum.quality.residual)
         self.register_buffer("sketch", self._make_sketch() if found and self.source == "weight" else torch.zeros(0))
         self._settled_on: torch.Tensor | None = self.sketch if found else None
@@ -82,10 +85,35 @@ class KeptBasis(nn.Module):
     @property
     def spectrum(self) -> Spectrum:
         """The basis as a record, rotated to match the stored sketch."""
-        if self._buffers["sketch"] is not self._settled_on:
-            self.settle()
-            self.refuse_non_finite()  # transformers writes a file's numbers directly into the module
-        return self._basis()
+        with at_hand(self):
+            if not self._is_settled():
+                self.settle()
+                self.refuse_non_finite()  # transformers writes a file's numbers directly into the module
+            return self._basis()
+
+    def _is_settled(self) -> bool:
+        """Ask whether the basis matches the present sketch, which accelerate fetches as a new tensor each time."""
+        present, settled_on = self._buffers["sketch"], self._settled_on
+        if present is settled_on:
+            return True
+        if (
+            present is None
+            or settled_on is None
+            or present.shape != settled_on.shape
+            or "_hf_hook" not in self.__dict__
+        ):
+            return False
+        if torch.equal(present, settled_on.to(present)):
+            self._settled_on = present
+        return self._settled_on is present
+
+    def await_file(self) -> None:
+        """Put what a file will bring on the meta device, as PEFT's low_cpu_mem_usage does with parameters."""
+        for name, tensor in self._buffers.items():
+            if tensor is not None and name not in self._non_persistent_buffers_set:
+                self._aside[name], self._buffers[name] = tensor, tensor.to("meta")
+        self._forget()
+        self._settled_on = None
 
     def _kept(self, name: str) -> torch.Tensor:
         """Get a frozen tensor, a buffer or a parameter; faster than torch's attribute access."""
@@ -134,7 +162,8 @@ class KeptBasis(nn.Module):
     @property
     def frozen(self) -> dict[str, torch.Tensor]:
         """The method's other frozen tensors."""
-        return {name: getattr(self, name) for name in self.frozen_names}
+        with at_hand(self):
+            return {name: getattr(self, name) for name in self.frozen_names}
 
     def factors_in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Get (U_OR, Vh_RI) for a forward in this dtype."""
@@ -164,9 +193,14 @@ class KeptBasis(nn.Module):
                 self._non_persistent_buffers_set.discard(buffer)
             else:
                 self._non_persistent_buffers_set.add(buffer)
+                if buffer in self._aside:  # the file does not bring it after all
+                    self._buffers[buffer] = self._aside.pop(buffer)
 
     def settle(self) -> None:
         """Rotate the basis to match the sketch from a file; `AdapterError` if it belongs to another weight."""
+        if any(tensor.is_meta for tensor in self._buffers.values() if tensor is not None):
+            return  # no file has come yet
+        self._aside.clear()
         if hasattr(self._kept("Vh_RI"), "device_mesh"):  # no process has it whole
             if self._buffers["sketch"] is not self._settled_on:
                 raise AdapterError(

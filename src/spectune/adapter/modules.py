@@ -16,6 +16,7 @@ from ..methods.contract import Method
 from ..records import Delta, SparseCore, Spectrum
 from .dynamics import Dynamics, follow
 from .kept_basis import KeptBasis, in_own_dtype
+from .offloading import at_hand
 
 
 class SpectralModule(KeptBasis):
@@ -50,6 +51,8 @@ class SpectralModule(KeptBasis):
                 # PEFT's init_weights=False: a start other than the identity, to test merging and saving.
                 tensor = tensor + 0.02 * torch.randn(tensor.shape)
             self.register_parameter(name, nn.Parameter(tensor.to(device)))
+        if any(parameter.is_meta for parameter in self.parameters()):
+            self.await_file()
 
     @property
     def dynamics(self) -> Dynamics:
@@ -63,23 +66,24 @@ class SpectralModule(KeptBasis):
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
-        """The trained tensors, in the dtype of the basis."""
-        dtype = self.dtype
-        return {name: self._holder(name).to(dtype) for name in self.trained_names}
-
-    def _holder(self, name: str) -> torch.Tensor:
-        home = self if name in self.own_names else self._owner[0]
-        tensor: torch.Tensor = getattr(home, name)
-        return tensor
+        """The trained tensors, in the dtype and on the device of the basis."""
+        with at_hand(self):
+            S_R = self._kept("S_R")
+            found: dict[str, torch.Tensor] = {n: getattr(self, n).to(S_R.dtype) for n in self.own_names}
+        for owner in self._owner:  # a model may be spread over devices, layer by layer
+            with at_hand(owner):
+                others = [name for name in self.trained_names if name not in found]
+                found |= {name: getattr(owner, name).to(S_R.device, S_R.dtype) for name in others}
+        return found
 
     def delta(self) -> Delta:
         """Get the update, differentiable in the trained tensors."""
-        with in_own_dtype(self._kept("S_R")):
+        with at_hand(self), in_own_dtype(self._kept("S_R")):
             return self.method.delta(self.spectrum, self.trained, self.frozen, self.strength)
 
     def training_delta(self) -> Delta:
         """Get the update for one forward: in training mode, with the method's dropout."""
-        with in_own_dtype(self._kept("S_R")):
+        with at_hand(self), in_own_dtype(self._kept("S_R")):
             trained = self.method.disturb(self.trained) if self.training else self.trained
             return self.method.delta(self.spectrum, trained, self.frozen, self.strength)
 

@@ -56,8 +56,9 @@ def refuse_other_rows(name: str, given: int, rows: int, copies: int = 1) -> None
     """Raise `OptionError` unless every row has one name; an encoder sees rows before `generate` copies them."""
     if rows not in (given, given * copies):
         raise OptionError(
-            f"{name}: {given} adapter names were given for {rows} rows of input. Give each row one (`__base__` for "
-            f"none); if generate repeats rows, pass num_beams or num_return_sequences to it as keywords."
+            f"{name}: Length of `adapter_names` should be the same as the number of inputs, but got {given} adapter "
+            f"names for {rows} rows of input. Give each row one (`__base__` for none); if generate repeats rows, "
+            f"pass num_beams or num_return_sequences to it as keywords."
         )
 
 

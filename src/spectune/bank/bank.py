@@ -152,9 +152,12 @@ class AdapterBank:
         self._free.extend(sorted(ended))
 
     def _refuse_unknown(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name not in self._seats.of:
-                raise AdapterError(f"{name!r} is not resident in this bank. {nearest(name, self.names)}")
+        unknown = [name for name in dict.fromkeys(names) if name not in self._seats.of]
+        if unknown:
+            are = "is" if len(unknown) == 1 else "are"
+            raise AdapterError(
+                f"{', '.join(map(repr, unknown))} {are} not resident in this bank. {nearest(unknown[0], self.names)}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no running blocks.

@@ -156,6 +156,13 @@ class SpectralConfig(MethodOptions, PeftConfig):
             value = getattr(method, option)
             setattr(self, option, list(value) if isinstance(value, tuple) else value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse, in a finished config, an option that the method does not use."""
+        finished = "origin" in self.__dict__  # the last field that __init__ sets
+        if finished and value is not None and name in METHOD_OPTIONS and name not in METHODS[self.method].options():
+            raise OptionError(f"method {self.method!r} has no option {name!r} (given: {value!r}). Leave it out.")
+        super().__setattr__(name, value)
+
     @property
     def basis_is_in_file(self) -> bool:
         """Whether the tensors that come with this config bring the basis, so that none need be found."""

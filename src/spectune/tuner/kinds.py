@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter import SpectralModule
+from ..adapter import SpectralModule, at_hand, forward_of
 from ..adapter.rows import ROWS, add_rows, stacked_cores
 from ..algebra import add, dense, is_core_built, is_dense_cheaper, through_core, with_built_core
 from ..errors import OptionError
 from ..records import Delta
+from .attention import SpectralAttentionLinear, reading
 from .base_weight import backend_of, layout_of
 from .layer import SpectralAdapted
 from .own_code import has_own_forward
+
+PLAIN = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class SpectralLinear(SpectralAdapted):
@@ -79,8 +82,8 @@ class SpectralLinear(SpectralAdapted):
 
 
 def is_plain(base: nn.Module) -> bool:
-    """Ask whether a layer is a matrix product and nothing else, so that adding into its output is seen by nobody."""
-    if type(base) not in (nn.Linear, Conv1D) or type(base._parameters["weight"]) is not nn.Parameter:
+    """Ask whether a layer is a product with its weight and nothing else: nobody sees that its output is added into."""
+    if type(base) not in PLAIN or type(base._parameters["weight"]) is not nn.Parameter:
         return False
     return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__)
 
@@ -122,6 +125,21 @@ class SpectralConvLinear(SpectralAdapted):
     groups every group sees other inputs, so there the dense kernel is built; it is small, being grouped.
     """
 
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        base, modules = self.get_base_layer(), self.active_modules()
+        fused = base.groups != 1 and modules and not (args or kwargs or self.merged or self.disable_adapters)
+        if (
+            not fused
+            or x.dtype.itemsize < 4
+            or torch.is_autocast_enabled(x.device.type)
+            or not is_plain(self.base_layer)
+        ):
+            return super().forward(x, *args, **kwargs)
+        kernel = base.weight
+        for module in modules:  # the kernel of a merge, so that merging changes no output
+            kernel = kernel + dense(module.training_delta()).reshape(self.stored_shape).to(kernel.dtype)
+        return base._conv_forward(x, kernel, base.bias)
+
     def update(self, module: SpectralModule, x: torch.Tensor) -> torch.Tensor:
         dtype = self.working_dtype(x, module)
         base, delta, x = self.get_base_layer(), module.delta_in(dtype), x.to(dtype)
@@ -145,36 +163,6 @@ class SpectralEmbedding(SpectralAdapted):
         return added if scale is None else added * scale
 
 
-class SpectralAttentionLinear(SpectralAdapted):
-    """torch's nn.MultiheadAttention: its packed q, k, v weight has adapters here, its out_proj an adapted layer inside.
-
-    torch reads both weights directly and never calls out_proj, so each forward builds them in full.
-    """
-
-    def forward(  # type: ignore[override]
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
-    ) -> Any:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(f"{self.module_name}: adapter_names is not supported by MultiheadAttention.")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        base = self.get_base_layer()
-        out_proj = base.out_proj
-        weights = {"in_proj_weight": self.tuned_weight(), "out_proj.weight": _tuned_out(out_proj)}
-        if isinstance(out_proj, SpectralAdapted):
-            base.out_proj = out_proj.get_base_layer()
-        try:
-            return torch.func.functional_call(base, weights, (query, key, value), kwargs)
-        finally:
-            base.out_proj = out_proj
-
-
-def _tuned_out(out_proj: nn.Module) -> torch.Tensor:
-    if isinstance(out_proj, SpectralAdapted):
-        return out_proj.tuned_weight()
-    return cast(torch.Tensor, out_proj.weight)
-
-
 class SpectralOwnLinear(SpectralAdapted):
     """A layer whose class has a forward of its own, which runs on the tuned weight: live is merged by construction."""
 
@@ -190,8 +178,10 @@ class SpectralOwnLinear(SpectralAdapted):
             self.unmerge()
         if self.disable_adapters or self.merged or not self.active_modules():
             return self.base_layer(*args, **kwargs)
-        weights = {self.layout.attribute: self.tuned_weight()}
-        return torch.func.functional_call(self.get_base_layer(), weights, args, kwargs)
+        base = self.get_base_layer()
+        run = forward_of(base)
+        with at_hand(base), reading(base, self.layout.attribute, self.tuned_weight()):
+            return run(*args, **kwargs)
 
 
 KINDS: dict[str, type[SpectralAdapted]] = {

@@ -136,7 +136,13 @@ class SpectralLayer(BaseTunerLayer):
         module.to(target)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """Get the update of one adapter in the layout of the base weight, in the dtype of the basis."""
+        """Get the update of one adapter in the layout of the base weight, in the dtype of its trained numbers."""
+        module = self.module(adapter_name)
+        dtypes = [getattr(module, name).dtype for name in module.own_names]
+        return self._update_of(adapter_name).to(dtypes[0] if dtypes else module.dtype)
+
+    def _update_of(self, adapter_name: str) -> torch.Tensor:
+        """Get it in the dtype of the basis, which loses nothing."""
         module = self.module(adapter_name)
         with torch.no_grad(), in_own_dtype(module.S_R):
             update_OI = dense(module.delta())
@@ -184,7 +190,7 @@ class SpectralLayer(BaseTunerLayer):
     def _with_updates(self, original: torch.Tensor, names: list[str]) -> torch.Tensor:
         total = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
         for name in names:
-            total += self.get_delta_weight(name).to(total.device)
+            total += self._update_of(name).to(total.device)
         return total.to(original.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

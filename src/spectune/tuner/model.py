@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from ..adapter import SpectralModule, spectral_modules
-from ..adapter.rows import ROWS, rows_repeated
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
-from ..errors import LeftOutError, OptionError, SpectuneError, nearest, one_line
+from ..errors import LeftOutError, OptionError, SpectuneError, one_line
 from ..records import Spectrum, Weight
+from .attention import SpectralAttentionLinear
 from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
 from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
-from .kinds import KINDS, SpectralAttentionLinear, kind_of
+from .kinds import KINDS, kind_of
 from .layer import SpectralLayer
-from .mixed_rows import rows_named
-from .origin import Origin
+from .named_adapters import NamedAdapters
 from .own_code import is_read
 from .parameters import chosen_parameters, ranks_of_modules, say_what_all_linear_leaves_out
+from .pickled import refuse_pickling
 from .progress import decomposing
 from .take_back import take_back
 from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
 
 
-class SpectralTuner(BaseTuner):
+class SpectralTuner(NamedAdapters):
     """Spectral adapters in a model, as PEFT's `get_peft_model` and `inject_adapter_in_model` make them."""
 
     prefix = "spectune_"
@@ -76,7 +75,8 @@ class SpectralTuner(BaseTuner):
                 return peft_config
             found = model_config.get("model_type") or "this model"
             raise OptionError(
-                f"target_modules: asked for the usual layers of {found}, found none in PEFT's table. Name the layers."
+                f"target_modules: PEFT's table has no usual layers for {found}. Please specify `target_modules` (names "
+                f"of layers, a regex, or 'all-linear')."
             ) from error
 
     @contextmanager
@@ -164,93 +164,25 @@ class SpectralTuner(BaseTuner):
         if isinstance(target, SpectralLayer):
             target.update_layer(adapter_name, peft_config, current_key, r, owner, basis)
             if isinstance(target, SpectralAttentionLinear):
-                target.get_base_layer().out_proj.update_layer(
-                    adapter_name, peft_config, f"{current_key}.out_proj", r, owner
-                )
+                target.update_out_proj(adapter_name, peft_config, r, owner)
             return target
         refuse_output_of_attention(parent, target_name, current_key)
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = kind_of(innermost, current_key)
         adapted = kind(target, adapter_name, peft_config, current_key, r, owner, basis)
         adapted.weight_is_read, adapted.is_only_read = is_read(self._model, current_key)
-        if kind is SpectralAttentionLinear:
-            name = f"{current_key}.out_proj"
-            innermost.out_proj = KINDS["linear"](innermost.out_proj, adapter_name, peft_config, name, r, owner)
+        if isinstance(adapted, SpectralAttentionLinear):
+            adapted.adapt_out_proj(KINDS["linear"], adapter_name, peft_config, r, owner)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
         return adapted
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, SpectralParameters):  # PEFT would look for a weight of the module that comes back
-            setattr(parent, child_name, new_module)
+        if isinstance(child, SpectralParameters) or not hasattr(new_module, "base_layer"):
+            setattr(parent, child_name, new_module)  # PEFT would look for a `weight`, which not every layer has
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Pass `adapter_names` of a forward call on to every layer, for batches whose rows use different adapters.
-
-        `generate` repeats every row for beams or several answers; the names, and the rows of a bank, follow it.
-        """
-        names = kwargs.pop("adapter_names", None)
-        copies = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        if names is None:
-            with nullcontext() if copies == 1 else rows_repeated(copies):
-                yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        self._refuse_unknown_adapters(names)
-        wrappers = (SpectralLayer, AuxiliaryTrainingWrapper)
-        with rows_named([module for module in self.modules() if isinstance(module, wrappers)], names, copies):
-            yield
-
-    def _refuse_unknown_adapters(self, names: list[str]) -> None:
-        banks = [layer.bank for layer in self.model.modules() if isinstance(layer, SpectralLayer) and layer.bank]
-        if (rows := ROWS.get()) is not None and any(bank.bank is rows.bank for bank in banks):
-            raise OptionError(
-                "adapter_names was given inside of `with bank(...)`, which names the rows. Use one of them."
-            )
-        known = {"__base__", *self.peft_config, *(name for bank in banks for name in bank.seats.of)}
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"Trying to infer with non-existing adapter(s): {name}. {nearest(name, list(self.peft_config))}"
-                )
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the strength of one adapter in every layer: 1 is as trained, 0 is none."""
-        for module in self.model.modules():
-            if isinstance(module, SpectralLayer):
-                module.set_scale(adapter_name, scale)
-
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
-    ) -> None:
-        """Add an adapter whose update is sum_i weights_i dW_i, exactly.
-
-        Possible where updates are linear in the trained numbers and share one basis: svft without a gate, and
-        orthogonal_adaptation of one concept. For every other method `OptionError`: activate several adapters with
-        `set_adapter([...])` and weigh them with `set_scale`, which is exact as well.
-        """
-        if combination_type != "linear":
-            raise OptionError(f"combination_type={combination_type!r} does not exist here, only 'linear'.")
-        if len(adapters) != len(weights) or not adapters:
-            raise OptionError(f"asked to weigh {len(adapters)} adapters with {len(weights)} weights. Give one each.")
-        self._refuse_unknown_adapters(adapters)
-        methods = [self.peft_config[name].build_method() for name in adapters]
-        if any(method != methods[0] for method in methods) or not methods[0].is_linear():
-            raise OptionError(
-                f"{', '.join(adapters)}: updates of {methods[0].name} do not add up by adding their numbers, or the "
-                f"options differ. Activate them together with set_adapter({adapters}) and weigh them with set_scale."
-            )
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
-        config.origin = config.origin and Origin()  # no file has what the new adapter holds
-        self.inject_adapter(self.model, adapter_name)
-        for layer in self.model.modules():
-            if isinstance(layer, SpectralLayer) and adapter_name in layer.spectune_adapter:
-                _add_up(layer, adapters, weights, adapter_name)
 
     def _owner_of_shared(self, config: SpectralConfig, adapter_name: str) -> SpectralModule | None:
         """Get the first adapted weight, which holds the tensors that all weights of an adapter share."""
@@ -260,6 +192,7 @@ class SpectralTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:
+        refuse_pickling()
         for _, _, module in spectral_modules(model):
             module.settle()
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(model=model, **kwargs)
@@ -285,15 +218,3 @@ class SpectralTuner(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         return remapped
-
-
-@torch.no_grad()
-def _add_up(layer: SpectralLayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-    target = layer.module(adapter_name)
-    for name in target.own_names:
-        parts = [
-            weight * getattr(layer.module(source), name)
-            for source, weight in zip(adapters, weights, strict=True)
-            if source in layer.spectune_adapter
-        ]
-        getattr(target, name).copy_(torch.stack(parts).sum(0))

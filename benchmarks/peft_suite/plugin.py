@@ -1,0 +1,114 @@
+"""A pytest plugin: puts Spectune's configs in the place of others in PEFT's tests, and keeps the tests that have one.
+
+PEFT's files are not changed. Its gates by class (what it knows to work for LoRA alone) are opened, since Spectune
+promises the same: batches of several adapters, Conv1D layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spectune import SpectralConfig
+
+from .cases import spectral
+
+CONV1D_GATES = ("_skip_if_conv1d_not_supported", "_skip_if_not_conv1d_supported")
+FOR_LORA_ALONE = ("_test_mixed_adapter_batches", "_test_generate_with_mixed_adapter_batches_and_beam_search")
+
+OPTIONS: dict[str, Any] = json.loads(os.environ["SPECTUNE_OPTIONS"])
+
+
+class _Everything(defaultdict[str, int]):
+    """Says of every model that it was read before: PEFT's tests then stay off the network."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: Any) -> None:
+    plain: Callable[..., None] = metafunc.parametrize
+    metafunc.definition.is_spectral = False
+
+    def parametrize(names: Any, rows: Any, *args: Any, **kwargs: Any) -> None:
+        rows = list(rows)
+        if (ours := spectral(names, rows, OPTIONS)) is not None:
+            metafunc.definition.is_spectral = True
+            rows, kwargs = ours, {key: value for key, value in kwargs.items() if key != "ids"}
+        plain(names, rows, *args, **kwargs)
+
+    metafunc.parametrize = parametrize
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    kept = [item for item in items if any(_is_spectral(value) for value in _values(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+    for module in {item.module for item in kept}:
+        _open_gates(module)
+
+
+def _values(item: Any) -> list[Any]:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
+def _is_spectral(value: Any) -> bool:
+    return value is SpectralConfig or isinstance(value, SpectralConfig)
+
+
+def _open_gates(module: Any) -> None:
+    from tests import testing_common
+
+    for place in (module, testing_common):
+        for gate in CONV1D_GATES:
+            if hasattr(place, gate):
+                setattr(place, gate, lambda *args: None)
+
+
+def pytest_configure(config: Any) -> None:
+    from tests import testing_common, testing_utils
+
+    testing_utils._HUB_MODEL_ACCESSES = _Everything(int)
+    testing_utils.load_cat_image = _picture
+    for test in FOR_LORA_ALONE:
+        setattr(testing_common.PeftCommonTester, test, _as_if_lora(testing_common, test))
+
+
+def _as_if_lora(module: Any, test: str) -> Callable[..., None]:
+    """Get a common test that takes our config for LoRA's where it asks whether to skip."""
+    plain = getattr(module.PeftCommonTester, test)
+
+    @functools.wraps(plain)
+    def opened(*args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(module, "LoraConfig", SpectralConfig):
+            plain(*args, **kwargs)
+
+    return opened
+
+
+def _picture() -> Any:
+    """Get what stands in for the picture that PEFT's tests download."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """Write one line for each test that has ended, in the process that reports."""
+    if (report.when != "call" and report.passed) or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    if report.skipped:
+        told = str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    else:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = "" if report.passed else str(getattr(crash, "message", report.longrepr))
+    with open(os.environ["SPECTUNE_REPORT"], "a") as file:
+        file.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "told": told}) + "\n")
