@@ -203,6 +203,10 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 raise OptionError(f"{option}={value!r} does not exist. {nearest(str(value), words)}")
         check_directions(self.directions, METHODS[self.method], self.save_basis)
         check_rank_pattern(self.build_method(), self.rank_pattern)
+        if self.target_parameters and self.bias == "spectune_only":
+            raise OptionError(
+                "bias='spectune_only' cannot be used with target_parameters: a stack of experts has no bias of its own."
+            )
         if not 0 <= self.singular_decay < float("inf"):
             raise OptionError(f"singular_decay={self.singular_decay} must not be negative or infinite.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
