@@ -30,8 +30,10 @@ def sweep_table(record: dict[str, Any]) -> str:
             "Mean of the tasks: " + ", ".join(f"{row['method']} {100 * row['test']:.1f}" for row in means) + ".",
             "",
         ]
-    # Of memory and forgetting nothing is shown here.
-    said = [sentence for sentence in summary["says"] if not sentence.startswith(("Peak memory", "Forgetting"))]
+    # Of memory, times and forgetting nothing is shown here.
+    said = [
+        sentence for sentence in summary["says"] if not sentence.startswith(("Peak memory", "Step times", "Forgetting"))
+    ]
     lines += [f"- {sentence}" for sentence in [*summary.get("published", {}).get("deviations", []), *said]]
     return "\n".join(lines).rstrip()
 
@@ -39,7 +41,8 @@ def sweep_table(record: dict[str, Any]) -> str:
 def _sweep_row(row: dict[str, Any]) -> str:
     figures = [f"{100 * row[key]:.1f}" for key in ("test", "low", "high")]
     rate = f"{row['rate']:g}" + (" (end of grid)" if row["at_edge"] else "")
-    cells = [row["method"], figures[0], f"{figures[1]} to {figures[2]}", rate, f"{row['trainable']:,}"]
+    span = "one seed" if row["seeds"] == 1 else f"{figures[1]} to {figures[2]}"
+    cells = [row["method"], figures[0], span, rate, f"{row['trainable']:,}"]
     return "| " + " | ".join(cells) + " |"
 
 

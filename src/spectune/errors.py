@@ -58,6 +58,10 @@ class DataError(SpectuneError, ValueError):
     """A data set that is missing or not in the form that the recipe reads."""
 
 
+class DivergedError(SpectuneError, ArithmeticError):
+    """A run whose loss or numbers became NaN or infinite; its last good checkpoint is what is left of it."""
+
+
 class OutputError(SpectuneError, OSError):
     """An output folder that cannot be written without losing something."""
 

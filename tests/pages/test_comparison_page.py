@@ -49,10 +49,24 @@ def test_the_headline_says_where_the_seeds_overlap() -> None:
     clear = summary(row("b", 0.7), row("a", 0.9))
     assert headline(clear) == "a 90.00 before b 70.00."
     close = summary(row("b", 0.89, low=0.85, high=0.92), row("a", 0.9, low=0.88, high=0.93))
-    assert "within each other's spread" in headline(close)
+    assert headline(close) == "a 90.00 before b 89.00 (b: within a's spread)."
+    three = summary(
+        row("b", 0.89, low=0.85, high=0.92), row("a", 0.9, low=0.88, high=0.93), row("c", 0.2), row("d", None)
+    )
+    assert headline(three) == "a 90.00 before b 89.00, c 20.00 (b: within a's spread); without a figure: d."
+    one = summary(row("b", 0.89, seeds=1), row("a", 0.9, seeds=1))
+    assert headline(one) == "a 90.00 before b 89.00 (one seed: differences may be chance)."
     losses = summary(row("b", 2.0), row("a", 1.0), smaller=True, metric="loss")
     assert headline(losses) == "a 1.0000 before b 2.0000."
     assert headline(summary(row("a", None))) == "No run was finished."
+
+
+def test_one_seed_is_not_a_range() -> None:
+    told = summary(row("a", 0.748, seeds=1), row("b", 0.7, low=0.6, high=0.8), row("c", 0.5), row("d", None))
+    page = render_comparison(told)
+    cells = re.findall(r'<td class="n">([^<]*(?:one seed|to|with every seed|–)[^<]*)</td>', page)
+    assert "one seed" in cells and "60.00 to 80.00" in cells and "50.00 with every seed" in cells
+    assert "– to –" not in page and "74.80 to 74.80" not in page and ">– </td>" not in page
 
 
 def test_the_page_stands_alone_and_escapes_everything(tmp_path: Path) -> None:

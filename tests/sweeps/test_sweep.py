@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 
 from spectune.checkpoint import hold_folder
 from spectune.errors import DataError, OptionError, OutputError
-from spectune.pages.comparison_page import render_comparison
+from spectune.pages.comparison_page import headline, render_comparison
+from spectune.recipes.text_classification import TextClassification
 from spectune.sweeps import SweepRecord, load_sweep, parse_sweep, run_sweep, summarise, to_markdown
 from spectune.sweeps.choice import chosen_rate, rate_beyond
 from spectune.sweeps.config import GeneralText, cell
@@ -23,6 +25,8 @@ from spectune.sweeps.general_text import general_loss
 from spectune.sweeps.method_comparison import as_method_comparison, write_method_comparison
 from spectune.sweeps.record import read_record
 from spectune.sweeps.workers import Workers, last_words, plain_ctrl_c
+from spectune.training.loop import Loop
+from spectune.training.yaml_file import put
 from tests.effort import PATIENCE
 from tests.recipes import tiny
 from tests.sweeps.sweeps import in_this_process, record, text_sweep
@@ -136,6 +140,10 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     ]  # fmt: skip
     assert "target" in found[-1].error and "\n" not in found[-1].error
     assert {path.stem for path in (out / "records").iterdir()} == {name for _, _, name in heard}
+    # Test is looked at with the chosen rate alone, and only validation while one is chosen.
+    chosen = {r.rate for r in found[:3] if r.seed == 1}
+    assert {(r.rate in chosen, "test" in r.metrics) for r in found[:3]} == {(True, True), (False, False)}
+    assert all("validation" in r.metrics for r in found[:5])
     read = read_record(out / "records" / "task--full--0.001--1.json")
     assert read == found[4] and read.provenance == origin and read.seed == 1 and read.metrics["test"]
     assert (out / "runs" / "task--spectral_a--0.001--0" / "adapter").is_dir()
@@ -157,6 +165,124 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     assert summary["rows"][2]["test"] is None and summary["failed"][0]["run"] == "task--bad--0.001--0"
     words = to_markdown(summary)
     assert "| full |" in words and "Rates were chosen with 1 of 2 seeds." in words and "task--bad" in words
+
+
+def test_test_is_measured_once_and_what_it_cost_to_choose_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, evaluate = list[tuple[str, float]](), TextClassification.evaluate
+
+    def counted(self: Any, model: Any, split: str) -> dict[str, float]:
+        seen.append((split, self.config.training.learning_rate))
+        return evaluate(self, model, split)
+
+    monkeypatch.setattr(Workers, "run", in_this_process)
+    monkeypatch.setattr(TextClassification, "evaluate", counted)
+    asked = text_sweep(tmp_path, keep="nothing", tuning_seeds=None)
+    del asked["methods"]["full"]
+    sweep, out, heard = parse_sweep(asked), tmp_path / "out", list[Any]()
+    found = run_sweep(sweep, out, provenance={}, on_record=lambda records, runs: heard.append((len(records), runs)))
+    tested = [rate for split, rate in seen if split == "test"]
+    assert len(tested) == 2 and len(set(tested)) == 1  # the chosen rate, once for each seed
+    assert tested[0] == chosen_rate(found, None)
+    assert sum(split == "validation" for split, _ in seen) == 4
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4), (4, 4), (4, 4)]
+    assert not list(out.rglob("adapter")) and all(
+        (out / "runs" / p.stem / "result.json").is_file() for p in (out / "records").iterdir()
+    )
+    seen.clear()
+    assert run_sweep(sweep, out, provenance={}) == found and not seen
+
+
+def test_a_run_that_diverges_costs_itself_alone_and_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Workers, "run", in_this_process)
+    asked, right = text_sweep(tmp_path, seeds=[0]), Loop.compute_loss
+
+    def diverging(self: Any, *args: Any, **more: Any) -> Any:
+        rate = self.plan.rates[0][1]
+        return right(self, *args, **more) * (math.nan if rate == 1e-2 else 1.0)
+
+    monkeypatch.setattr(Loop, "compute_loss", diverging)
+    sweep, out = parse_sweep(asked), tmp_path / "out"
+    found = run_sweep(sweep, out, provenance={})
+    assert [(r.method, r.rate, r.ok, r.diverged) for r in found] == [
+        ("spectral_a", 1e-3, True, False), ("spectral_a", 1e-2, False, True), ("full", 1e-3, True, False),
+    ]  # fmt: skip
+    assert "the loss is NaN at step 1 of 2" in found[1].error
+    summary = summarise(sweep, found)
+    assert [row["rate"] for row in summary["rows"]] == [1e-3, 1e-3] and "diverged" in summary["failed"][0]["error"]
+    assert "the run diverged" in to_markdown(summary)
+    again = list[str]()
+    run_sweep(sweep, out, provenance={}, on_run=lambda *said: again.append(said[2]))
+    assert not again
+
+
+def test_a_wrong_test_split_leaves_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate, broken = TextClassification.evaluate, [True]
+
+    def fails(self: Any, model: Any, split: str) -> dict[str, float]:
+        if split == "test" and broken:
+            raise RuntimeError("no room")
+        return evaluate(self, model, split)
+
+    monkeypatch.setattr(Workers, "run", in_this_process)
+    monkeypatch.setattr(TextClassification, "evaluate", fails)
+    asked = text_sweep(tmp_path, seeds=[0])
+    del asked["methods"]["full"]
+    sweep, out = parse_sweep(asked), tmp_path / "out"
+    found = run_sweep(sweep, out, provenance={})
+    assert all(r.ok for r in found) and [bool(r.error) for r in found].count(True) == 1
+    (row,) = summarise(sweep, found)["rows"]
+    assert row["test"] is None and row["rate"] is not None and row["failed"] == 1
+    broken.clear()
+    assert summarise(sweep, run_sweep(sweep, out, provenance={}))["rows"][0]["test"] is not None
+
+
+WRONG_TYPES = {
+    "methods.a.adapter.r=[1, 2]": "r=",
+    "methods.a.adapter={peft_type: LORA, r: [1, 2]}": "LORA: r=[1, 2] is of the type list, but int is needed",
+    "methods.a.adapter={peft_type: LORA, r: 8, lora_dropout: x}": "lora_dropout='x' is of the type str",
+    "methods.a.adapter={peft_type: LORA, target_modules: [1]}": "target_modules=[1]",
+    "methods.a.adapter={method: spectral_a, columns: {a: 1}}": "columns=",
+    "methods.a.learning_rates=1e-3": "learning_rates: found 0.001, input should be a valid list",
+    "methods.a.learning_rates=[[1e-3]]": "learning_rates.0",
+    "methods.a.learning_rates=[yes]": "learning_rates is [True], and a number is needed",
+    "methods.a.learning_rates=[.inf]": "learning_rates.0",
+    "methods.a.over={training: {batch_size: [4]}}": "training.batch_size",
+    "tasks={t: {training: {warmup: yes}}}": "warmup is True, and a number is needed",
+    "run.training.steps=[1, 2]": "training.steps",
+    "run.training.batch_size=yes": "batch_size is True, and a number is needed",
+    "run.training.weight_decay=.nan": "training.weight_decay",
+    "run.data.limit={train: yes}": "limit is",
+    "seeds=0": "seeds: found 0, input should be a valid list",
+    "seeds=[no]": "seeds is [False], and a number is needed",
+    "tuning_seeds=yes": "tuning_seeds is True",
+    "grow=[1]": "grow: found [1]",
+}
+
+
+@pytest.mark.parametrize("word", WRONG_TYPES)
+def test_a_wrong_type_is_refused_before_the_first_run(word: str) -> None:
+    values = plain_sweep(methods={"good": GRID, "a": GRID})
+    values = json.loads(json.dumps(values))
+    values["methods"]["a"]["adapter"] = {"method": "spectral_a", "target_modules": ["q"]}
+    put(values, word)
+    with pytest.raises(OptionError) as found:
+        parse_sweep(values)
+    assert WRONG_TYPES[word] in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_summary_before_the_end_says_so() -> None:
+    sweep = parse_sweep(plain_sweep(seeds=[0]))
+    half = record(rate=1e-3).model_copy(
+        update={"result": record().found.model_copy(update={"metrics": {"validation": {"accuracy": 0.5}}})}
+    )
+    summary = summarise(sweep, [half], planned=3)
+    assert summary["says"][0] == "The sweep is not finished: 1 of 3 runs are done."
+    assert summary["rows"][0]["test"] is None and headline(summary) == "No run has its test figures yet."
+    assert "| – | – |" in to_markdown(summary) and "one seed" in to_markdown(summarise(sweep, [record()]))
 
 
 def test_two_runs_are_at_work_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +339,7 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
     asked["run"]["training"] |= {"steps": 100_000, "save_every": 100_000}
     sweep = parse_sweep(asked)
     told = {"config": cell(sweep, "task", "full", 1e-3, 0).config.plain(), "folder": str(tmp_path / "run")}
-    told |= {"answer": str(tmp_path / "answer"), "forgetting": None, "base_loss": None}
+    told |= {"answer": str(tmp_path / "answer"), "forgetting": None, "base_loss": None, "measures": None}
     (tmp_path / "job").write_text(json.dumps(told))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -235,6 +361,40 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
             process.kill()
     saved = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     assert bool(saved) == (when == "while it trains")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while its run loads", "while its run trains"])
+def test_a_sweep_in_the_background_stops_when_it_is_told_to(tmp_path: Path, when: str) -> None:
+    asked = text_sweep(tmp_path, seeds=[0])
+    asked["run"]["training"] |= {"steps": 100_000, "save_every": 100_000}
+    del asked["methods"]["full"]
+    (tmp_path / "sweep.yaml").write_text(json.dumps(asked))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for its background jobs
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "spectune.cli", "compare", "sweep.yaml", "-o", "out"],
+            cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    run = tmp_path / "out" / "runs" / "task--spectral_a--0.001--0"
+    log = run.with_name(f"{run.name}.log")  # there when the run's process is
+    seen = log if when == "while its run loads" else run / "checkpoints"  # there when its loop begins
+    with process:
+        try:
+            while not seen.exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(PATIENCE) == 130
+            assert "the same command goes on" in (process.stderr.read() if process.stderr else "")
+        finally:
+            process.kill()
+    # Its process has ended with it, for it holds the lock of the run as long as it trains.
+    run.mkdir(exist_ok=True)
+    with hold_folder(run):
+        assert not (run / "adapter").exists()
 
 
 def test_a_grid_goes_on_by_its_own_last_step_and_no_further_than_asked() -> None:

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     from .terminal import Console
 
 
-def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int = 1) -> list[SweepRecord]:
-    """Get every record of a sweep, showing a bar with the runs and the steps of those in progress."""
+def run_under_bar(
+    sweep: SweepConfig,
+    folder: Path,
+    console: Console,
+    jobs: int = 1,
+    published: Mapping[str, Any] | None = None,
+) -> list[SweepRecord]:
+    """Get every record of a sweep, showing a bar with the runs and the steps of those in progress.
+
+    Tables and page are written after each run.
+    """
     from ..sweeps import run_sweep
     from .progress import Stages
 
@@ -31,8 +40,11 @@ def run_under_bar(sweep: SweepConfig, folder: Path, console: Console, jobs: int 
                 at_work = sorted(list(latest)[-jobs:])
                 stages.update(bar, total=runs, completed=done, said="   ".join(latest[one] for one in at_work))
 
+        def on_record(records: list[SweepRecord], runs: int) -> None:
+            write_files(sweep, records, folder, console, published, planned=runs)
+
         try:
-            records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run, jobs=jobs)
+            records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run, on_record=on_record, jobs=jobs)
         except KeyboardInterrupt:
             stages.stop()
             console.print(f"stopped; repeat the command to continue in {folder}", markup=False, soft_wrap=True)
@@ -47,14 +59,18 @@ def write_files(
     folder: Path,
     console: Console,
     published: Mapping[str, Any] | None = None,
+    planned: int | None = None,
 ) -> dict[str, Any]:
-    """Write comparison.json, .md and .html and PEFT's form into a sweep's folder, and get the summary."""
+    """Write comparison.json, .md and .html and PEFT's form into a sweep's folder, and get the summary.
+
+    `planned` is how many runs there will be, while the sweep still runs.
+    """
     from ..checkpoint import write_atomically
     from ..errors import MissingExtraError, printable
     from ..pages import write_comparison
     from ..sweeps import summarise, to_markdown, write_method_comparison
 
-    summary = summarise(sweep, records)
+    summary = summarise(sweep, records, planned)
     complete = dict(summary) if published is None else summary | {"published": dict(published)}
     write_atomically(folder / "comparison.json", json.dumps(complete, indent=1) + "\n")
     write_atomically(folder / "comparison.md", printable(to_markdown(summary, published), "\n"))
@@ -62,7 +78,8 @@ def write_files(
     try:
         write_comparison(summary, folder / "comparison.html", published)
     except MissingExtraError as error:
-        console.print(f"no comparison.html: {error}", markup=False, soft_wrap=True)
+        if planned is None:
+            console.print(f"no comparison.html: {error}", markup=False, soft_wrap=True)
     return complete
 
 
@@ -70,17 +87,17 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
     """Print the rows of a summary, the failed runs, and where the page is."""
     from rich.table import Table
 
-    from ..sweeps import shown
+    from ..sweeps import shown, spread
 
-    table = Table("task", "method", f"test {summary['metric']}", "low to high", "rate", "trained", "step, ms")
+    step_times = "step, ms (not comparable)"
+    table = Table("task", "method", f"test {summary['metric']}", "low to high", "rate", "trained", step_times)
     for row in summary["rows"]:
         metric = summary["task_metrics"][row["task"]]
-        low, high = (shown(row[key], metric) for key in ("low", "high"))
         rate = "–" if row["rate"] is None else f"{row['rate']:g}"
         step = "–" if row["step_seconds"] is None else f"{1000 * row['step_seconds']:.0f}"
         trained = "–" if row["trainable"] is None else f"{row['trainable']:,}"
         test = shown(row["test"], metric)
-        table.add_row(row["task"], row["method"], test, f"{low} to {high}", rate, trained, step)
+        table.add_row(row["task"], row["method"], test, spread(row, metric), rate, trained, step)
     console.print(table)
     for failed in summary["failed"]:
         console.print(f"failed: {failed['run']}: {failed['error']}", markup=False, soft_wrap=True)

@@ -61,7 +61,7 @@ def reproduce(
         overrides=overrides or [],
         say=lambda words: console.print(words),
     )
-    records = run_under_bar(ready.sweep, folder, console, jobs)
+    records = run_under_bar(ready.sweep, folder, console, jobs, ready.published)
     summary = write_files(ready.sweep, records, folder, console, ready.published)
     if as_json:
         print(json.dumps(summary, indent=2))

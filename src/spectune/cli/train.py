@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import printable
+from ..errors import DivergedError, printable
 
 
 def train(
@@ -66,6 +66,10 @@ def train(
                 ).result
                 if main:
                     write_run_page(result, Run(folder).page, console)
+        except DivergedError:
+            if main and Run(folder).is_finished:
+                write_run_page(Run(folder).result, Run(folder).page, console)
+            raise
         except Interrupted as stop:
             stages.stop()
             if main:

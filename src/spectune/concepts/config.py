@@ -124,6 +124,11 @@ class ConceptConfig(RunConfig):
         return {name: dict(options) for name, options in asked.items() if options is not None}
 
     @property
+    def adapters(self) -> list[dict[str, Any]]:
+        """The options of every part's adapter."""
+        return list(self.parts.values())
+
+    @property
     def adapter_options(self) -> dict[str, Any] | None:
         """The options of the first adapter; empty for the word alone, which is saved as an adapter is."""
         return next(iter(self.parts.values()), {})

@@ -91,6 +91,7 @@ class TextToImage(Recipe):
         return self.model
 
     def load(self, tuned: Path) -> nn.Module:
+        self.__dict__.pop("loss", None)  # it is that of the model before
         return self.build_model(tuned)
 
     def attach(self, model: Any) -> tuple[nn.Module, list[tuple[list[nn.Parameter], float]]]:

@@ -71,7 +71,8 @@ def _mark(
     said: str,
 ) -> str:
     low, middle, high = heights
-    words = f"{row['method']}: {metric} {said}, {row['trainable']:,} numbers, {row['seeds']} seeds"
+    seeds = "one seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
+    words = f"{row['method']}: {metric} {said}, {row['trainable']:,} numbers, {seeds}"
     return (
         f"<g><title>{html.escape(words)}</title>"
         f'<line class="range" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
+from ..sweeps.summary import spread
 from .comparison_charts import COLOURS, front_chart, rate_chart
 from .frame import fill
 from .run_page import readable_bytes
@@ -39,7 +40,7 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
         )
     return fill(
         "comparison.html.j2",
-        {"bytes": readable_bytes, "figure": _figure},
+        {"bytes": readable_bytes, "figure": _figure, "spread": spread},
         summary=summary,
         parts=parts,
         published=published,
@@ -54,21 +55,37 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """Get the outcome in one sentence; where the seeds of the first two overlap, it says that they do."""
+    """Get the outcome in one sentence: every method in its order, and which the seeds do not tell from the first."""
     said = []
     for task in summary["tasks"]:
-        smaller = summary["smaller_is_better"][task]
-        rows = [r for r in _ranked([r for r in summary["rows"] if r["task"] == task], smaller) if r["test"] is not None]
-        if not rows:
-            continue
-        first, *others = rows
-        words = f"{first['method']} {_figure(first['test'], smaller)}"
-        if others:
-            apart = first["high"] < others[0]["low"] if smaller else first["low"] > others[0]["high"]
-            next_best = f"{others[0]['method']} {_figure(others[0]['test'], smaller)}"
-            words += f" before {next_best}" + ("" if apart else ", within each other's spread")
-        said.append(words if len(summary["tasks"]) == 1 else f"{task}: {words}")
-    return "; ".join(said) + "." if said else "No run was finished."
+        rows = [row for row in summary["rows"] if row["task"] == task]
+        words = _order(rows, summary["smaller_is_better"][task])
+        if words:
+            said.append(words if len(summary["tasks"]) == 1 else f"{task}: {words}")
+    if not said:
+        return "No run has its test figures yet." if summary.get("planned") else "No run was finished."
+    return "; ".join(said) + "."
+
+
+def _order(rows: list[Mapping[str, Any]], smaller: bool) -> str:
+    there = [row for row in _ranked(rows, smaller) if row["test"] is not None]
+    if not there:
+        return ""
+    first, *others = there
+    named = [f"{row['method']} {_figure(row['test'], smaller)}" for row in there]
+    said = " before ".join([named[0], ", ".join(named[1:])]) if others else named[0]
+    if others and all(row["seeds"] == 1 for row in there):
+        said += " (one seed: differences may be chance)"
+    else:
+        close = [row["method"] for row in others if not _apart(first, row, smaller)]
+        said += f" ({', '.join(close)}: within {first['method']}'s spread)" if close else ""
+    missing = [row["method"] for row in rows if row["test"] is None]
+    return said + (f"; without a figure: {', '.join(missing)}" if missing else "")
+
+
+def _apart(first: Mapping[str, Any], other: Mapping[str, Any], smaller: bool) -> bool:
+    """Ask whether every seed of the first is better than every seed of the other."""
+    return bool(first["high"] < other["low"] if smaller else first["low"] > other["high"])
 
 
 def _ranked(rows: list[Mapping[str, Any]], smaller: bool) -> list[Mapping[str, Any]]:

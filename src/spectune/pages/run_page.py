@@ -86,7 +86,9 @@ def main_figure(result: RunResult) -> Metric | None:
 
 def headline(result: RunResult) -> str:
     """Get the result in one sentence: its main figure, against the weakest and the strongest of what it is compared
-    with, and the adapter's size."""
+    with, and the adapter's size; of a run that diverged, that."""
+    if result.diverged:
+        return result.diverged[:1].upper() + result.diverged[1:]
     main, said = main_figure(result), f"{result.method}, {result.steps:,} steps"
     if main is not None:
         said = f"{main.name}: {main.value:.1%}"

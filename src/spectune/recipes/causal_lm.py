@@ -30,7 +30,7 @@ from .conversations import PLAIN_TEMPLATE, answer_of, as_asked, prepared, prompt
 from .data import Row, limited, load_splits, place
 from .recipe import Answered, Recipe, Shown, pretrained, some
 from .tokens import IGNORED, Tokens
-from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, losses
+from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, is_silent, losses
 
 
 class CausalLM(Recipe):
@@ -125,11 +125,12 @@ class CausalLM(Recipe):
     def asked(self, row: Row) -> list[int]:
         """Get an example's prompt tokens."""
         prompt_of(row)
-        return self.tokens.asked(row)
+        # An empty prompt begins as a text does elsewhere, with the token that ends the one before (as in lm-eval).
+        return self.tokens.asked(row) or [self.processing.eos_token_id]
 
     def _all_tokenised(self, split: str) -> list[dict[str, Any]]:
         found = [self.tokenised(row) for row in self.splits[split]]
-        kept = [row for row in found if any(label != IGNORED for label in row["labels"])]
+        kept = [row for row in found if not is_silent(row["labels"])]
         if not kept:
             raise DataError(f"data.{split}: no response fits into max_tokens={self.config.data.max_tokens}. Raise it.")
         return kept

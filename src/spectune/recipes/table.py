@@ -7,9 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError, nearest
+from ..errors import OptionError, SpectuneError, nearest
 from ..training.config import RunConfig, validate
 from ..training.yaml_file import read_yaml
+from ..tuner import build_adapter_config
 from .recipe import Recipe
 
 # Name -> (module in spectune, class); imported when needed, so that a recipe loads only its own libraries.
@@ -34,7 +35,13 @@ def parse_config(values: Mapping[str, Any], where: str = "run") -> RunConfig:
     """Get the checked configuration of a run from plain values, as in YAML."""
     if "recipe" not in values:
         raise OptionError(f"{where}: recipe: is missing. {nearest('', list(RECIPES))}")
-    return validate(recipe_class(values["recipe"]).Config, values, where)
+    config = validate(recipe_class(values["recipe"]).Config, values, where)
+    for options in config.adapters:
+        try:
+            build_adapter_config(options)
+        except SpectuneError as error:  # said here, so that no run of many begins before the last one is right
+            raise type(error)(f"{where}: {error}") from error
+    return config
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -168,6 +168,11 @@ class TextClassification(Recipe):
         data = self.config.data
         columns = [texts(self.splits[split], name, split) for name in data.columns]
         tokens = self.processing(*columns, truncation=True, max_length=data.max_tokens)
+        for i in (i for i, ids in enumerate(tokens["input_ids"]) if not ids):
+            # Where a tokenizer adds nothing to a text, an empty one has no token, and a batch of them no model reads.
+            alone = {"input_ids": self.processing.pad_token_id, "attention_mask": 1}
+            for name in tokens:
+                tokens[name][i] = [alone.get(name, 0)]
         targets = self.targets(split)
         return [{**{k: v[i] for k, v in tokens.items()}, "labels": target} for i, target in enumerate(targets)]
 

@@ -16,16 +16,17 @@ Taught = tuple[list[int], list[int]]
 def losses(taught: Sequence[Taught], limit: int, split: str) -> list[str]:
     """Get how many examples are cut, and how many lose their whole answer."""
     long = [labels for ids, labels in taught if len(ids) > limit]
-    lost = sum(_is_silent(labels[:limit]) and not _is_silent(labels) for labels in long)
-    silent = sum(_is_silent(labels) for _, labels in taught)
+    lost = sum(is_silent(labels[:limit]) and not is_silent(labels) for labels in long)
+    silent = sum(is_silent(labels) for _, labels in taught)
     of = f"of {len(taught):,} examples of {split}"
     said = [f"{len(long):,} {of} are cut at {limit:,} tokens and lose their ends"] if long else []
     said += [f"{lost:,} of them lose their whole answer and are left out. Raise data.max_tokens"] if lost else []
     return said + ([f"{silent:,} {of} have no token with loss and are left out"] if silent else [])
 
 
-def _is_silent(labels: Sequence[int]) -> bool:
-    return all(label == IGNORED for label in labels)
+def is_silent(labels: Sequence[int]) -> bool:
+    """Ask whether nothing is learned from an example; its first token is never predicted."""
+    return all(label == IGNORED for label in labels[1:])
 
 
 def ends_and_beginnings(tokens: Tokens, rows: Sequence[Mapping[str, Any]], ends: Sequence[int]) -> list[str]:

@@ -6,6 +6,7 @@ from .folder import Run as Run
 from .load import load_base as load_base
 from .load import load_run as load_run
 from .look import look as look
+from .measuring import measure as measure
 from .provenance import machine as machine
 from .provenance import versions as versions
 from .range_test import RangeTest as RangeTest
@@ -20,7 +21,6 @@ from .result import RunResult as RunResult
 from .result import Size as Size
 from .spectra import layer_spectra as layer_spectra
 from .train import Trained as Trained
-from .train import measure as measure
 from .train import run as run
 from .train import train_run as train_run
 from .updates import layer_updates as layer_updates

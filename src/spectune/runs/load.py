@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import set_seed
 
@@ -13,6 +12,7 @@ from ..errors import AdapterError
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.loop import quiet_libraries
+from ..training.processes import join
 from .folder import Run
 
 
@@ -23,11 +23,24 @@ def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe,
     """
     run = Run.open(folder)
     recipe = _recipe(run, overrides)
+    return recipe, reloaded(recipe, run)
+
+
+def reloaded(recipe: Recipe, run: Run) -> nn.Module:
+    """Get the tuned model out of a run's folder, ready to evaluate; `AdapterError` if there is none.
+
+    The one way to a tuned model: a run that has just been trained is measured on it too, without the autocast and the
+    last bits of the model in memory, so that its figures are those that everybody finds.
+    """
     config, tuned = recipe.config, run.tuned(recipe.config)
     if not tuned.is_dir():
-        raise AdapterError(f"{folder}: the run is not finished: it has no {tuned.name}/. Continue it with --resume.")
+        if run.is_finished and run.result.diverged:
+            raise AdapterError(f"{run.folder}: {run.result.diverged}")
+        raise AdapterError(
+            f"{run.folder}: the run is not finished: it has no {tuned.name}/. Continue it with --resume."
+        )
     set_seed(config.seed)
-    return recipe, _ready(recipe.load(tuned))
+    return _ready(recipe.load(tuned))
 
 
 def load_base(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, nn.Module]:
@@ -47,4 +60,4 @@ def _recipe(run: Run, overrides: Iterable[str]) -> Recipe:
 
 
 def _ready(model: nn.Module) -> nn.Module:
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(join().device).eval()

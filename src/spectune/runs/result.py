@@ -112,6 +112,9 @@ class RunResult(Record):
     """Split (validation, test; lm_eval for its tasks) -> metric -> figure. Empty without held-out examples."""
     unmeasured: dict[str, str] = Field(default_factory=dict)
     """Split -> why its metrics failed after training. Such a run is not finished: --resume computes them."""
+    diverged: Text = ""
+    """Empty unless the run diverged: at which step, what is left, what to try. The metrics then are those of the last
+    good checkpoint; there are none without one."""
     compared: list[Metric] = Field(default_factory=list)
     """Baselines to compare the run with, on the same examples."""
     losses: list[float]

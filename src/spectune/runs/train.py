@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint import fresh_folder
-from ..errors import DataError, OptionError, OutputError, one_line
+from ..errors import DivergedError, OptionError, OutputError
 from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.checkpoints import Interrupted, StopWhenAsked, history, steps_done, stop_on_signal
-from ..training.config import RunConfig
+from ..training.config import HEAD, RunConfig
+from ..training.divergence import StopAtDivergence, remedies
 from ..training.loop import OnStep, Watch, quiet_libraries
 from ..training.processes import join, on_main
-from ..training.rates import learning_rate, method_of
+from ..training.rates import head_learning_rate, learning_rate, method_of
 from .building import build, numbers
 from .folder import Run, opened_folder, refuse_other_run
+from .load import reloaded
 from .look import look
+from .measuring import measured, refuse_unmeasured
 from .overwrite import FirstStep, replace_run
 from .provenance import machine, versions
 from .result import Drawing, RunResult
@@ -55,11 +58,13 @@ def run(
     one that does not exist is begun: call it again until it returns. Without, the folder must be new or
     empty; with `overwrite`, it may contain a run, which is replaced after the first step. `on_warning` gets possible
     mistakes in the examples, before the first step. Raises `OutputError` if the folder contains a run of another
-    configuration, `Interrupted` after Ctrl-C.
+    configuration, `DivergedError` if the loss becomes NaN or infinite, `Interrupted` after Ctrl-C.
     """
     found = Run(Path(output_dir))
     if resume and not overwrite and found.is_finished:
         refuse_other_run(config, found)
+        if found.result.diverged:
+            raise DivergedError(f"{found.folder}: {found.result.diverged}")
         return found.result
     return train_run(
         config, output_dir, resume=resume, overwrite=overwrite, on_step=on_step, on_warning=on_warning
@@ -74,13 +79,15 @@ def train_run(
     overwrite: bool = False,
     on_step: OnStep | None = None,
     looks: bool = False,
+    measures: Collection[str] | None = None,
     on_warning: Callable[[str], Any] = warnings.warn,
 ) -> Trained:
     """Get a trained model with its result; the folder is as after `run`.
 
     `on_warning` gets possible mistakes in the examples, before the first step.
 
-    With `looks`, the result also has the page's spectra, updates and answers.
+    With `looks`, the result also has the page's spectra, updates and answers. `measures` are some of validation, test
+    and lm_eval (default: all).
     """
     if resume and overwrite:
         raise OptionError("--resume goes on with a run and --overwrite replaces it. Give one of them.")
@@ -89,13 +96,19 @@ def train_run(
         there: list[bool] = []  # of the main process alone
         on_main(lambda: there.append(held.enter_context(opened_folder(config, found, resume, overwrite))))
         old = partial(_replace, found, config, there) if overwrite else None
-        trained = _train(config, found, on_step, on_warning if processes.is_main_process else lambda said: None, old)
+        trained = _train(config, found, on_step, on_warning if processes.is_main_process else _silent, old, measures)
         _write(found, trained.result, processes)
-        _refuse_unmeasured(trained.result)
-        if looks:  # the figures are already saved
+        refuse_unmeasured(trained.result)
+        if looks and trained.model is not None:  # the figures are already saved
             trained = replace(trained, result=look(trained.result, trained.recipe, trained.model))
             _write(found, trained.result, processes)
+        if trained.result.diverged:
+            raise DivergedError(f"{found.folder}: {trained.result.diverged}")
         return trained
+
+
+def _silent(said: str) -> None:
+    """Other processes have heard the same."""
 
 
 def _write(found: Run, result: RunResult, processes: Any) -> None:
@@ -110,38 +123,39 @@ def _replace(found: Run, config: RunConfig, there: list[bool]) -> None:
         replace_run(found.folder, config)
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """What is left when the loop has ended and its model is given back to the memory."""
+
+    watch: Watch
+    counts: dict[str, int]
+    size: int | None
+    peak: int | None
+    device: str
+    diverged: str
+    sharded: Any = None
+    """The model, where no process could hold it whole."""
+
+
 def _train(
     config: RunConfig,
     found: Run,
     on_step: OnStep | None,
     on_warning: Callable[[str], Any],
     replace_old: Callable[[], None] | None,
+    measures: Collection[str] | None,
 ) -> Trained:
     quiet_libraries()
     recipe = recipe_class(config.recipe)(config)
     recipe.prepare()
     for said in recipe.warnings():
         on_warning(said)
-    model, plan = build(recipe)
-    counts = numbers(model, plan)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    watch, last = Watch(on_step), found.last_checkpoint() if replace_old is None else None
-    first = FirstStep(lambda: None if replace_old is None else on_main(replace_old))
-    told = history(last) if last else []
-    watch.losses = [float(entry["loss"]) for entry in told if "loss" in entry]
-    watch.validation = [(entry["step"], float(entry["eval_loss"])) for entry in told if "eval_loss" in entry]
-    with stop_on_signal() as request:
-        callbacks = [first, watch, StopWhenAsked(request), *recipe.callbacks(model, found.folder)]
-        trainer = recipe.trainer(model, plan, found.checkpoints, callbacks)
-        if config.training.report_to:  # trackers open their files before the first step
-            first.now()
-        _fit(trainer, last)
-    if request.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(found.checkpoints, trainer.state.global_step)
-    size = _save(recipe, trainer, found)
-    peak, device = _memory()
-    metrics, unmeasured = _measured(recipe, model)
+    fitted = _fitted(recipe, found, Watch(on_step), replace_old)
+    _give_back_memory()
+    model = None
+    if fitted.size is not None:
+        model = reloaded(recipe, found) if fitted.sharded is None else fitted.sharded
+    metrics, unmeasured = ({}, {}) if model is None else measured(recipe, model, measures)
     result = RunResult(
         title=f"{recipe.title}: {found.folder.resolve().name}",
         task=f"{config.recipe} on {Path(config.model).name}",
@@ -149,22 +163,72 @@ def _train(
         config=config.plain(),
         metrics=metrics,
         unmeasured=unmeasured,
-        losses=watch.losses,
-        validation_losses=watch.validation,
+        diverged=fitted.diverged,
+        looked_at=model is None,  # nothing is left to look at
+        losses=fitted.watch.losses,
+        validation_losses=fitted.watch.validation,
         learning_rate=learning_rate(config),
-        trainable=counts["trainable"],
-        head=counts["head"],
-        total=counts["total"],
-        step_seconds=watch.step_seconds,
-        peak_bytes=peak,
-        device=device,
-        file_bytes=size,
+        trainable=fitted.counts["trainable"],
+        head=fitted.counts["head"],
+        total=fitted.counts["total"],
+        step_seconds=fitted.watch.step_seconds,
+        peak_bytes=fitted.peak,
+        device=fitted.device,
+        file_bytes=fitted.size,
         drawings=[Drawing.of(caption, png) for caption, png in recipe.drawings(found.folder)],
         versions=versions("accelerate", "datasets", "trl", "timm", "diffusers"),
-        machine=machine(device=device),
+        machine=machine(device=fitted.device),
         folder=str(found.folder.resolve()),
     )
     return Trained(result, model, recipe)
+
+
+def _fitted(recipe: Recipe, found: Run, watch: Watch, replace_old: Callable[[], None] | None) -> _Fitted:
+    """Build the model, train it and save it; of a run that diverged the last good checkpoint."""
+    config = recipe.config
+    model, plan = build(recipe)
+    counts = numbers(model, plan)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    last = found.last_checkpoint() if replace_old is None else None
+    told = history(last) if last else []
+    watch.losses = [float(entry["loss"]) for entry in told if "loss" in entry]
+    watch.validation = [(entry["step"], float(entry["eval_loss"])) for entry in told if "eval_loss" in entry]
+    first = FirstStep(lambda: None if replace_old is None else on_main(replace_old))
+    divergence = StopAtDivergence([p for group, _ in plan.rates for p in group])
+    with stop_on_signal() as request:
+        callbacks = [first, watch, StopWhenAsked(request), divergence, *recipe.callbacks(model, found.folder)]
+        trainer = recipe.trainer(model, plan, found.checkpoints, callbacks)
+        if config.training.report_to:  # trackers open their files before the first step
+            first.now()
+        _fit(trainer, last)
+    if request.asked and not divergence.found and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(found.checkpoints, trainer.state.global_step)
+    good = found.last_checkpoint() if divergence.found else None
+    if good is not None:
+        trainer._load_from_checkpoint(str(good))
+    size = None if divergence.found and good is None else _save(recipe, trainer, found)
+    diverged = _diverged(divergence, config, good, found.tuned(config)) if divergence.found else ""
+    return _Fitted(watch, counts, size, *_memory(), diverged, trainer.model if trainer.is_fsdp_enabled else None)
+
+
+def _diverged(divergence: StopAtDivergence, config: RunConfig, good: Path | None, tuned: Path) -> str:
+    """Get what happened, what is left and what to try."""
+    left = "no checkpoint was saved before, so there is no adapter (training.save_every)"
+    if good is not None:
+        left = f"{tuned} holds step {steps_done(good)}, the last good checkpoint"
+    rate = head_learning_rate(config) if config.adapter == HEAD else learning_rate(config)
+    return (
+        f"the run diverged: {divergence.found} (peak learning rate {rate:g}); {left}. "
+        f"{remedies(config, divergence.step)}"
+    )
+
+
+def _give_back_memory() -> None:
+    """Free the model that was trained: it and the Trainer hold each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _fit(trainer: Any, last: Path | None) -> None:
@@ -188,38 +252,6 @@ def _fit(trainer: Any, last: Path | None) -> None:
 def _all_steps(trainer: Any) -> int:
     found: int = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
     return found
-
-
-def measure(recipe: Recipe, model: nn.Module) -> dict[str, dict[str, float]]:
-    """Get the metrics of every held-out split, and of the run's lm-eval tasks."""
-    return {name: figures for name, get in _measurements(recipe, model) if (figures := get())}
-
-
-def _measurements(recipe: Recipe, model: nn.Module) -> list[tuple[str, Callable[[], dict[str, float]]]]:
-    splits = [split for split in ("validation", "test") if split in recipe.splits]
-    found: list[tuple[str, Callable[[], dict[str, float]]]]
-    found = [(split, lambda split=split: recipe.evaluate(model, split)) for split in splits]  # type: ignore[misc]
-    return [*found, ("lm_eval", lambda: recipe.harness(model))]
-
-
-def _measured(recipe: Recipe, model: nn.Module) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Get the metrics of `measure` that can be computed, and the error of each split that failed."""
-    found: dict[str, dict[str, float]] = {}
-    failed: dict[str, str] = {}
-    for name, get in _measurements(recipe, model):
-        try:
-            found |= {name: figures} if (figures := get()) else {}
-        except Exception as error:  # the training before it must not be lost
-            failed[name] = f"{type(error).__name__}: {one_line(error, 500)}"
-    return found, failed
-
-
-def _refuse_unmeasured(result: RunResult) -> None:
-    for name, why in result.unmeasured.items():
-        raise DataError(
-            f"{result.folder}: the training is saved, but the metrics of {name} failed: {why}. Correct this and train "
-            f"with --resume: only the metrics are computed again."
-        )
 
 
 def _save(recipe: Recipe, trainer: Any, found: Run) -> int:

@@ -8,5 +8,6 @@ from .method_comparison import write_method_comparison as write_method_compariso
 from .record import SweepRecord as SweepRecord
 from .run_sweep import run_sweep as run_sweep
 from .summary import shown as shown
+from .summary import spread as spread
 from .summary import summarise as summarise
 from .summary import to_markdown as to_markdown

@@ -29,7 +29,8 @@ def write_method_comparison(sweep: SweepConfig, records: Sequence[SweepRecord], 
         for method in sweep.methods:
             mine = [r for r in records if (r.task, r.method) == (task, method)]
             rate = chosen_rate(mine, sweep.metric)
-            for record in (r for r in mine if r.ok and r.rate == rate):
+            scored = [r for r in mine if r.ok and r.rate == rate and any(part in r.metrics for part in REPORTED)]
+            for record in scored:
                 path = folder / task / f"{method}--{Path(record.config['model']).name}-seed{record.seed}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(as_method_comparison(sweep, record), indent=2) + "\n")

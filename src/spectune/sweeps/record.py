@@ -24,8 +24,11 @@ class SweepRecord(Record):
     seed: int
     config: dict[str, Any]
     error: str = ""
+    """Why the run failed, or its figures on test; empty where all went well."""
+    diverged: bool = False
+    """Whether it failed by diverging: then it is not tried again."""
     result: RunResult | None = None
-    """None for a run that failed."""
+    """None for a run that failed. Test figures are in it at the rate that was chosen, and nowhere else."""
     general_loss: float | None = None
     general_loss_base: float | None = None
     seconds: float = 0.0

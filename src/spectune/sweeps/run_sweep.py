@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 from ..checkpoint import hold_folder, write_atomically
@@ -25,9 +26,15 @@ from ..training.rates import method_of
 from .choice import chosen_rate, rate_beyond
 from .config import Cell, SweepConfig, cells, require_splits
 from .record import SweepRecord, read_record
+from .summary import REPORTED
 from .workers import OnWorkerStep, Workers, last_words, plain_ctrl_c
 
+CHOOSING = ("validation",)
+"""What a rate is chosen on; the rest is measured at the chosen rate alone."""
 RECORDS, RUNS, ASKED = "records", "runs", "sweep.json"
+
+
+OnRecord = Callable[[list[SweepRecord], int], None]
 
 
 class OnRun(Protocol):
@@ -42,9 +49,13 @@ def run_sweep(
     *,
     provenance: Mapping[str, Any],
     on_run: OnRun | None = None,
+    on_record: OnRecord | None = None,
     jobs: int = 1,
 ) -> list[SweepRecord]:
     """Get the record of every run; what was finished before is read, a failed run is tried once more.
+
+    A rate is chosen on validation; only then, and at that rate alone, is anything measured on test or by lm-eval.
+    `on_record` is called with all records so far, and how many there will be, whenever there is another one.
 
     `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time (at most one of
     each method on each task), each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from
@@ -65,7 +76,7 @@ def run_sweep(
         write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
         # The runs of one method on one task wait for each other: its rates decide what comes next.
         lines = len(sweep.tasks) * len(sweep.methods)
-        return _run_all(_Running(sweep, folder, provenance, on_run, min(jobs, lines)))
+        return _run_all(_Running(sweep, folder, provenance, on_run, on_record, min(jobs, lines)))
 
 
 def _run_all(running: _Running) -> list[SweepRecord]:
@@ -93,8 +104,11 @@ class _Running:
     folder: Path
     provenance: Mapping[str, Any]
     on_run: OnRun | None
+    on_record: OnRecord | None
     jobs: int
-    found: list[SweepRecord] = field(default_factory=list)
+    found: dict[str, SweepRecord] = field(default_factory=dict)
+    """Name of the run -> its record."""
+    turn: Any = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         sweep, seeds = self.sweep, len(self.sweep.seeds)
@@ -107,22 +121,48 @@ class _Running:
         """Get the records of one method on one task: the first seeds try the rates, the others run the chosen one."""
         sweep, rates = self.sweep, self.sweep.methods[method].rates(task)
         first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
-        found = [self.once(cell) for cell in cells(sweep, task, method, rates, first)]
+        tried = cells(sweep, task, method, rates, first)
+        found = [self.once(cell, CHOOSING if len(rates) > 1 else None) for cell in tried]
         for _ in range(sweep.grow):
             further = rate_beyond(rates, chosen_rate(found, sweep.metric))
             if further is None:
                 break
             rates.append(further)
             self.runs += len(first)
-            found += [self.once(cell) for cell in cells(sweep, task, method, [further], first)]
+            more = cells(sweep, task, method, [further], first)
+            tried += more
+            found += [self.once(cell, CHOOSING) for cell in more]
         rate = chosen_rate(found, sweep.metric)
-        chosen = [] if rate is None else [rate]
-        return found + [self.once(cell) for cell in cells(sweep, task, method, chosen, rest)]
+        found = [
+            self.scored(cell, record) if cell.rate == rate else record
+            for cell, record in zip(tried, found, strict=True)
+        ]
+        untried = cells(sweep, task, method, [] if rate is None else [rate], rest)
+        found += [self.once(cell, None) for cell in untried]
+        for cell in [*tried, *untried]:
+            if self.found[cell.name].ok:
+                _tidy(self.folder / RUNS / cell.name, sweep.keep)
+        return found
 
-    def once(self, cell: Cell) -> SweepRecord:
+    def once(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
         """Get the record of a run, done now or read."""
-        record = self._old(cell) or self._new(cell)
-        self.found.append(record)
+        return self._heard(cell, self._old(cell) or self._new(cell, measures))
+
+    def scored(self, cell: Cell, record: SweepRecord) -> SweepRecord:
+        """Get the record of a run at the chosen rate, with its figures on test."""
+        if not record.ok or record.error or any(part in record.metrics for part in REPORTED):
+            return record
+        scored = self._new(cell, None)
+        if not scored.ok:  # its figures on validation were good, and the choice stands
+            scored = record.model_copy(update={"error": scored.error})
+            scored.write(self.folder / RECORDS / f"{cell.name}.json")
+        return self._heard(cell, scored)
+
+    def _heard(self, cell: Cell, record: SweepRecord) -> SweepRecord:
+        with self.turn:
+            self.found[cell.name] = record
+            if self.on_record is not None:
+                self.on_record(list(self.found.values()), self.runs)
         return record
 
     def _old(self, cell: Cell) -> SweepRecord | None:
@@ -137,9 +177,11 @@ class _Running:
                 f"folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
-        return old if old is not None and old.ok and not lacks else None
+        if old is not None and old.diverged and old.config == cell.config.plain():
+            return old  # it would diverge again
+        return old if old is not None and old.ok and not old.error and not lacks else None
 
-    def _new(self, cell: Cell) -> SweepRecord:
+    def _new(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
         place, run_folder = len(self.found), self.folder / RUNS / cell.name
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
@@ -150,16 +192,22 @@ class _Running:
         if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
             # Its weights were deleted, and now something is asked of them: train them again.
             (run_folder / RESULT_FILE).unlink(missing_ok=True)
-        record = _finished(cell, run_folder, self._work(cell, run_folder, on_step), self.provenance, self.jobs)
+        record = _finished(
+            cell, run_folder, self._work(cell, run_folder, measures, on_step), self.provenance, self.jobs
+        )
         record.write(self.folder / RECORDS / f"{cell.name}.json")
-        if record.ok:
-            _tidy(run_folder, self.sweep.keep)
         return record
 
-    def _work(self, cell: Cell, run_folder: Path, on_step: OnWorkerStep) -> dict[str, Any]:
+    def _work(
+        self, cell: Cell, run_folder: Path, measures: Sequence[str] | None, on_step: OnWorkerStep
+    ) -> dict[str, Any]:
         asked = self.sweep.forgetting
         # The base model's loss is the same for every run that begins with the same model.
-        known = [r.general_loss_base for r in self.found if r.general_loss_base is not None and _same_base(r, cell)]
+        known = [
+            r.general_loss_base
+            for r in list(self.found.values())
+            if r.general_loss_base is not None and _same_base(r, cell)
+        ]
         job, answer, log = (run_folder.with_name(f"{cell.name}.{end}") for end in ("job", "answer", "log"))
         told = {
             "config": cell.config.plain(),
@@ -167,6 +215,7 @@ class _Running:
             "answer": str(answer.resolve()),
             "forgetting": None if asked is None else asked.model_dump(mode="json"),
             "base_loss": known[0] if known else None,
+            "measures": measures,
         }
         answer.unlink(missing_ok=True)
         write_atomically(job, json.dumps(told))
@@ -196,7 +245,8 @@ def _finished(
         "provenance": dict(provenance),
     }
     if "error" in answer or not (run_folder / RESULT_FILE).is_file():
-        return SweepRecord(**common, error=str(answer.get("error", "no result was written")))
+        error = str(answer.get("error", "no result was written"))
+        return SweepRecord(**common, error=error, diverged=bool(answer.get("diverged")))
     return SweepRecord(
         **common,
         result=RunResult.read(run_folder).model_copy(update={"folder": ""}),

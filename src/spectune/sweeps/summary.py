@@ -17,16 +17,20 @@ from .record import SweepRecord
 
 FORMAT = 1
 REPORTED = ("test", "lm_eval")
+STEP = "step, ms (not comparable)"
 
 
-def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, Any]:
-    """Get the sweep's outcome: rows, averages over the tasks, failed runs, and where the runs took place."""
+def summarise(sweep: SweepConfig, records: Sequence[SweepRecord], planned: int | None = None) -> dict[str, Any]:
+    """Get the sweep's outcome: rows, averages over the tasks, failed runs, and where the runs took place.
+
+    `planned` is how many runs there will be, while the sweep still runs.
+    """
     rows = [row(sweep, records, task, method) for task in sweep.tasks for method in sweep.methods]
     good = next((record for record in records if record.ok), None)
     reported = task_metrics(sweep, records, REPORTED, sweep.report or sweep.metric)
     chosen = task_metrics(sweep, records, ("validation",), sweep.metric)
     metric, chosen_by = (" or ".join(dict.fromkeys(names.values())) for names in (reported, chosen))
-    return {
+    found: dict[str, Any] = {
         "format": FORMAT,
         "title": sweep.title,
         "metric": metric,
@@ -46,13 +50,16 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord]) -> dict[str, A
         if len(sweep.tasks) > 1 and len({better_is_smaller(name) for name in reported.values()}) == 1
         else [],
         "failed": [
-            {"run": f"{r.task}--{r.method}--{r.rate:g}--{r.seed}", "error": r.error} for r in records if not r.ok
+            {"run": f"{r.task}--{r.method}--{r.rate:g}--{r.seed}", "error": r.error} for r in records if r.error
         ],
         "runs": len(records),
+        "planned": planned,
         "device": good.found.device if good else "",
         "provenance": good.provenance if good else {},
-        "says": remarks(sweep, rows, records),
+        "says": [] if planned is None else [f"The sweep is not finished: {len(records)} of {planned} runs are done."],
     }
+    found["says"] += remarks(sweep, rows, records)
+    return found
 
 
 def task_metrics(
@@ -61,9 +68,8 @@ def task_metrics(
     """Get the metric of each task: GLUE's tasks have their own."""
     found = {}
     for task in sweep.tasks:
-        good = next((record for record in records if record.ok and record.task == task), None)
-        measured = good is not None and any(good.metrics.get(split) for split in splits)
-        found[task] = metric_of(good.metrics, splits, name)[0] if good and measured else name or ""
+        mine = [r for r in records if r.ok and r.task == task and any(split in r.metrics for split in splits)]
+        found[task] = metric_of(mine[0].metrics, splits, name)[0] if mine else name or ""
     return found
 
 
@@ -73,7 +79,8 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
     tuning = [r for r in mine if r.seed in sweep.seeds[: sweep.tuning_seeds]]
     rate = chosen_rate(tuning, sweep.metric)
     at = [r for r in mine if r.ok and r.rate == rate]
-    tests = [metric_of(r.metrics, REPORTED, sweep.report or sweep.metric)[1] for r in at]
+    scored = [r for r in at if any(part in r.metrics for part in REPORTED)]
+    tests = [metric_of(r.metrics, REPORTED, sweep.report or sweep.metric)[1] for r in scored]
     means = validation_means(tuning, sweep.metric)
     grid = sorted({*sweep.methods[method].rates(task), *(r.rate for r in mine)})
     forgot = [r.forgetting for r in at if r.forgetting is not None]
@@ -98,7 +105,7 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
         "peak_bytes": max((r.found.peak_bytes for r in at if r.found.peak_bytes is not None), default=None),
         "file_bytes": max((r.found.file_bytes for r in at if r.found.file_bytes is not None), default=None),
         "forgetting": statistics.fmean(forgot) if forgot else None,
-        "failed": sum(not r.ok for r in mine),
+        "failed": sum(bool(r.error) for r in mine),
     }
 
 
@@ -127,8 +134,12 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
         said.append("One seed: differences may be chance.")
     elif len(sweep.seeds[: sweep.tuning_seeds]) < len(sweep.seeds):
         said.append(f"Rates were chosen with {len(sweep.seeds[: sweep.tuning_seeds])} of {len(sweep.seeds)} seeds.")
+    said.append(
+        "Step times are not comparable between methods: the runs were timed one after another, and the machine may "
+        "have been busier in one than in another. docs/speed.md has times that were measured in turn."
+    )
     if not any(r.found.device != "cpu" for r in records if r.ok):
-        said.append("Peak memory is that of the whole process; step times hold for this machine as busy as it was.")
+        said.append("Peak memory is that of the whole process.")
     jobs = max((r.jobs for r in records if r.ok), default=1)
     if jobs > 1:
         said.append(f"Up to {jobs} runs were at work side by side, and their step times with them.")
@@ -172,14 +183,14 @@ def rates_told(summary: Mapping[str, Any]) -> str:
 def _table(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     forgets = any(row["forgetting"] is not None for row in rows)
     metric = summary["task_metrics"][rows[0]["task"]]
-    names = ["method", f"test {metric}", "low to high", "seeds", "rate", "trained numbers", "step, ms"]
+    names = ["method", f"test {metric}", "low to high", "seeds", "rate", "trained numbers", STEP]
     names += ["peak, MiB", "file, KiB", *(["forgetting, nats"] if forgets else [])]
     lines = ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 1)]
     for row in rows:
         cells = [
             row["method"],
             shown(row["test"], metric),
-            f"{shown(row['low'], metric)} to {shown(row['high'], metric)}" if row["seeds"] > 1 else "–",
+            spread(row, metric),
             str(row["seeds"]),
             "–" if row["rate"] is None else f"{row['rate']:g}" + (" (end of grid)" if row["at_edge"] else ""),
             "–" if row["trainable"] is None else f"{row['trainable']:,}",
@@ -197,6 +208,16 @@ def shown(value: float | None, metric: str) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}" if better_is_smaller(metric) else f"{100 * value:.2f}"
+
+
+def spread(row: Mapping[str, Any], metric: str) -> str:
+    """Get lowest and highest figure of a row in words; with one seed, or without figures, there is no range."""
+    if row["test"] is None or row["low"] is None:
+        return "–"
+    if row["seeds"] == 1:
+        return "one seed"
+    low, high = (shown(row[key], metric) for key in ("low", "high"))
+    return f"{low} to {high}" if low != high else f"{low} with every seed"
 
 
 def _finite(value: float) -> float | None:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..checkpoint import write_atomically
-from ..errors import SpectuneError, one_line
+from ..errors import DivergedError, SpectuneError, one_line
 from ..recipes.recipe import Recipe
 from ..recipes.table import parse_config
+from ..runs.folder import Run
 from ..runs.load import load_run
+from ..runs.measuring import PARTS, measured, refuse_unmeasured
 from ..runs.result import RESULT_FILE, RunResult
 from ..runs.train import train_run
 from ..training.loop import OnStep
@@ -36,12 +38,13 @@ FAILED, INTERRUPTED = 1, 130
 def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
     """Train, measure, write the answer; get the exit status."""
     started = time.perf_counter()
+    answer: dict[str, Any]
     try:
         answer = work(job, on_step)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SpectuneError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "diverged": isinstance(error, DivergedError)}
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
     write_atomically(job["answer"], json.dumps(answer | {"seconds": time.perf_counter() - started}))
@@ -49,16 +52,22 @@ def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
 
 
 def work(job: dict[str, Any], on_step: OnStep | None = None) -> dict[str, Any]:
-    """Get the run's loss on general text and the base model's; trains what is not trained yet."""
+    """Get the run's loss on general text and the base model's; trains and measures what is not done yet."""
     config, folder = parse_config(job["config"]), Path(job["folder"])
     recipe: Recipe | None = None
     model: Any = None
     if not (folder / RESULT_FILE).is_file():
-        trained = train_run(config, folder, resume=True, on_step=on_step)
+        trained = train_run(config, folder, resume=True, on_step=on_step, measures=job["measures"])
         recipe, model = trained.recipe, trained.model
+    result = RunResult.read(folder)
+    if result.diverged:
+        raise DivergedError(result.diverged)
+    lacks = [part for part in job["measures"] or PARTS if part not in result.metrics]
+    if recipe is None and lacks:
+        recipe, model = load_run(folder)
+        _measure(result, recipe, model, lacks)
     if job["forgetting"] is None or config.recipe != "causal_lm":
         return {}
-    RunResult.read(folder)
     if recipe is None:
         recipe, model = load_run(folder)
     asked = GeneralText.model_validate(job["forgetting"])
@@ -67,6 +76,13 @@ def work(job: dict[str, Any], on_step: OnStep | None = None) -> dict[str, Any]:
         del model
         base = general_loss(recipe.build_model(), recipe.processing, asked)
     return {"general_loss": after, "general_loss_base": base}
+
+
+def _measure(result: RunResult, recipe: Recipe, model: Any, parts: list[str]) -> None:
+    """Measure some parts of a finished run and put them into its result."""
+    found, failed = measured(recipe, model, parts)
+    refuse_unmeasured(result.model_copy(update={"unmeasured": failed}))
+    Run(Path(result.folder)).write(result.model_copy(update={"metrics": result.metrics | found}))
 
 
 def _telling(steps_told: TextIO) -> OnStep:

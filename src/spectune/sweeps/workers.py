@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -40,7 +40,7 @@ class Workers:
                         on_step(*json.loads(line))
                 status = process.wait()
             except BaseException:  # of on_step
-                process.send_signal(signal.SIGINT)
+                _end(process)
                 process.wait()
                 raise
             finally:
@@ -77,7 +77,18 @@ class Workers:
                 if at_once:
                     process.kill()
                 else:
-                    process.send_signal(signal.SIGINT)
+                    _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Have a process save its checkpoint and end.
+
+    By the end of its stdin, not by a signal: a sweep in the background ignores SIGINT, and so does its process until
+    Python is up; the end of a file waits.
+    """
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
 
 
 @contextmanager

@@ -24,9 +24,37 @@ PathOrName = Annotated[str, AfterValidator(absolute_if_there)]
 
 
 class Section(BaseModel):
-    """A part of a run's configuration; unknown keys are errors."""
+    """A part of a run's configuration; unknown keys, infinite numbers, and yes or no for a number are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truths(cls, values: Any) -> Any:
+        """pydantic takes true for 1, and YAML takes yes for true."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if (
+                field is not None
+                and field.annotation is not bool
+                and _has_truth(value)
+                and _is_number(field.annotation)
+            ):
+                raise ValueError(f"{name} is {value!r}, and a number is needed")
+        return values
+
+
+def _has_truth(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(item, bool) for item in inner)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Ask whether an annotation is of numbers, alone or in a list or dict, and of nothing else but None."""
+    if annotation in (int, float):
+        return True
+    parts = [part for part in getattr(annotation, "__args__", ()) if part is not type(None)]
+    return bool(parts) and _is_number(parts[-1])
 
 
 _SectionT = TypeVar("_SectionT", bound=Section)
@@ -134,6 +162,11 @@ class RunConfig(Section):
     def adapter_options(self) -> dict[str, Any] | None:
         """The adapter's options; None without an adapter."""
         return None if isinstance(self.adapter, str) else dict(self.adapter)
+
+    @property
+    def adapters(self) -> list[dict[str, Any]]:
+        """The options of every adapter of the run."""
+        return [] if self.adapter_options is None else [self.adapter_options]
 
     def plain(self) -> dict[str, Any]:
         """Get the configuration as plain values for YAML, including defaults."""

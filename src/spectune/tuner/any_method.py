@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -13,6 +13,7 @@ from peft.config import PeftConfig
 
 from ..errors import OptionError, SpectuneError, UnknownOptionError, nearest
 from .config import SpectralConfig
+from .config_types import fits
 
 # Options of LoRA that PEFT leaves without effect, or trips over, until something else is called: the first three
 # compute a start from activations or gradients. Without it LoRA would start from random numbers, and say nothing.
@@ -48,10 +49,11 @@ def build_adapter_config(options: Mapping[str, Any]) -> PeftConfig:
 
 
 def _foreign(kind: type[PeftConfig], name: str, given: dict[str, Any]) -> PeftConfig:
-    fields = [field for field in inspect.signature(kind).parameters if field != "peft_type"]
+    known = [field for field in inspect.signature(kind).parameters if field != "peft_type"]
     for option in given:
-        if option not in fields:
-            raise UnknownOptionError(f"adapter: {name} has no option {option!r}. {nearest(option, fields)}")
+        if option not in known:
+            raise UnknownOptionError(f"adapter: {name} has no option {option!r}. {nearest(option, known)}")
+    _refuse_wrong_types(kind, name, given)
     start = str(given.get("init_lora_weights")).lower()
     for option, call in NEEDS_A_CALL.items():
         if given.get(option) is not None or f"{start}_config" == option:
@@ -75,6 +77,20 @@ def _foreign(kind: type[PeftConfig], name: str, given: dict[str, Any]) -> PeftCo
         )
     _refuse_overwritten(config, name, given)
     return config
+
+
+def _refuse_wrong_types(kind: type[PeftConfig], name: str, given: dict[str, Any]) -> None:
+    """Raise `OptionError` for a list where a number belongs: PEFT would fail in the middle of a run, or not at all."""
+    hints, defaults = get_type_hints(kind), {field.name: field.default for field in fields(kind)}
+    for option, value in given.items():
+        # Annotated as whole numbers, but only ever divided by.
+        hint = float if option.endswith("alpha") and hints.get(option) is int else hints.get(option, Any)
+        if not fits(value, hint) and value is not defaults.get(option):
+            wanted = inspect.formatannotation(hint).replace("NoneType", "None")
+            raise OptionError(
+                f"adapter: {name}: {option}={value!r} is of the type {type(value).__name__}, but {wanted} is needed. "
+                f"Correct it."
+            )
 
 
 def _refuse_overwritten(config: PeftConfig, name: str, given: dict[str, Any]) -> None:

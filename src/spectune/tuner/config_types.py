@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from ..errors import OptionError, one_line
 from ..methods import Method
@@ -69,6 +70,28 @@ def check_plain_types(options: Any, where: str = "") -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, tuple(kind for kind in kinds if kind is not None)):
             raise _wrong_type(where + option.name, value)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Ask whether a plain value, as YAML holds it, is of an annotated type; what is not plain words fits anything.
+
+    A truth is not a number, and a whole number is a fraction too.
+    """
+    kinds, parts = get_origin(hint), get_args(hint)
+    if kinds in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if kinds is Literal:  # PEFT lists fewer words than it takes (pissa_niter_4)
+        return any(type(value) is type(part) for part in parts)
+    if kinds in (list, tuple, set, Sequence):
+        return isinstance(value, (list, tuple, set)) and all(fits(item, part) for item in value for part in parts[:1])
+    if kinds is dict or hint is dict:
+        return isinstance(value, dict)
+    if hint is type(None) or hint is None:
+        return value is None
+    plain: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, str: str, bool: bool, list: (list, tuple)}
+    if hint not in plain:
+        return True
+    return isinstance(value, plain[hint]) and (hint is bool or not isinstance(value, bool))
 
 
 def _wrong_type(name: str, value: Any) -> OptionError:
