@@ -26,6 +26,7 @@ from spectune.runs import building
 from spectune.spectrum import obtain
 from spectune.tuner import attach, bases, build_adapter_config
 from spectune.tuner.config import SVDOptions
+from spectune.tuner.config_types import fits
 from tests.recipes import tiny
 from tests.recipes.other_values import other_values
 
@@ -216,9 +217,43 @@ def test_every_option_of_any_method_stands_in_its_config_or_is_refused() -> None
 )
 def test_what_peft_would_leave_without_effect_is_refused(told: Options, words: str, tmp_path: Path) -> None:
     adapter = {"peft_type": "LORA", "target_modules": ["query"]} | told
-    config = parse_config(tiny.text_run(tmp_path, adapter=adapter))
+    values = tiny.text_run(tmp_path, adapter=adapter)
     with pytest.raises(OptionError, match=words):
-        building.build(recipe_class(config.recipe)(config))
+        building.build(recipe_class(values["recipe"])(parse_config(values)))
+
+
+@pytest.mark.parametrize("kind", sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+def test_what_peft_has_by_default_fits_what_it_annotates(kind: str) -> None:
+    """Else a type would be refused that PEFT itself uses."""
+    config = next(c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(getattr(k, "value", k)) == kind)
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        default = field.default
+        assert default in (None, dataclasses.MISSING) or fits(default, hints[field.name]), field.name
+
+
+WRONG_TYPES: list[Options] = [
+    {"r": [1, 2]}, {"r": True}, {"r": 8.5}, {"r": "8"}, {"lora_dropout": [0.1]}, {"lora_alpha": "x"},
+    {"use_rslora": "yes"}, {"target_modules": 3}, {"target_modules": [1]}, {"init_lora_weights": 3},
+    {"rank_pattern": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("told", WRONG_TYPES, ids=str)
+def test_a_wrong_type_in_an_option_of_pefts_is_refused(told: Options) -> None:
+    with pytest.raises(OptionError, match=rf"adapter: LORA: {next(iter(told))}=.* is of the type .* is needed"):
+        build_adapter_config({"peft_type": "LORA", "target_modules": ["q"]} | told)
+
+
+RIGHT_TYPES: list[Options] = [
+    {"lora_alpha": 0.5}, {"lora_dropout": 0}, {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": False},
+    {"layers_to_transform": [0, 1]}, {"target_modules": "all-linear"}, {"rank_pattern": {"q": 3}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("told", RIGHT_TYPES, ids=str)
+def test_what_peft_takes_is_taken(told: Options) -> None:
+    build_adapter_config({"peft_type": "LORA", "target_modules": ["q"]} | told)
 
 
 def test_a_number_that_peft_overwrites_is_refused() -> None:
