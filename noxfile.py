@@ -19,6 +19,8 @@ OLDEST = {"torch": "torch==2.6.*", "peft": "peft==0.21.0", "transformers": "tran
 NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5.6,<5.24"}
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
+# What `beyond` takes the newest of.
+BEYOND = ["torch", "transformers", "peft", "accelerate", "trl", "datasets", "safetensors", "diffusers"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 # What other machines have: each entry rounds otherwise, reads sets in another order, and has another user.
 # GOMP_SPINCOUNT and OMP_WAIT_POLICY: threads that wait do not take the cores from those that work.
@@ -57,6 +59,37 @@ def one_old(session: nox.Session, package: str) -> None:
     """One package at its lower end, all others new: says which of them a failure of `oldest` is about."""
     session.install("--editable", ".[test]", *{**NEWEST, package: OLDEST[package]}.values())
     run_tests(session, *TOUCHING)
+
+
+@nox.session(python=["3.12"])
+def beyond(session: nox.Session) -> None:
+    """The newest torch, transformers, peft and what goes with them, within our ranges or not: says what broke.
+
+    Each is installed without asking the others, for a release may demand one that is not out yet (transformers 5.24 and
+    peft 0.22). torch's CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+    """
+    session.install("--editable", ".[test]")
+    for package in BEYOND:
+        session.install("--upgrade", "--no-deps", package)
+    _say_what_broke(session, {})
+
+
+@nox.session(python=False)
+def lean_beyond(session: nox.Session) -> None:
+    """The same without torch, laid over the packages of this Python: takes seconds to install."""
+    folder = os.path.join(session.create_tmp(), "over")
+    words = ["-q", "--no-deps", "--upgrade", "--target", folder, *(p for p in BEYOND if p != "torch")]
+    session.run(sys.executable, "-m", "pip", "install", *words)
+    _say_what_broke(session, {"PYTHONPATH": os.pathsep.join([folder, "src"])})
+
+
+def _say_what_broke(session: nox.Session, environment: dict[str, str]) -> None:
+    """Print the versions and whether they fit, then one line for each test that fails."""
+    told = {**ENVIRONMENT, **environment}
+    session.run("python", "-m", "pip", "check", success_codes=[0, 1], env=told)
+    session.run("python", "-m", "spectune.cli", "env", env=told)
+    words = ["--tb=line", "-rf", "-p", "no:warnings", *(session.posargs or TOUCHING)]
+    session.run("python", "-m", "pytest", "-q", *words, env=told)
 
 
 @nox.session(python=["3.12"])
