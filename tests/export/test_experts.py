@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from spectune import METHODS, SpectralConfig
 from spectune.errors import ExportError
 from spectune.export import export_lora
+from spectune.tuner import load_attached
 
 from ..experts import MODELS, TARGETS, fresh, logits
 from ..tuner.conftest import OPTIONS, train
@@ -61,6 +62,14 @@ def test_parameters_of_other_ranks_and_a_router_are_exact(tmp_path: Path) -> Non
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj", "gate.weight"]
     assert_near(through_peft("mixtral", tmp_path / "lora"), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("more", [{}, {"rank_pattern": {"down_proj": 1}}, {"target_modules": ["q_proj"]}])
+def test_the_lora_is_also_loaded_where_the_file_of_a_stranger_is_bounded(more: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted("mixtral", **{"target_modules": [], **more})
+    export_lora(model, tmp_path / "lora")
+    assert_near(logits(load_attached(fresh("mixtral"), tmp_path / "lora").eval()), logits(model))
 
 
 def test_layers_without_experts_are_not_named(tmp_path: Path) -> None:

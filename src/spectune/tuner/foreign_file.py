@@ -113,12 +113,13 @@ def _choose_layers(config: Any, model: nn.Module) -> None:
             )
     else:
         chosen = chosen_layers(config, model)
-        if not chosen:
+        if not chosen and not _parameters(config, model):
             raise AdapterError(
                 f"target_modules: {str(words)[:200]!r} names no layer of {type(model).__name__} that nothing excludes. "
                 f"Load the adapter on the base model that it was trained on."
             )
-        config.target_modules = "|".join(re.escape(layer) for layer in sorted(chosen))
+        config.target_modules = "|".join(re.escape(layer) for layer in sorted(chosen)) or []
+    chosen |= _parameters(config, model)
     clock = Clock()
     for option in PATTERN_MAPS:
         if (given := getattr(config, option, None)) and not _is_kept(given):
@@ -128,6 +129,14 @@ def _choose_layers(config: Any, model: nn.Module) -> None:
     for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(config, option):
             setattr(config, option, None)
+
+
+def _parameters(config: Any, model: nn.Module) -> frozenset[str]:
+    """Get the paths of the parameters that `target_parameters` names: whole paths, or ends of them."""
+    ends = tuple(getattr(config, "target_parameters", None) or ())
+    return frozenset(
+        path for path, _ in model.named_parameters() if any(f".{path}".endswith(f".{end}") for end in ends)
+    )
 
 
 def _is_kept(pattern: dict[str, Any]) -> bool:
