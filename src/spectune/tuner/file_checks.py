@@ -15,8 +15,7 @@ def refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:
     for name, tensor in state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(
-                f"{name.removeprefix('base_model.model.')}: NaN or infinity in the adapter file. Train or copy the "
-                f"adapter again."
+                f"{name.removeprefix('base_model.model.')}: contains NaN or infinity. Train or copy the adapter again."
             )
 
 
