@@ -99,6 +99,7 @@ def main() -> None:
         },
         "tasks": tasks(asked.tasks, asked.data, asked.work),
         "methods": {name: {"adapter": ARMS[name][0], "learning_rates": ARMS[name][1]} for name in asked.arms},
+        "baseline": "lora" if "lora" in asked.arms else None,
         "seeds": asked.seeds,
         "tuning_seeds": 1,
         "keep": "nothing",

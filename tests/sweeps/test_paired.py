@@ -4,7 +4,13 @@ import random
 
 import pytest
 
+from spectune.errors import OptionError
+from spectune.pages.comparison_page import render_comparison
+from spectune.sweeps import parse_sweep, summarise, to_markdown
 from spectune.sweeps.paired import paired
+
+from .sweeps import record
+from .test_sweep import GRID, plain_sweep
 
 TASKS = ["a", "b"]
 
@@ -49,3 +55,27 @@ def test_only_seeds_that_both_have_run_are_compared() -> None:
 def test_a_task_without_a_pair_leaves_no_mean() -> None:
     found = gain({"a": {0: 1.0}, "b": {0: 1.0}}, {"a": {0: 0.0}, "b": {1: 0.0}})
     assert found["mean"] is None and found["by_task"]["b"] is None
+
+
+def test_a_sweep_shows_what_its_methods_gain_over_the_baseline_at_their_chosen_rates() -> None:
+    sweep = parse_sweep(plain_sweep(methods={"a": GRID, "b": GRID}, seeds=[0, 1], baseline="b"))
+    low, high = GRID["learning_rates"][:2]
+    runs = [
+        record(method, rate, seed, validation=0.9 if rate == high else 0.1, test=test + 0.1 * seed)
+        for method, at in (("a", 0.63), ("b", 0.60))
+        for rate, test in ((low, 0.0), (high, at))
+        for seed in (0, 1)
+    ]
+    found = summarise(sweep, runs)
+    (gain,) = found["gains"]
+    assert gain["method"] == "a" and gain["mean"] == pytest.approx(0.03) and gain["pairs"] == 2
+    assert "## Gain over b" in to_markdown(found) and "| a | +3.00 ± 0.00 | +3.00 to +3.00 |" in to_markdown(found)
+    page = render_comparison(found)
+    assert "Gain over b" in page and "+3.00 ± 0.00" in page
+    plain = summarise(parse_sweep(plain_sweep(methods={"a": GRID, "b": GRID})), runs)
+    assert plain["gains"] == [] and "Gain" not in to_markdown(plain) and "Gain over" not in render_comparison(plain)
+
+
+def test_a_baseline_is_one_of_the_methods() -> None:
+    with pytest.raises(OptionError, match="baseline 'lra' is not one of the methods. Did you mean 'lora'"):
+        parse_sweep(plain_sweep(methods={"lora": GRID}, baseline="lra"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_atomically
+from ..sweeps.paired import gain_words
 from ..sweeps.summary import spread
 from .comparison_charts import COLOURS, front_chart, rate_chart
 from .frame import fill
@@ -40,7 +41,7 @@ def render_comparison(summary: Mapping[str, Any], published: Mapping[str, Any] |
         )
     return fill(
         "comparison.html.j2",
-        {"bytes": readable_bytes, "figure": _figure, "spread": spread},
+        {"bytes": readable_bytes, "figure": _figure, "spread": spread, "gained": gain_words},
         summary=summary,
         parts=parts,
         published=published,

@@ -77,6 +77,9 @@ class SweepConfig(Section):
     tuning_seeds: int | None = Field(
         None, gt=0, description="Only so many seeds try every rate, the rest only the chosen one; default: all."
     )
+    baseline: str | None = Field(
+        None, description="One of the methods: the others' gains over it are shown, paired by seed, with their errors."
+    )
     head_at_rate: bool = Field(
         False, description="Train a new head at the adapter's rate, as scripts with one rate for all do."
     )
@@ -115,6 +118,14 @@ class SweepConfig(Section):
     def chooses(self) -> bool:
         """Whether any method has more than one rate to choose from."""
         return self.grow > 0 or any(len(m.rates(task)) > 1 for m in self.methods.values() for task in self.tasks)
+
+    @model_validator(mode="after")
+    def _known_baseline(self) -> SweepConfig:
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise ValueError(
+                f"baseline {self.baseline!r} is not one of the methods. {nearest(self.baseline, [*self.methods])}"
+            )
+        return self
 
     @field_validator("seeds")
     @classmethod

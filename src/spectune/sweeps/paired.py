@@ -8,12 +8,45 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .config import SweepConfig, better_is_smaller, metric_of
+from .record import SweepRecord
+
 # Resamples of the bootstrap (Efron 1979): the ends of a 95% interval move by about a twentieth of its width.
 RESAMPLES = 2000
 INTERVAL = 0.95
 
 Scores = Mapping[tuple[str, str], Mapping[int, float]]
 """(task, method) -> seed -> the reported figure at the chosen rate."""
+
+
+def gains(
+    sweep: SweepConfig, records: Sequence[SweepRecord], rows: Sequence[Mapping[str, Any]], splits: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Get `paired` of a sweep's runs at their chosen rates; nothing where no baseline is named."""
+    if sweep.baseline is None:
+        return []
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    smaller: dict[str, bool] = dict.fromkeys(sweep.tasks, False)
+    for row in rows:
+        task, method = row["task"], row["method"]
+        at = [r for r in records if r.ok and (r.task, r.method, r.rate) == (task, method, row["rate"])]
+        for record in at:
+            name, value = metric_of(record.metrics, splits, sweep.report or sweep.metric)
+            smaller[task] = better_is_smaller(name)
+            if math.isfinite(value):
+                scores.setdefault((task, method), {})[record.seed] = value
+    return paired(scores, list(sweep.methods), list(sweep.tasks), smaller, sweep.baseline)
+
+
+def gain_words(gain: Mapping[str, Any], scale: float) -> tuple[str, str]:
+    """Get a gain as people write it: the mean with its standard error, and the 95% interval."""
+    if gain["mean"] is None:
+        return "–", "–"
+    mean = f"{scale * gain['mean']:+.2f}"
+    if gain["error"] is None:
+        return mean, "one seed"
+    low, high = (f"{scale * gain[end]:+.2f}" for end in ("low", "high"))
+    return f"{mean} ± {scale * gain['error']:.2f}", f"{low} to {high}"
 
 
 def paired(

@@ -13,6 +13,7 @@ from typing import Any
 
 from .choice import chosen_rate, validation_means
 from .config import SweepConfig, better_is_smaller, metric_of
+from .paired import gain_words, gains
 from .record import SweepRecord
 
 FORMAT = 1
@@ -45,6 +46,10 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord], planned: int |
         "tasks": list(sweep.tasks),
         "methods": list(sweep.methods),
         "rows": rows,
+        "baseline": sweep.baseline,
+        "gains": gains(sweep, records, rows, REPORTED)
+        if len({better_is_smaller(name) for name in reported.values()}) == 1
+        else [],
         # A mean of losses and accuracies would say nothing.
         "averages": averages(rows, list(sweep.methods))
         if len(sweep.tasks) > 1 and len({better_is_smaller(name) for name in reported.values()}) == 1
@@ -157,6 +162,8 @@ def to_markdown(summary: Mapping[str, Any], published: Mapping[str, Any] | None 
     if summary["averages"]:
         lines += ["## Mean over the tasks", "", "| method | mean |", "| --- | ---: |"]
         lines += [f"| {r['method']} | {shown(r['test'], summary['metric'])} |" for r in summary["averages"]] + [""]
+    if summary["gains"]:
+        lines += _gains(summary)
     if summary["failed"]:
         lines += ["## Failed runs", "", *(f"- `{f['run']}`: {f['error']}" for f in summary["failed"]), ""]
     lines += [f"- {sentence}" for sentence in summary["says"]]
@@ -166,6 +173,19 @@ def to_markdown(summary: Mapping[str, Any], published: Mapping[str, Any] | None 
             lines.append(f"- {name}: " + ", ".join(f"{task} {value}" for task, value in figures.items()))
         lines += ["", "This run departs from it:", "", *(f"- {sentence}" for sentence in published["deviations"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _gains(summary: Mapping[str, Any]) -> list[str]:
+    scale = 1.0 if all(summary["smaller_is_better"].values()) else 100.0
+    lines = [
+        f"## Gain over {summary['baseline']}",
+        "",
+        "Paired by seed, mean over the tasks; above zero is better.",
+        "",
+    ]
+    lines += ["| method | gain ± standard error | 95% bootstrap |", "| --- | ---: | ---: |"]
+    cells = [(gain["method"], *gain_words(gain, scale)) for gain in summary["gains"]]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in cells), ""]
 
 
 def _told(summary: Mapping[str, Any]) -> str:
