@@ -99,7 +99,7 @@ def test_clip_scores_words_and_dino_refuses_them(folders: Path) -> None:
     found = alignment([wide("red", "blue")], [region], load_encoder(folders / "clip"))[0]
     other = alignment([wide("red", "blue")], [Region(LEFT, prompt="a blue star")], load_encoder(folders / "clip"))[0]
     assert found.image is None and found.text is not None and -1 <= found.text <= 1 and found != other
-    with pytest.raises(OptionError, match="dinov2 reads pictures alone"):
+    with pytest.raises(OptionError, match="dinov2 reads only pictures"):
         alignment([wide("red", "blue")], [region], load_encoder(folders / "dino"))
 
 
@@ -110,7 +110,7 @@ def test_wrong_regions_and_encoders_are_refused(folders: Path, tmp_path: Path) -
         Region()
     with pytest.raises(DataError, match="no pictures"):
         alignment([], [], load_encoder(folders / "dino"))
-    with pytest.raises(OptionError, match="found 'bert'"):
+    with pytest.raises(OptionError, match="but this is 'bert'"):
         load_encoder(folders / "bert")
-    with pytest.raises(OptionError, match="cannot be loaded as an encoder"):
+    with pytest.raises(OptionError, match="cannot load an encoder"):
         load_encoder(tmp_path)

@@ -211,7 +211,7 @@ def test_a_range_test_draws_nothing_and_checks_show_what_is_trained(home: Path, 
     assert "".join(piece for piece, _ in seen.shown.pieces).startswith("[0.png: 8 x 12 x 12 latents] <|startoftext|> a")
     assert {name.split(".")[0] for name, _ in seen.layers} == {"unet", "text_encoder"}
     assert seen.head == 64 and seen.examples == {"train": 3}
-    assert seen.remarks == ["before training the base draws 3 pictures of the class, in 2 steps each"]
+    assert seen.remarks == ["before training, the base draws 3 pictures of the class, in 2 steps each"]
 
 
 def test_any_peft_method_trains_alone_with_a_prior(home: Path, saved: Path, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def png(side: int = 4, colour: int = 0) -> bytes:
 
 
 def test_wrong_pictures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="found none. Put 3 to 10"):
+    with pytest.raises(DataError, match="contains no pictures of the concept. Put 3 to 10"):
         read_shots(tmp_path, "a", 8)
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png: it cannot be read as a picture"):
@@ -357,13 +357,13 @@ def test_wrong_pictures_are_refused(tmp_path: Path) -> None:
         read_shots(tmp_path, "a", 8, tmp_path / "masks")
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks" / "a.png").write_bytes(png())
-    with pytest.raises(DataError, match="mask 1 of 1: it is black"):
+    with pytest.raises(DataError, match="mask 1 of 1: is black"):
         to_weights(read_shots(tmp_path, "a", 8, tmp_path / "masks"), 4)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "b"}')
-    with pytest.raises(DataError, match=r"it names 'b\.png', which is not there"):
+    with pytest.raises(DataError, match=r"there is no file 'b\.png'"):
         read_shots(tmp_path, "a", 8)
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png"}')
-    with pytest.raises(DataError, match="metadata.jsonl:1: asked for file_name and text"):
+    with pytest.raises(DataError, match="metadata.jsonl:1: file_name and text are needed"):
         read_shots(tmp_path, "a", 8)
 
 
@@ -375,14 +375,14 @@ def test_wrong_pictures_are_refused(tmp_path: Path) -> None:
         ({"adapter": {"unett": {}}}, "unett"),
         (
             {"adapter": "head", "word": NO_WORD, "training": {"learning_rate": None}},
-            "adapter: head trains the new word alone",
+            "adapter: head trains only the new word",
         ),
         ({"word": {"initial_word": None}}, "a new word starts from a known one"),
         ({"training": {"steps": 0}}, "training.steps=0:"),
         ({"prior": {"weight": -1.0}}, "prior.weight=-1.0:"),
         ({"prior": {"prompts": ["a"], "images": 0}}, "prior.images=0:"),
-        ({"prior": {"prompts": ["a {token}"]}}, "prior.prompts hold {token}"),
-        ({"word": NO_WORD, "training": {"head_learning_rate": None}}, "drawings.prompts hold {token}"),
+        ({"prior": {"prompts": ["a {token}"]}}, "prior.prompts contain {token}"),
+        ({"word": NO_WORD, "training": {"head_learning_rate": None}}, "drawings.prompts contain {token}"),
         ({"word": NO_WORD}, "training.head_learning_rate is the new word's"),
         ({"training": {"head_first": True}}, "training.head_first is for classifiers"),
         ({"adapter": {"unet": {"method": "svft"}}}, "training.text_encoder_learning_rate is that of a second adapter"),
@@ -402,17 +402,17 @@ ADALORA = {"peft_type": "ADALORA", "target_modules": ["to_q"], "total_step": 3, 
 @pytest.mark.parametrize(
     ("told", "line"),
     [
-        ({"word": {"token": "star"}}, "'star' is a word of the tokenizer already"),
-        ({"word": {"initial_word": "starry"}}, "tokens, a new word starts from one"),
-        ({"data": {"train": "elsewhere"}}, "found none"),
-        ({"data": {"test": "elsewhere"}}, "found none"),
+        ({"word": {"token": "star"}}, "the tokenizer already has the word 'star'"),
+        ({"word": {"initial_word": "starry"}}, "must be one token"),
+        ({"data": {"train": "elsewhere"}}, "contains no pictures"),
+        ({"data": {"test": "elsewhere"}}, "contains no pictures"),
         ({"model": "elsewhere"}, "cannot load"),
         (
             {"adapter": {"unet": {"peft_type": "LORA", "target_modules": ["nothing"]}, "text_encoder": TEXT}},
             "not found",
         ),
         ({"adapter": {"unet": ADALORA, "text_encoder": TEXT}}, "AdaLoRA, whose ranks"),
-        ({"word": {"token": "<wug>"}, "data": {"train": "words"}}, "no caption holds the new word '<wug>'"),
+        ({"word": {"token": "<wug>"}, "data": {"train": "words"}}, "no caption contains the new word '<wug>'"),
         ({"training": {"validate_every": 1}}, "there are no validation examples"),
     ],
 )
@@ -430,7 +430,7 @@ def test_what_does_not_fit_is_refused_before_training(
 
 def test_several_processes_are_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_to_image, "join", lambda: SimpleNamespace(num_processes=2))
-    with pytest.raises(OptionError, match="it trains on one process. Start it without a launcher."):
+    with pytest.raises(OptionError, match="works only in one process. Start it without a launcher."):
         run(config_of(home), tmp_path / "out")
 
 
@@ -468,5 +468,5 @@ def test_a_pipeline_of_another_kind_is_refused(home: Path, tmp_path: Path) -> No
 
 
 def test_a_folder_without_a_concept_is_refused(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="asked for a concept, found no unet"):
+    with pytest.raises(AdapterError, match="not a concept: it has no unet"):
         load_concepts(open_pipeline(home / "base"), [tmp_path])

@@ -173,7 +173,7 @@ def test_a_pipeline_names_known_classes_only(case: str, tmp_path: Path) -> None:
         (place / "evil.py").write_text(CODE.format(mark=str(mark)))
     index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.32.0"} | INDEXES[case]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(AdapterError, match="needs code of its own, which is not run here"):
+    with pytest.raises(AdapterError, match="needs its own code, which spectune never runs"):
         open_pipeline(tmp_path)
     assert not mark.exists()
 

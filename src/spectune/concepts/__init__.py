@@ -1,4 +1,4 @@
-"""Text to image: a few pictures of a concept in, adapters and a new word out.
+"""Text to image: adapters and a new word from a few pictures of a concept.
 
-Nothing is imported here: diffusers is needed only by those who train pictures.
+Nothing is imported here: only training on pictures needs diffusers.
 """

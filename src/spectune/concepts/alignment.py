@@ -1,7 +1,7 @@
-"""Alignment: how like its references, and its prompt, each region of a picture is, by CLIP or DINO.
+"""Alignment: how similar each region of a picture is to its references and its prompt, by CLIP or DINO.
 
-Regions are scored on crops of their own. A wide picture scored whole is cut to its middle by CLIP's preprocessing,
-and the scores of the concepts at the sides are then those of fragments.
+Each region is cropped before it is scored: CLIP's preprocessing cuts a wide picture to its middle, which would leave
+only fragments of the concepts at the sides.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ IMAGES_ONLY = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a picture and what should stand there."""
+    """A part of a picture and what it should show."""
 
     box: Box = WHOLE
     """Left, top, right, bottom, as shares of width and height."""
     references: Sequence[Image.Image] = ()
-    """Pictures of what should stand there."""
+    """Pictures of what it should show."""
     prompt: str | None = None
-    """What should stand there, in words."""
+    """What it should show, in words."""
 
     def __post_init__(self) -> None:
         left, top, right, bottom = self.box
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise OptionError(f"region: the box {self.box} is none. Give left < right and top < bottom from 0 to 1.")
+            raise OptionError(f"region: {self.box} is not a box. Give left < right and top < bottom from 0 to 1.")
         if not self.references and self.prompt is None:
-            raise OptionError(f"region {self.box}: there is nothing to compare it with. Give references or a prompt.")
+            raise OptionError(f"region {self.box}: has nothing to compare it with. Give references or a prompt.")
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Mean cosines of one region, from -1 to 1; None where there was nothing to compare with."""
+    """Mean cosines of one region, from -1 to 1; None without anything to compare with."""
 
     image: float | None
     """Over all pairs of a picture's crop and a reference."""
@@ -62,7 +62,7 @@ class Encoder:
 
     @torch.no_grad()
     def of_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Get one vector per picture; each is filled up to a square first, so that nothing of it is cut off."""
+        """Get one vector per picture; each is padded to a square first, so that nothing is cut off."""
         pixels = self.processor([_filled_up(image) for image in images], return_tensors="pt").pixel_values
         if self.tokenizer is not None:
             found = self.model.get_image_features(pixel_values=pixels)
@@ -72,10 +72,10 @@ class Encoder:
 
     @torch.no_grad()
     def of_text(self, prompt: str) -> torch.Tensor:
-        """Get the vector of a prompt; `OptionError` for an encoder of pictures alone."""
+        """Get the vector of a prompt; `OptionError` for an encoder of pictures only."""
         if self.tokenizer is None:
             raise OptionError(
-                f"prompt {prompt!r}: {self.model.config.model_type} reads pictures alone. "
+                f"prompt {prompt!r}: {self.model.config.model_type} reads only pictures. "
                 f"Leave the prompt out, or use CLIP."
             )
         words = self.tokenizer([prompt], truncation=True, return_tensors="pt")
@@ -84,7 +84,7 @@ class Encoder:
 
 
 def load_encoder(folder: str | Path) -> Encoder:
-    """Get the CLIP, DINO or ViT of a local folder; `OptionError` for another kind of model or one that is not there."""
+    """Get the CLIP, DINO or ViT of a local folder; `OptionError` for another kind of model, or none."""
     local = {"local_files_only": True}
     try:
         kind = load_auto(AutoConfig, folder, **local).model_type
@@ -96,15 +96,15 @@ def load_encoder(folder: str | Path) -> Encoder:
         raise
     except (OSError, ValueError) as error:
         reason = one_line(error)
-        raise OptionError(f"{folder}: it cannot be loaded as an encoder: {reason}. Give a local folder.") from error
+        raise OptionError(f"{folder}: cannot load an encoder: {reason}. Give a local folder.") from error
     known = ", ".join((*WITH_TEXT, *IMAGES_ONLY))
-    raise OptionError(f"{folder}: asked for a CLIP or DINO, found {kind!r}. Give one of {known}.")
+    raise OptionError(f"{folder}: a CLIP or DINO is needed, but this is {kind!r}. Give one of {known}.")
 
 
 def alignment(images: Sequence[Image.Image], regions: Sequence[Region], encoder: Encoder) -> list[Alignment]:
     """Get the alignment of each region, over all pictures."""
     if not images:
-        raise DataError("alignment: asked to score no pictures. Give at least one.")
+        raise DataError("alignment: there are no pictures to score. Give at least one.")
     found = []
     for region in regions:
         crops_MD = encoder.of_images([crop(image, region.box) for image in images])
@@ -118,7 +118,7 @@ def alignment(images: Sequence[Image.Image], regions: Sequence[Region], encoder:
 
 
 def crop(image: Image.Image, box: Box) -> Image.Image:
-    """Get the part of a picture that a box of shares names."""
+    """Get the part of a picture inside a box of shares."""
     width, height = image.size
     left, top, right, bottom = box
     return image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))

@@ -1,4 +1,4 @@
-"""The few pictures of a concept: images with captions and, where given, masks, as latents that a UNet trains on."""
+"""The few pictures of a concept with captions and perhaps masks, as latents for a UNet."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from ..recipes.images import image_ops, upright_rgb
 try:
     from PIL import Image as Image
 except ImportError as error:  # pragma: no cover - the extra brings it
-    raise MissingExtraError(
-        "text to image needs the package pillow, which is not installed. pip install 'spectune[diffusion]'"
-    ) from error
+    raise MissingExtraError("text to image needs the package pillow. Run: pip install 'spectune[diffusion]'") from error
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -30,13 +28,13 @@ class Shot:
     image: Image.Image
     caption: str
     mask: Image.Image | None = None
-    """White where the loss counts; grey counts in part."""
+    """White counts in the loss; grey counts in part."""
 
 
 def read_shots(folder: Path, caption: str, side: int, masks: Path | None = None) -> list[Shot]:
     """Get the pictures of a folder with their captions, scaled to `side` on the short side and cut to the middle.
 
-    A caption stands in `metadata.jsonl` (`file_name` and `text` on each line, as datasets' imagefolder has it), else in
+    A caption is in `metadata.jsonl` (`file_name` and `text` on each line, as in datasets' imagefolder), else in
     NAME.txt beside the picture, else it is `caption`. `masks` is a folder with NAME.png for every picture. `DataError`
     for a folder without pictures, a file that is not a picture, or a mask that is missing.
     """
@@ -44,7 +42,7 @@ def read_shots(folder: Path, caption: str, side: int, masks: Path | None = None)
     captions = _captions(Path(folder))
     for name in captions:
         if not any(path.name == name for path in paths):
-            raise DataError(f"{folder}/metadata.jsonl: it names {name!r}, which is not there. Add it or drop the line.")
+            raise DataError(f"{folder}/metadata.jsonl: there is no file {name!r}. Add it or remove the line.")
     shots = []
     for path in paths:
         beside = path.with_suffix(".txt")
@@ -58,14 +56,12 @@ def picture_paths(folder: Path) -> list[Path]:
     """Get the pictures of a folder in the order of their names; `DataError` if there is none."""
     paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     if not paths:
-        raise DataError(
-            f"{folder}: asked for pictures of the concept, found none. Put 3 to 10 PNG or JPEG files there."
-        )
+        raise DataError(f"{folder}: contains no pictures of the concept. Put 3 to 10 PNG or JPEG files there.")
     return paths
 
 
 def _captions(folder: Path) -> dict[str, str]:
-    """Get file name -> caption out of metadata.jsonl, nothing where there is none."""
+    """Get file name -> caption from metadata.jsonl, if there is one."""
     path = folder / "metadata.jsonl"
     if not path.is_file():
         return {}
@@ -76,7 +72,9 @@ def _captions(folder: Path) -> dict[str, str]:
             if row is not None:
                 found[str(row["file_name"])] = str(row["text"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{i}: asked for file_name and text, found {line[:80]!r}. Write both.") from error
+            raise DataError(
+                f"{path}:{i}: file_name and text are needed, but this is {line[:80]!r}. Write both."
+            ) from error
     return found
 
 
@@ -86,11 +84,11 @@ def _open(path: Path, mode: str) -> Image.Image:
             # Masks lie over their pictures, so both are turned as EXIF says.
             return upright_rgb(image) if mode == "RGB" else image_ops().exif_transpose(image).convert(mode)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: it cannot be read as a picture: {error}. Replace it or take it out.") from error
+        raise DataError(f"{path}: cannot read this picture: {error}. Replace it or remove it.") from error
 
 
 def _square(image: Image.Image, side: int, how: Any = Image.Resampling.LANCZOS) -> Image.Image:
-    """Get the middle square; a picture is cut and never squashed, since a squashed concept is another one.
+    """Get the middle square; a picture is cut and never squashed, which would change the concept.
 
     Masks are scaled by averages: Lanczos would swing over their edges.
     """
@@ -113,14 +111,14 @@ def to_latents(vae: nn.Module, shots: list[Shot]) -> torch.Tensor:
 
 
 def to_weights(shots: list[Shot], side: int) -> torch.Tensor:
-    """Get how much each latent counts (count, 1, side, side), a mean of one for each picture; ones without a mask."""
+    """Get the weight of each latent (count, 1, side, side), with a mean of one per picture; ones without a mask."""
     weights = torch.ones(len(shots), 1, side, side)
     for i, shot in enumerate(shots):
         if shot.mask is not None:
             wide = as_pixels(shot.mask.convert("RGB"))[:, :1] / 2 + 0.5
             weights[i] = nn.functional.interpolate(wide, (side, side), mode="area")[0]
             if not weights[i].any():
-                raise DataError(f"mask {i + 1} of {len(shots)}: it is black, so nothing would be learned. Replace it.")
+                raise DataError(f"mask {i + 1} of {len(shots)}: is black, so nothing would be learned. Replace it.")
             weights[i] /= weights[i].mean()
     return weights
 

@@ -1,4 +1,4 @@
-"""`DrawWhileTraining`: the run's prompts drawn before, during and after training, into files in the run's folder."""
+"""`DrawWhileTraining`: draw the run's prompts before, during and after training, into the run's folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "validation"
 
 
 class DrawWhileTraining(TrainerCallback):
-    """Draws at the steps that are due; what a stopped run drew stays when it goes on."""
+    """Draws at regular steps; a continued run keeps its earlier drawings."""
 
     def __init__(self, model: ConceptModel, asked: Drawings, prompts: Sequence[str], seed: int, run: Path) -> None:
         self.model, self.asked, self.prompts, self.seed, self.run = model, asked, list(prompts), seed, run

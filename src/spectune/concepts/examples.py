@@ -1,4 +1,4 @@
-"""`Examples`: pictures with captions as what a concept is trained and measured on; the prior drawn by the base."""
+"""`Examples`: the pictures and captions of a concept for training and measuring, and the prior drawn by the base."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Examples:
         return with_fixed_noise(self.pictures(split), self.model.noise_levels)
 
     def to_train(self) -> list[PictureRow]:
-        """Get an example for each place in each batch: a picture of the concept and, with a prior, one of the class."""
+        """Get the training examples: each a picture of the concept and, with a prior, one of the class."""
         told, chance, pictures = self.config.training, random.Random(self.config.seed), self.pictures("train")
         if told.epochs is None:
             count = int(told.steps or 0) * told.batch_size * told.gradient_accumulation
@@ -66,7 +66,7 @@ class Examples:
         self._prior = [{"latents": x.float().cpu(), "tokens": self._tokens(prompt)} for x, prompt in pairs]
 
     def caption(self, place: int) -> list[tuple[str, bool]]:
-        """Get the tokens of a training picture's caption, and whether each has an embedding that is trained."""
+        """Get the tokens of a training picture's caption, and whether the embedding of each is trained."""
         tokenizer, word = self.model.pipeline.tokenizer, self.config.word.token
         tokens = tokenizer.convert_ids_to_tokens(self.pictures("train")[place]["tokens"].tolist())
         end = tokens.index(tokenizer.eos_token) + 1
@@ -80,7 +80,7 @@ class Examples:
         return [asked.prompts[i % len(asked.prompts)] for i in range(count)]
 
     def _prior_or_blank(self, like: torch.Tensor) -> list[PictureRow]:
-        """Get the pictures of the class; before they are drawn, as `check` has it, blank ones of the same size."""
+        """Get the pictures of the class; blank ones of the same size before they are drawn, as in `check`."""
         if self._prior is not None:
             return self._prior
         return [{"latents": torch.zeros_like(like), "tokens": self._tokens(prompt)} for prompt in self._prior_prompts]
@@ -99,11 +99,11 @@ class Examples:
         word = self.config.word.token
         if word is not None and not any(word in caption for caption in captions):
             raise OptionError(
-                f"{where}: no caption holds the new word {word!r}; the first is {captions[0]!r}. Write {{token}}."
+                f"{where}: no caption contains the new word {word!r}; the first is {captions[0]!r}. Write {{token}}."
             )
         if word is None and any("{token}" in caption for caption in captions):
             raise OptionError(
-                f"{where}: {captions[0]!r} holds {{token}}, but no word is trained. Give word.token, or other captions."
+                f"{where}: {captions[0]!r} contains {{token}}, but there is no new word. Give word.token, or other captions."
             )
 
     def _tokens(self, caption: str) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Examples:
         ids: torch.Tensor = tokenizer(caption, padding="max_length", return_tensors="pt").input_ids[0]
         if len(ids) > tokenizer.model_max_length:
             raise OptionError(
-                f"caption: {caption!r} is {len(ids)} tokens, the text encoder reads "
-                f"{tokenizer.model_max_length}. Shorten it."
+                f"caption: {caption!r} has {len(ids)} tokens, more than the text encoder reads "
+                f"({tokenizer.model_max_length}). Shorten it."
             )
         return ids

@@ -12,9 +12,9 @@ from torch import nn
 from .model import ConceptModel
 
 Batch = dict[str, torch.Tensor]
-# Noise levels at which each held-out picture is looked at, spread evenly. Chosen, not measured.
+# Noise levels for each held-out picture, spread evenly. Chosen, not measured.
 LEVELS = 8
-# The noise of held-out pictures is the same in every run, so that figures compare.
+# The noise of held-out pictures is the same in every run, so that figures are comparable.
 HELD_OUT_SEED = 0
 
 
@@ -23,8 +23,8 @@ def denoising_loss(
 ) -> Callable[[nn.Module, Batch], torch.Tensor]:
     """Get the loss of a batch: mean squared error of the concept + prior_weight * that of its class.
 
-    What the error is taken of (noise, velocity, the clean latents) is what the pipeline's scheduler says. Noise and
-    levels come from the model's own generator, which starts from the seed, or stand in the batch (`noise`, `t`).
+    The pipeline's scheduler decides what the error is of (noise, velocity, the clean latents). Noise and levels come
+    from the model's own generator, which starts from the seed, or from the batch (`noise`, `t`).
     """
     chance, levels = model.noise.manual_seed(seed), model.noise_levels
 
@@ -44,7 +44,7 @@ def denoising_loss(
         errors = _errors(levels, module, latents, noise, t, tokens, weights)
         if snr_gamma is not None:
             errors = errors * _min_snr(levels, t, snr_gamma)
-        # Divided by the concept's pictures alone: the two means are added, as DreamBooth does.
+        # Divided only by the number of the concept's pictures: DreamBooth adds the two means.
         return (errors * shares).sum() / len(batch["latents"])
 
     return loss

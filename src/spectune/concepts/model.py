@@ -1,4 +1,4 @@
-"""`ConceptModel`: what a concept's training runs through: a UNet, a text encoder, and one word's embedding."""
+"""`ConceptModel`: the trained parts of a pipeline: a UNet, a text encoder, and one word's embedding."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..tuner import attach
 from .config import ADAPTED
 from .pipeline import TOKEN_FILE, save_token
 
-# In a checkpoint, beside what is trained: where the generator of the loss's noise stands.
+# In a checkpoint: the state of the generator of the loss's noise.
 NOISE_FILE = "noise.safetensors"
 
 
 class ConceptModel(nn.Module, OwnCheckpoints):
-    """The parts of a pipeline that training runs through; only adapters and a new word's embedding are trained."""
+    """The parts of a pipeline in training; only adapters and a new word's embedding are trained."""
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ConceptModel(nn.Module, OwnCheckpoints):
         self.text_encoder: Any = pipeline.text_encoder
         self.noise_levels = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.noise = torch.Generator("cpu")
-        """What the loss draws noise and levels from: its own, so that drawing pictures changes no step."""
+        """The generator of the loss's noise and levels: its own, so that drawing pictures does not change steps."""
         self.word: str | None = None
         self.new_word: nn.Parameter | None = None
 
@@ -50,14 +50,14 @@ class ConceptModel(nn.Module, OwnCheckpoints):
         tuned = attach(getattr(self, part), config)
         if is_adalora(tuned):
             raise OptionError(
-                f"adapter.{part}: asked for AdaLoRA, whose ranks are only moved where one model is one adapter's. "
+                f"adapter.{part}: AdaLoRA does not work here: it moves ranks only in a model with a single adapter. "
                 f"Choose another method."
             )
         setattr(self, part, tuned)
         setattr(self.pipeline, part, tuned)
 
     def train_word(self, word: str) -> None:
-        """Train one row of the embedding table: it stands in a parameter of its own, put in where its id occurs."""
+        """Train one row of the embedding table: a separate parameter, inserted wherever its id occurs."""
         index = int(self.pipeline.tokenizer.convert_tokens_to_ids(word))
         table = self.text_encoder.get_input_embeddings()
         self.word, self.new_word = word, nn.Parameter(table.weight[index].detach().float().clone())
@@ -69,7 +69,7 @@ class ConceptModel(nn.Module, OwnCheckpoints):
         table.register_forward_hook(put_in)
 
     def parameters_of(self, part: str) -> list[nn.Parameter]:
-        """Get what is trained of unet, text_encoder or token."""
+        """Get the trained parameters of unet, text_encoder or token."""
         if part == "token":
             return [] if self.new_word is None else [self.new_word]
         return [parameter for parameter in getattr(self, part).parameters() if parameter.requires_grad]
@@ -81,7 +81,7 @@ class ConceptModel(nn.Module, OwnCheckpoints):
 
     @contextmanager
     def drawing(self, untouched: bool = False) -> Iterator[Any]:
-        """Get the pipeline for drawing, as it is trained so far or with its adapters switched off."""
+        """Get the pipeline for drawing, as trained so far or with its adapters switched off."""
         was_training = self.training
         self.eval()
         self.pipeline.vae.to(next(self.unet.parameters()).device)
@@ -104,18 +104,18 @@ class ConceptModel(nn.Module, OwnCheckpoints):
         """Write what `load_concepts` reads: a PEFT folder for each adapted part, and the word."""
         for part in ADAPTED:
             if hasattr(getattr(self, part), "peft_config"):
-                # The word has a file of its own; the other embeddings are the base's.
+                # The word has its own file; the other embeddings are the base's.
                 getattr(self, part).save_pretrained(str(Path(folder, part)), save_embedding_layers=False)
         if self.new_word is not None:
             save_token(Path(folder), str(self.word), self.new_word.detach())
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write what is trained, and where the noise stands."""
+        """Write what is trained, and the state of the noise."""
         self.save_pretrained(folder)
         save_tensors(folder / NOISE_FILE, {"state": self.noise.get_state()})
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Put back what `save_checkpoint` wrote."""
+        """Load what `save_checkpoint` wrote."""
         for part in ADAPTED:
             if (folder / part).is_dir():
                 getattr(self, part).load_adapter(str(folder / part), "default", is_trainable=True)

@@ -23,20 +23,20 @@ try:
     from PIL import Image
 except ImportError as error:  # pragma: no cover - the extra brings it
     raise MissingExtraError(
-        "text to image needs the packages diffusers and pillow. pip install 'spectune[diffusion]'"
+        "text to image needs the packages diffusers and pillow. Run: pip install 'spectune[diffusion]'"
     ) from error
 
 NEEDED = (*ADAPTED, "vae", "tokenizer", "scheduler")
 TOKEN_FILE = "token.safetensors"
 RUN_ADAPTER = "adapter"
-"""Where the folder of a run has what `load_concepts` takes."""
+"""The subfolder of a run that `load_concepts` reads."""
 STEPS, GUIDANCE = 20, 7.5  # Stable Diffusion's usual guidance; 20 steps are enough for DDIM and DPM-Solver.
 
 
 def open_pipeline(folder: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """Get a diffusers pipeline of a folder or the hub; safetensors only. `OptionError` for one that cannot be trained.
 
-    It stands on the accelerator if there is one.
+    It is on the accelerator if there is one.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -46,17 +46,17 @@ def open_pipeline(folder: str | Path, revision: str | None = None, dtype: torch.
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, trust_remote_code=False, revision=revision
         )
-    except Exception as error:  # diffusers checks little of what a folder says, and raises whatever comes of it
+    except Exception as error:  # diffusers checks little and can raise anything
         raise OptionError(
-            f"model: {folder} cannot be loaded: {one_line(error)}. Give a diffusers pipeline folder."
+            f"model: cannot load {folder}: {one_line(error)}. Give a diffusers pipeline folder."
         ) from error
     missing = [name for name in NEEDED if getattr(pipeline, name, None) is None]
     second = [name for name in ("text_encoder_2", "text_encoder_3") if getattr(pipeline, name, None) is not None]
     if missing or second:
         found = f"no {', '.join(missing)}" if missing else f"a second text encoder ({', '.join(second)})"
         raise OptionError(
-            f"model: {folder} is a {type(pipeline).__name__} with {found}. This recipe trains pipelines of one "
-            f"UNet, one text encoder and an autoencoder, as Stable Diffusion 1 and 2."
+            f"model: {folder} is a {type(pipeline).__name__} with {found}. This recipe needs one UNet, one "
+            f"text encoder and an autoencoder, as in Stable Diffusion 1 and 2."
         )
     pipeline.set_progress_bar_config(disable=True)
     if torch.accelerator.is_available():
@@ -74,17 +74,17 @@ def side_of(pipeline: Any) -> int:
 
 def add_token(pipeline: Any, token: str, embedding: torch.Tensor) -> int:
     """Give the pipeline a new word with its embedding, and get the word's id; `OptionError` for a known word."""
-    # A CLIP vocabulary holds most words as "word</w>", which add_tokens would not recognise.
+    # A CLIP vocabulary has most words as "word</w>", which add_tokens would not recognise.
     known = len(pipeline.tokenizer(token, add_special_tokens=False).input_ids) == 1
     if known or pipeline.tokenizer.add_tokens(token) != 1:
         raise OptionError(
-            f"word.token: {token!r} is a word of the tokenizer already. Choose a new one, such as '<{token}>'."
+            f"word.token: the tokenizer already has the word {token!r}. Choose a new one, such as '<{token}>'."
         )
     text_encoder = pipeline.text_encoder
     table = text_encoder.get_input_embeddings().weight
     if embedding.shape != table.shape[1:]:
         raise AdapterError(
-            f"token {token!r}: its embedding has the shape {tuple(embedding.shape)}, this text encoder takes "
+            f"token {token!r}: its embedding has the shape {tuple(embedding.shape)}, but this text encoder needs "
             f"{tuple(table.shape[1:])}. Use the pipeline that it was trained on."
         )
     index = int(pipeline.tokenizer.convert_tokens_to_ids(token))
@@ -101,28 +101,29 @@ def add_known_word(pipeline: Any, token: str, initial_word: str) -> int:
     known = pipeline.tokenizer(initial_word, add_special_tokens=False).input_ids
     if len(known) != 1:
         raise OptionError(
-            f"word.initial_word: {initial_word!r} is {len(known)} tokens, a new word starts from one. "
-            f"Choose a common single word."
+            f"word.initial_word: {initial_word!r} must be one token, but is {len(known)}. Choose a common single word."
         )
     start = pipeline.text_encoder.get_input_embeddings().weight[known[0]].detach().clone()
     return add_token(pipeline, token, start)
 
 
 def save_token(folder: Path, token: str, embedding: torch.Tensor) -> None:
-    """Write a word's embedding as textual inversion stores it; `pipeline.load_textual_inversion` reads it as well."""
+    """Write a word's embedding in the format of textual inversion, for `pipeline.load_textual_inversion`, too."""
     save_tensors(folder / TOKEN_FILE, {token: embedding})
 
 
 def load_concepts(pipeline: Any, folders: Sequence[str | Path]) -> Any:
     """Put trained concepts into a pipeline, in place: their words, and their adapters on UNet and text encoder.
 
-    A folder is that of a run, or any folder with `unet/`, `text_encoder/` or `token.safetensors`. Updates of several
+    A folder is a run's, or any with `unet/`, `text_encoder/` or `token.safetensors`. Updates of several
     adapters are added. The models stay diffusers' and transformers' own classes.
     """
     places = [place for folder in folders for place in (Path(folder), Path(folder, RUN_ADAPTER)) if _holds(place)]
     for folder in map(Path, folders):
         if not _holds(folder) and not _holds(folder / RUN_ADAPTER):
-            raise AdapterError(f"{folder}: asked for a concept, found no {', '.join(ADAPTED)} or {TOKEN_FILE} in it.")
+            raise AdapterError(
+                f"{folder}: not a concept: it has no {', '.join(ADAPTED)} or {TOKEN_FILE}. Check the path."
+            )
     for place in places:
         if (place / TOKEN_FILE).exists():
             _load_token(pipeline, place / TOKEN_FILE)
@@ -141,7 +142,7 @@ def _load_token(pipeline: Any, path: Path) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: it cannot be read as safetensors: {error}. Train the concept anew.") from error
+        raise AdapterError(f"{path}: this is not a safetensors file: {error}. Train the concept again.") from error
     for token, embedding in tensors.items():
         add_token(pipeline, token, embedding)
 
@@ -169,9 +170,9 @@ def sample(
     batch_size: int = 8,
     output_type: str = "pil",
 ) -> list[Any]:
-    """Get one picture per prompt. The i-th starts from the noise of seed + i, whatever the adapters and the batch size.
+    """Get one picture per prompt. The i-th starts from the noise of seed + i, with any adapters and batch size.
 
-    So pictures of two adapters differ by the adapters alone. `output_type="latent"` gives scaled latents instead.
+    So pictures of two adapters differ only by the adapters. `output_type="latent"` gives scaled latents instead.
     """
     found: list[Any] = []
     for start in range(0, len(prompts), batch_size):

@@ -1,4 +1,4 @@
-"""What a pipeline's model_index.json may name: classes of diffusers and transformers, and no code of its own."""
+"""A pipeline's model_index.json may name only classes of diffusers and transformers, not its own code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHOOSES_A_CLASS = re.compile(r"Auto[A-Z]")
 
 
 def refuse_foreign_code(folder: Path) -> None:
-    """Raise `AdapterError` for a pipeline folder that would have diffusers import anything but known classes."""
+    """Raise `AdapterError` for a pipeline folder that would make diffusers import anything but known classes."""
     if not (folder / INDEX).is_file():
         return
     for part, named in read_json(folder / INDEX, CONFIG_LIMIT).items():
@@ -42,6 +42,6 @@ def _check_component(folder: Path, part: str, named: list[Any]) -> None:
 
 def _refused(folder: Path, part: str, named: Any) -> AdapterError:
     return AdapterError(
-        f"{folder / INDEX}: {part} is {named!r}: this pipeline needs code of its own, which is not run here. Use a "
+        f"{folder / INDEX}: {part} is {named!r}: this pipeline needs its own code, which spectune never runs. Use a "
         f"pipeline whose parts are classes of diffusers and transformers."
     )

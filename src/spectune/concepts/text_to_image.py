@@ -1,6 +1,6 @@
-"""Text to image: a few pictures of a concept in, adapters (and a new word) out, on any Stable Diffusion folder.
+"""Text to image: adapters (and a new word) from a few pictures of a concept, on any Stable Diffusion folder.
 
-DreamBooth's protocol (arXiv 2208.12242) with the new word of textual inversion (arXiv 2208.01618): the captions hold
+DreamBooth's protocol (arXiv 2208.12242) with the new word of textual inversion (arXiv 2208.01618): the captions contain
 the word, prompts of its class keep what the base knows, and only adapters and the word's embedding are trained.
 """
 
@@ -38,7 +38,7 @@ TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 class TextToImage(Recipe):
-    """A few pictures of a concept in, adapters and a new word for a Stable Diffusion pipeline out."""
+    """Adapts a Stable Diffusion pipeline, and a new word, to a few pictures of a concept."""
 
     Config = ConceptConfig
     title = "Text to image"
@@ -56,7 +56,7 @@ class TextToImage(Recipe):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if join().num_processes > 1:
-            raise OptionError("recipe text_to_image: it trains on one process. Start it without a launcher.")
+            raise OptionError("recipe text_to_image: works only in one process. Start it without a launcher.")
 
     @cached_property
     def splits(self) -> dict[str, list[Path]]:
@@ -68,7 +68,7 @@ class TextToImage(Recipe):
 
     @cached_property
     def examples(self) -> Examples:
-        """The pictures as what is learned; known once the model is built."""
+        """The pictures as training examples; known once the model is built."""
         raise OptionError("examples: the model must be built first.")
 
     @property
@@ -95,7 +95,7 @@ class TextToImage(Recipe):
         return self.build_model(tuned)
 
     def attach(self, model: Any) -> tuple[nn.Module, list[tuple[list[nn.Parameter], float]]]:
-        for split in self.splits:  # what is wrong with pictures and captions is said before any work
+        for split in self.splits:  # so that mistakes in pictures and captions show before any work
             self.examples.pictures(split)
         config, word = self.config, self.config.word.token
         set_seed(config.seed)  # LoRA's A is random
@@ -112,7 +112,7 @@ class TextToImage(Recipe):
         return model, groups + [(parameters, self._text_rate()) for parameters in others]
 
     def _text_rate(self) -> float:
-        """Get the rate of the text encoder's adapter beside one on the UNet."""
+        """Get the rate of the text encoder's adapter if the UNet has one, too."""
         asked, options = self.config.training.text_encoder_learning_rate, self.config.parts["text_encoder"]
         method = str(options.get("method") or str(options.get("peft_type", "")).upper())
         method = MUON if self.config.training.optimizer == MUON and "method" in options else method
@@ -122,7 +122,7 @@ class TextToImage(Recipe):
         return dict(model.trainable())
 
     def ready(self, split: str) -> None:
-        """Pictures and captions are read in `attach`, still before the first step: they take the pipeline's size."""
+        """Do nothing: `attach` reads pictures and captions, before the first step, in the pipeline's size."""
 
     def rows(self, split: str) -> Sequence[dict[str, Any]]:
         return self.examples.to_train() if split == "train" else self.examples.held_out(split)
@@ -140,7 +140,7 @@ class TextToImage(Recipe):
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         from .loss import held_out_error
 
-        rows, size = self.rows(split), 2 * self.config.training.batch_size  # no gradients: more fits
+        rows, size = self.rows(split), 2 * self.config.training.batch_size  # more fit without gradients
         batches = [self.collate(list(rows[start : start + size])) for start in range(0, len(rows), size)]
         return {"loss": held_out_error(self.model, batches)}
 
@@ -148,9 +148,9 @@ class TextToImage(Recipe):
         self, model: nn.Module, plan: Plan, folder: Path, callbacks: Sequence[TrainerCallback] = (), **more: Any
     ) -> Any:
         self.examples.draw_prior()
-        # Epochs are counted out in the examples: each has another picture of the class beside it.
+        # The examples already contain all epochs, each with another picture of the class.
         made = super().trainer(model, plan, folder, callbacks, **({"num_train_epochs": 1} | more))
-        made.can_return_loss = True  # else transformers looks for labels, and finds no validation loss
+        made.can_return_loss = True  # otherwise transformers looks for labels, and computes no validation loss
         return made
 
     def callbacks(self, model: Any, run: Path) -> list[TrainerCallback]:
@@ -176,4 +176,4 @@ class TextToImage(Recipe):
         asked, steps = self.config.prior, self.config.drawings.steps
         if not asked.prompts or asked.weight == 0:
             return []
-        return [f"before training the base draws {asked.images} pictures of the class, in {steps} steps each"]
+        return [f"before training, the base draws {asked.images} pictures of the class, in {steps} steps each"]

@@ -1,4 +1,4 @@
-"""What the spectra of a model or of an adapter show, before and after tuning."""
+"""The spectra of a model or an adapter, before and after tuning."""
 
 from .adapter_source import is_adapter as is_adapter
 from .adapter_survey import AdapterSurvey as AdapterSurvey

@@ -29,9 +29,9 @@ from ..checkpoint import (
 from ..errors import AdapterError
 from ..records import Delta
 
-# What the names of tensors hold in files of adapters, whoever wrote them.
+# Parts of tensor names in files of adapters, whoever wrote them.
 ADAPTER_NAMES = re.compile(r"lora_|\.lora\.|hada_|lokr_|spectune_adapter")
-# How kohya's trainer begins the names of layers, whose dots it turns into underscores.
+# kohya's prefixes of layer names, in which dots are underscores.
 KOHYA_PREFIX = re.compile(r"^lora_(unet|te\d?|transformer|prior_unet)_")
 
 
@@ -46,7 +46,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A saved adapter: what it is, and how to read it."""
+    """A saved adapter, and how to read its updates."""
 
     path: Path
     method: str
@@ -82,8 +82,8 @@ def is_adapter(path: str | Path) -> bool:
 def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSource:
     """Get a saved adapter: a PEFT folder (spectral or LoRA), a run's folder, or a LoRA file of diffusers or kohya.
 
-    The base is the one given, else the one that the adapter's config names (`find_base`). A LoRA can do without, and
-    nothing is downloaded for it unless `base` asks for it; a spectral adapter needs its base. Only headers are read.
+    The base is the one given, else the one that the adapter's config names (`find_base`). A LoRA does not need one, and
+    nothing is downloaded for it unless `base` is given; a spectral adapter needs its base. Only headers are read.
     """
     path = adapter_path(path)
     folder = read_adapter_folder(path) if path.is_dir() and (path / CONFIG_FILE).exists() else None
@@ -109,7 +109,7 @@ def _lora_base(folder: AdapterFolder | None, base: str | Path | None) -> Base | 
 
 
 def _spectral_size(file: TensorFile) -> tuple[int, int, int]:
-    """Get (layers, trained numbers, bytes): what is neither basis nor sketch nor places (integers) was trained."""
+    """Get (layers, trained numbers, bytes): all tensors but basis, sketch and places (integers) are trained."""
     kept = {*BASIS, "sketch"}
     layers, numbers = set(), 0
     for key, shape in file.shapes.items():

@@ -81,7 +81,7 @@ class AdapterSurvey:
     layer_count: int
     layers: list[LayerSurvey]
     missing: list[str]
-    """What could not be measured, and what it would take."""
+    """What could not be measured, and how to measure it."""
 
     @property
     def suggested_r(self) -> int:
@@ -95,14 +95,14 @@ class AdapterSurvey:
         return 0
 
     def groups(self) -> dict[str, list[LayerSurvey]]:
-        """Get the layers by the name that they have in every block."""
+        """Get the layers by their name in every block."""
         found: dict[str, list[LayerSurvey]] = {}
         for layer in self.layers:
             found.setdefault(layer.group, []).append(layer)
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Get everything as JSON types; each spectrum as at most 48 pairs (place from 1, singular value)."""
+        """Get everything as JSON types; a spectrum has at most 48 pairs (place from 1, singular value)."""
         about = ("path", "method", "base", "r", "trainable", "file_bytes", "layer_count", "suggested_r", "missing")
         layers = [
             {"name": layer.name, "group": layer.group, "shape": list(layer.shape), **layer.figures}

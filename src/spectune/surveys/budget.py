@@ -1,4 +1,4 @@
-"""`budget`: what every method would cost on a model, counted from the shapes of its weights."""
+"""`budget`: the cost of every method on a model, from the shapes of its weights."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..spectrum import sketch_width
 FLOAT_BYTES = 4  # adapters are trained, kept and saved in float32
 # float32 number, gradient, and AdamW's two moments.
 TRAINING_BYTES = 4 * FLOAT_BYTES
-# What is counted: every method with its own defaults, and SVFT's band, which its paper reports beside the diagonal.
+# Every method with its own defaults, and SVFT's band, which its paper reports besides the diagonal.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"svft": ({}, {"pattern": "banded"})}
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """What one method costs on all weights that it can adapt."""
+    """The cost of one method on all weights that it can adapt."""
 
     method: str
     trainable: int
@@ -39,7 +39,7 @@ class BudgetRow:
     training_bytes: int
     """The trained numbers, their gradients and AdamW's two moments (float32). Activations are not counted."""
     exact_rank: int | None
-    """The rank of a LoRA that holds every update of this method exactly, on the weight that needs most; None for
+    """The rank of a LoRA that is exactly equal to any update of this method, on the weight that needs most; None for
     DoRA, which does not have a low-rank update."""
     decompose_seconds: float | None = None
     """An estimate for this machine; None if it was not measured, 0 if no decomposition is needed."""
@@ -48,7 +48,7 @@ class BudgetRow:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory that training takes on top of the model, without activations."""
+        """The memory that training needs besides the model, without activations."""
         return self.frozen_bytes + self.training_bytes
 
 
@@ -65,7 +65,7 @@ def budget(targets: Sequence[Target], r: int) -> list[BudgetRow]:
 
 
 def budget_methods(r: int) -> dict[str, Method]:
-    """Get the methods that a budget counts, by the name of their row; those that do not accept this r are left out."""
+    """Get row name -> method for a budget, without methods that do not accept this r."""
     found: dict[str, Method] = {}
     for name, kind in METHODS.items():
         for options in VARIANTS.get(name, ({},)):
@@ -73,12 +73,12 @@ def budget_methods(r: int) -> dict[str, Method]:
             try:
                 found[" ".join([name, *map(str, options.values())])] = kind(**asked)
             except OptionError:
-                continue  # spectral_r turns planes and has no r = 1
+                continue  # spectral_r rotates planes, so r = 1 is impossible
     return found
 
 
 def fitted(method: Method, shape: tuple[int, int]) -> Method | None:
-    """Get a method as it is attached to a weight of this shape, or None where it has nothing to train."""
+    """Get a method as attached to a weight of this shape, or None if it has nothing to train."""
     try:
         return method.fitted(*shape)
     except WeightError:
@@ -119,7 +119,7 @@ def _cost(asked: Method, shape: tuple[int, int]) -> _Cost | None:
         return None
     rows_O, cols_I = shape
     R = method.basis(rows_O, cols_I)[0]
-    with torch.device("meta"):  # the basis is only measured, never made
+    with torch.device("meta"):  # only its size is needed
         spectrum = Spectrum.unknown(rows_O, cols_I, R)
     try:
         frozen = method.frozen(spectrum)

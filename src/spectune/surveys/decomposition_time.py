@@ -1,4 +1,4 @@
-"""`estimate_seconds`: how long computing the bases of a model takes on this machine, from a few timed weights."""
+"""`estimate_seconds`: the time to compute the bases of a model on this machine, from a few timed weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .figures import median
 
 # How many kinds of work (a shape with a rank) are timed, the most costly first; the rest is scaled. Chosen.
 PROBES = 3
-# A direct solver's time depends on the shape alone, so larger weights are timed on a corner of this side. Chosen.
+# A direct solver's time depends only on the shape, so larger weights are timed on a corner of this side. Chosen.
 CORNER = 1024
 # `decompose` iterates where this many times R fit into K (spectrum/engine.py takes its blocks, a little wider).
 ITERATES_BELOW = 24

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import WeightError
 
-# Rows of W that are turned to float64 at a time, so that no float64 copy of a whole weight is made. Chosen.
+# Rows of W converted to float64 at a time, so that no float64 copy of a whole weight is made. Chosen.
 BLOCK = 1024
 
 
@@ -57,7 +57,7 @@ def stable_rank(values: Sequence[float]) -> float:
 
 
 def energy_at(values: Sequence[float], r: int) -> float:
-    """Get the share of |W|_F^2 that the r largest singular values hold; 0 for a zero matrix."""
+    """Get the share of |W|_F^2 in the r largest singular values; 0 for a zero matrix."""
     total = sum(value * value for value in values)
     return sum(value * value for value in values[:r]) / total if total else 0.0
 

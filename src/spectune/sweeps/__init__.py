@@ -1,4 +1,4 @@
-"""Methods x learning rates x seeds x tasks, laid side by side."""
+"""Methods x learning rates x seeds x tasks, compared."""
 
 from .config import SweepConfig as SweepConfig
 from .config import load_sweep as load_sweep

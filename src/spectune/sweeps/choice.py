@@ -1,4 +1,4 @@
-"""Which learning rate a method gets: the best mean on validation, never looked up on test."""
+"""The learning rate of a method: the best mean on validation, never on test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .record import SweepRecord
 def validation_means(records: Sequence[SweepRecord], metric: str | None) -> dict[float, float]:
     """Get rate -> mean validation figure of one method on one task.
 
-    Only rates count that were tried with the most seeds, so that one lucky run of a rate that crashed elsewhere does
-    not win. What is not finite is as bad as can be.
+    Only rates that were tried with the most seeds count, so that one lucky run of a rate that crashed elsewhere does
+    not win. A figure that is not finite counts as the worst.
     """
     tried: dict[float, list[float]] = defaultdict(list)
     for record in records:
@@ -43,9 +43,9 @@ def chosen_rate(records: Sequence[SweepRecord], metric: str | None) -> float | N
 
 
 def rate_beyond(rates: Sequence[float], best: float | None) -> float | None:
-    """Get the next rate past the end of a grid at which its best stands; None where it stands inside.
+    """Get the next rate beyond a grid whose best rate is at its end; None if it is inside.
 
-    The step is the grid's own last one there: 1e-3, 3e-3 and 9e-3 go on with 2.7e-2 or 3.3e-4.
+    The step is the grid's own last one: 1e-3, 3e-3 and 9e-3 continue with 2.7e-2 or 3.3e-4.
     """
     grid = sorted(set(rates))
     if len(grid) < 2 or best not in (grid[0], grid[-1]):

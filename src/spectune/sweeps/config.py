@@ -1,4 +1,4 @@
-"""A sweep as it is asked for: one base run, and methods x learning rates x seeds x tasks that go over it."""
+"""The configuration of a sweep: one base run, varied by methods x learning rates x seeds x tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training.yaml_file import read_yaml
 
 # Names become folders.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-# Metrics of which less is better, also as a part of lm-eval's names (word_perplexity, bits_per_byte).
+# Metrics that are better when smaller, also as a part of lm-eval's names (word_perplexity, bits_per_byte).
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -31,14 +31,16 @@ class Arm(Section):
         description="As in a run: method, peft_type, none, or head (whose rates are the head's)."
     )
     learning_rates: Grid | dict[str, Grid] = Field(description="The grid; or task -> its grid, for every task.")
-    over: dict[str, Any] = Field(default_factory=dict, description="Goes over the base run for this method alone.")
+    over: dict[str, Any] = Field(
+        default_factory=dict, description="Replaces settings of the base run, only for this method."
+    )
 
     @field_validator("learning_rates")
     @classmethod
     def _once(cls, values: list[float] | dict[str, list[float]]) -> list[float] | dict[str, list[float]]:
         for grid in values.values() if isinstance(values, dict) else [values]:
             if len({f"{value:g}" for value in grid}) < len(grid):
-                raise ValueError("a rate stands twice")
+                raise ValueError("a rate occurs twice")
         return values
 
     def rates(self, task: str) -> list[float]:
@@ -47,35 +49,37 @@ class Arm(Section):
 
 
 class GeneralText(Section):
-    """Text that has nothing to do with the task, to see what a language model forgets."""
+    """Text unrelated to the task, to measure what a language model forgets."""
 
     file: PathOrName | None = Field(None, description="A .txt file, or rows with a column `text`.")
     hub: str | None = Field(None, description="Or a data set of the hub with a column `text`.")
     hub_config: str | None = Field(None, description="Configuration of the hub data set.")
     split: str = Field("test", description="Split of the hub data set.")
-    tokens: int = Field(50_000, gt=0, description="How much of it is read.")
+    tokens: int = Field(50_000, gt=0, description="Tokens to read at most.")
 
     @model_validator(mode="after")
     def _hub(self) -> GeneralText:
         if self.hub_config is not None and self.hub is None:
             raise ValueError("hub_config needs hub")
         if (self.file is None) == (self.hub is None):
-            raise ValueError("give file or hub, one of them")
+            raise ValueError("give either file or hub")
         return self
 
 
 class SweepConfig(Section):
-    """What a sweep is told."""
+    """The configuration of a sweep."""
 
-    title: str = Field("Methods compared", description="Heads the report.")
+    title: str = Field("Methods compared", description="Title of the report.")
     run: dict[str, Any] = Field(description="The base run: everything but adapter, learning rate and seed.")
     tasks: dict[str, dict[str, Any]] = Field(
-        {"task": {}}, min_length=1, description="What goes over the base run, task by task."
+        {"task": {}}, min_length=1, description="Settings that replace the base run's, by task."
     )
     methods: dict[str, Arm] = Field(min_length=1, description="Ways of tuning.")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1, description="Each chosen rate runs all.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 2], min_length=1, description="The chosen rate runs with all of them."
+    )
     tuning_seeds: int | None = Field(
-        None, gt=0, description="Only so many seeds try every rate, the rest only the chosen one; default: all."
+        None, gt=0, description="Only this many seeds try every rate, the others only the chosen one; default: all."
     )
     baseline: str | None = Field(
         None, description="One of the methods: the others' gains over it are shown, paired by seed, with their errors."
@@ -86,13 +90,13 @@ class SweepConfig(Section):
     grow: int = Field(
         0,
         ge=0,
-        description="So many more rates a method may try on a task while its best stands at an end of its grid.",
+        description="Limit of extra rates for a method and task whose best rate is at an end of the grid.",
     )
-    metric: str | None = Field(None, description="The rate is chosen by it; default: the run's first metric.")
-    report: str | None = Field(None, description="Reported on test (or of lm_eval); default: the same metric.")
+    metric: str | None = Field(None, description="Metric that chooses the rate; default: the run's first.")
+    report: str | None = Field(None, description="Metric reported on test (or from lm_eval); default: the same.")
     forgetting: GeneralText | None = Field(None, description="For language models: loss on general text.")
     keep: Literal["nothing", "adapters", "everything"] = Field(
-        "adapters", description="What stays of a finished run besides its figures; everything includes checkpoints."
+        "adapters", description="Kept of a finished run besides its figures; everything includes checkpoints."
     )
 
     @field_validator("tasks", "methods")
@@ -131,7 +135,7 @@ class SweepConfig(Section):
     @classmethod
     def _once(cls, values: list[int]) -> list[int]:
         if len(set(values)) < len(values):
-            raise ValueError("a seed stands twice")
+            raise ValueError("a seed occurs twice")
         return values
 
 
@@ -152,12 +156,12 @@ class Cell:
 
 
 def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
-    """Get the checked sweep from a YAML file, each `a.b=value` of `overrides` put over it."""
+    """Get the checked sweep from a YAML file; each `a.b=value` of `overrides` replaces a setting."""
     return parse_sweep(read_yaml(path, overrides), str(path))
 
 
 def parse_sweep(values: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
-    """Get the checked sweep out of plain values; every run of it is checked too. `OptionError` names what is wrong."""
+    """Get the checked sweep from plain values, with all its runs checked; `OptionError` names a mistake."""
     sweep = validate(SweepConfig, values, where)
     for task in sweep.tasks:
         for method in sweep.methods:
@@ -174,9 +178,9 @@ def cell(sweep: SweepConfig, task: str, method: str, rate: float, seed: int) -> 
     own = {"adapter": asked.adapter, "training": training, "seed": seed}
     for name in ("adapter", "seed"):
         if name in values:
-            raise OptionError(f"{task}, {method}: {name} is given by methods and seeds. Leave it out of run and tasks.")
+            raise OptionError(f"{task}, {method}: methods and seeds set {name}. Leave it out of run and tasks.")
     if "learning_rate" in (values.get("training") or {}):
-        raise OptionError(f"{task}, {method}: training.learning_rate is given by methods. Leave it out of run.")
+        raise OptionError(f"{task}, {method}: methods set training.learning_rate. Leave it out of run.")
     return Cell(task, method, rate, seed, parse_config(merged(values, own), f"{task}, {method}"))
 
 
@@ -186,7 +190,7 @@ def cells(sweep: SweepConfig, task: str, method: str, rates: Sequence[float], se
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Get a dict with another one over it, key by key also inside."""
+    """Get a dict updated by another one, key by key, also inside."""
     found = dict(base)
     for key, value in over.items():
         inner = found.get(key)
@@ -195,7 +199,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_splits(sweep: SweepConfig) -> None:
-    """Refuse a sweep that lacks the examples to choose a rate on, or to report, before anything is trained."""
+    """Refuse a sweep without validation or test examples before anything is trained."""
     method, kinds = next(iter(sweep.methods)), set[str]()
     for task in sweep.tasks:
         config = cell(sweep, task, method, sweep.methods[method].rates(task)[0], sweep.seeds[0]).config
@@ -204,13 +208,13 @@ def require_splits(sweep: SweepConfig) -> None:
         for split, use in (("validation", "to choose learning rates on"), ("test", "to report")):
             if split not in splits and (sweep.chooses or split == "test"):
                 raise DataError(
-                    f"{task}: asked for {split} examples {use}, found {', '.join(splits)}. Give data.{split}"
-                    f"{' or data.validation_share' if split == 'validation' else ''}."
+                    f"{task}: {split} examples are needed {use}, but it has only {', '.join(splits)}. "
+                    f"Give data.{split}{' or data.validation_share' if split == 'validation' else ''}."
                 )
     if sweep.forgetting is not None and "causal_lm" not in kinds:
-        raise OptionError(f"forgetting: it is measured for language models, not for {', '.join(kinds)}. Leave it out.")
+        raise OptionError(f"forgetting: works only for language models, not for {', '.join(kinds)}. Leave it out.")
     if sweep.forgetting is not None and sweep.forgetting.file is not None and not Path(sweep.forgetting.file).is_file():
-        raise DataError(f"forgetting: {sweep.forgetting.file}: asked for general text, found no file. Check the path.")
+        raise DataError(f"forgetting: there is no file {sweep.forgetting.file}. Check the path.")
 
 
 def metric_of(figures: Mapping[str, Mapping[str, float]], splits: Sequence[str], name: str | None) -> tuple[str, float]:
@@ -222,9 +226,9 @@ def metric_of(figures: Mapping[str, Mapping[str, float]], splits: Sequence[str],
         if name in found:
             return str(name), found[str(name)]
     known = [metric for split in splits for metric in figures.get(split, {})]
-    raise OptionError(f"metric {name!r}: the runs do not measure it on {splits[0]}. {nearest(str(name), known)}")
+    raise OptionError(f"metric {name!r}: is not measured on {splits[0]}. {nearest(str(name), known)}")
 
 
 def better_is_smaller(metric: str) -> bool:
-    """Ask whether less of a metric is better."""
+    """Ask whether a metric is better when smaller."""
     return metric.rpartition("/")[2].split(",")[0].endswith(SMALLER_IS_BETTER)

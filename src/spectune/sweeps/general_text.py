@@ -1,4 +1,4 @@
-"""What a language model forgets: its loss on text that has nothing to do with the task, before and after."""
+"""What a language model forgets: its loss on text unrelated to the task, before and after."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..recipes.data import column, hub_split, read_rows
 from ..training.config import DataSection
 from .config import GeneralText
 
-WINDOW = 512  # Tokens that are read together; chosen, every model of today reads as many.
+WINDOW = 512  # tokens that are read together, in reach of every model of today; chosen
 
 
 @torch.no_grad()
 def general_loss(model: nn.Module, tokenizer: Any, asked: GeneralText) -> float:
     """Get the mean negative log likelihood of a token of general text, in nats.
 
-    The text is cut into windows that do not overlap, so that the first token of each is not predicted. A loss after
-    tuning less the base model's is what PEFT's method_comparison calls `forgetting`.
+    The text is cut into windows that do not overlap, so the first token of each is not predicted. The loss after
+    tuning minus the base model's is `forgetting` in PEFT's method_comparison.
     """
     model.eval()
     config: Any = getattr(model, "config", None)
@@ -36,7 +36,7 @@ def general_loss(model: nn.Module, tokenizer: Any, asked: GeneralText) -> float:
         total += float(nn.functional.cross_entropy(logits_NV, part_1N[0, 1:], reduction="sum"))
         count += part_1N.shape[1] - 1
     if not count:
-        raise DataError(f"forgetting: asked for general text, found {len(ids)} tokens in {asked.file or asked.hub}.")
+        raise DataError(f"forgetting: {asked.file or asked.hub} has only {len(ids)} tokens. Give a longer text.")
     return total / count
 
 

@@ -1,7 +1,7 @@
-"""The runs of a sweep in the form of PEFT's `method_comparison`, so that results can be laid side by side.
+"""The runs of a sweep in the form of PEFT's `method_comparison`, to compare them with its results.
 
 The form is that of huggingface/peft, method_comparison/MetaMathQA/results/*.json (run_info, train_info, meta_info),
-as its processing.py reads it. What a sweep does not measure is -1 where that reader wants a whole number.
+as its processing.py reads it. Figures that a sweep does not measure are -1 if that reader needs an integer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_method_comparison(sweep: SweepConfig, records: Sequence[SweepRecord], 
 
 
 def as_method_comparison(sweep: SweepConfig, record: SweepRecord) -> dict[str, Any]:
-    """Get one run in PEFT's form; `test accuracy` is the sweep's reported metric, whose name stands beside it."""
+    """Get one run in PEFT's form; `test accuracy` is the sweep's reported metric, with its name."""
     config = record.config
     metric, test = metric_of(record.metrics, REPORTED, sweep.report or sweep.metric)
     measured = record.metrics.get("validation")
@@ -68,7 +68,7 @@ def as_method_comparison(sweep: SweepConfig, record: SweepRecord) -> dict[str, A
             "accelerator_memory_reserved_avg": NOT_MEASURED,
             "accelerator_memory_max": peak,
             "accelerator_memory_reserved_99th": NOT_MEASURED,
-            # The median step times the steps: evaluation and saving are not in it, as they are not in PEFT's.
+            # The median step times the steps: without evaluation and saving, as in PEFT.
             "train_time": (record.found.step_seconds or 0.0) * record.found.steps,
             "file_size": record.found.file_bytes,
             "num_trainable_params": record.found.trainable + record.found.head,

@@ -1,4 +1,4 @@
-"""`SweepRecord`: one run of a sweep: which one it is, its result, and what only the sweep measures."""
+"""`SweepRecord`: one run of a sweep: its place in the sweep, its result, and the sweep's own measurements."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..training.record import Record
 
 
 class SweepRecord(Record):
-    """One run of a sweep as its JSON holds it."""
+    """One run of a sweep, as in its JSON file."""
 
     task: str
     method: str
-    """The name that the sweep gives it."""
+    """Its name in the sweep."""
     kind: str
     """One of METHODS, one of PEFT's types, none or head."""
     rate: float
@@ -32,20 +32,20 @@ class SweepRecord(Record):
     general_loss: float | None = None
     general_loss_base: float | None = None
     seconds: float = 0.0
-    """Of the whole process, start and evaluation included; of the last part where the run was continued."""
+    """Seconds of the whole process, including start and evaluation; of a continued run, only its last part."""
     jobs: int = 1
-    """How many runs were at work at a time, itself included."""
+    """Number of runs at the same time, including itself."""
     created: str = ""
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run finished."""
         return self.result is not None
 
     @property
     def found(self) -> RunResult:
-        """The result of a run that came to its end."""
+        """The result of a finished run."""
         assert self.result is not None, f"{self.task}, {self.method}: {self.error}"
         return self.result
 
@@ -63,15 +63,15 @@ class SweepRecord(Record):
 
     @property
     def forgetting(self) -> float | None:
-        """Get the rise of the loss on general text, in nats a token."""
+        """Get the rise of the loss on general text, in nats per token."""
         if self.general_loss is None or self.general_loss_base is None:
             return None
         return self.general_loss - self.general_loss_base
 
 
 def read_record(path: str | Path) -> SweepRecord:
-    """Get a run's record from its file; `OutputError` for what is none."""
+    """Get a run's record from its file; `OutputError` for any other file."""
     try:
-        return SweepRecord.read_file(path, "Delete it, and the run is done again.")
+        return SweepRecord.read_file(path, "Delete it to repeat the run.")
     except DataError as error:
         raise OutputError(str(error)) from None

@@ -1,4 +1,4 @@
-"""`run_sweep`: every run of a sweep in its own process, one JSON for each, from where it was stopped.
+"""`run_sweep`: every run of a sweep in its own process, with one JSON file each; continues where it was stopped.
 
 sweep.json           what was asked                       runs/NAME/     the run's folder, as `spectune train` has it
 records/NAME.json    one run: figures, machine, versions, commit, seed; or the one-line error of a failed one
@@ -52,29 +52,29 @@ def run_sweep(
     on_record: OnRecord | None = None,
     jobs: int = 1,
 ) -> list[SweepRecord]:
-    """Get the record of every run; what was finished before is read, a failed run is tried once more.
+    """Get the record of every run; finished ones are read, failed ones are tried again.
 
     A rate is chosen on validation; only then, and at that rate alone, is anything measured on test or by lm-eval.
     `on_record` is called with all records so far, and how many there will be, whenever there is another one.
 
-    `provenance` (versions, machine, commit) is put into every record. `jobs` runs are at work at a time (at most one of
+    `provenance` (versions, machine, commit) is put into every record. `jobs` runs work at the same time (at most one of
     each method on each task), each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from
-    their threads. `OutputError` where the folder holds the same runs with another configuration, `DataError` where a
-    task has no validation or test examples; KeyboardInterrupt after Ctrl-C, when the runs at work have saved their
-    checkpoints: call it again and it goes on.
+    their threads. `OutputError` if the folder contains the same runs with another configuration, `DataError` if a
+    task has no validation or test examples; KeyboardInterrupt after Ctrl-C, when all runs have saved their
+    checkpoints: call it again to continue.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: asked for an output folder, found a file. Choose another folder.")
+        raise OutputError(f"{folder}: an output folder is needed, but this is a file. Choose another folder.")
     require_splits(sweep)
     try:
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         (folder / RUNS).mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+        raise OutputError(f"{folder}: cannot create this folder: {error.strerror}. Choose another one.") from error
     with hold_folder(folder), plain_ctrl_c():
         write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
-        # The runs of one method on one task wait for each other: its rates decide what comes next.
+        # The runs of one method on one task are sequential: the results decide which rates come next.
         lines = len(sweep.tasks) * len(sweep.methods)
         return _run_all(_Running(sweep, folder, provenance, on_run, on_record, min(jobs, lines)))
 
@@ -98,7 +98,7 @@ def _run_all(running: _Running) -> list[SweepRecord]:
 
 @dataclass
 class _Running:
-    """A sweep at work, and the records so far."""
+    """A running sweep, and the records so far."""
 
     sweep: SweepConfig
     folder: Path
@@ -118,7 +118,7 @@ class _Running:
         self.workers = Workers(self.jobs)
 
     def line(self, task: str, method: str) -> list[SweepRecord]:
-        """Get the records of one method on one task: the first seeds try the rates, the others run the chosen one."""
+        """Get the records of one method on one task: the first seeds try all rates, the others only the chosen one."""
         sweep, rates = self.sweep, self.sweep.methods[method].rates(task)
         first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
         tried = cells(sweep, task, method, rates, first)
@@ -169,11 +169,11 @@ class _Running:
         path = self.folder / RECORDS / f"{cell.name}.json"
         old = read_record(path) if path.is_file() else None
         if old is not None and not old.ok and old.config != cell.config.plain():
-            shutil.rmtree(self.folder / RUNS / cell.name, ignore_errors=True)  # what was wrong was put right
+            shutil.rmtree(self.folder / RUNS / cell.name, ignore_errors=True)  # the mistake was corrected
         elif old is not None and old.config != cell.config.plain():
             different = ", ".join(differences(old.config, cell.config.plain())[:3])
             raise OutputError(
-                f"{path}: the run here has another configuration: {different}. Give the same sweep, or choose another "
+                f"{path}: this run has another configuration: {different}. Give the same sweep, or choose another "
                 f"folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
@@ -190,7 +190,7 @@ class _Running:
 
         on_step(0, 0, None)
         if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
-            # Its weights were deleted, and now something is asked of them: train them again.
+            # Its deleted weights are needed now: train them again.
             (run_folder / RESULT_FILE).unlink(missing_ok=True)
         record = _finished(
             cell, run_folder, self._work(cell, run_folder, measures, on_step), self.provenance, self.jobs
@@ -261,12 +261,12 @@ def _same_base(record: SweepRecord, cell: Cell) -> bool:
 
 
 def _tidy(run_folder: Path, keep: str) -> None:
-    """Delete what is not to stay; the figures stand in the record, and what trackers wrote is theirs."""
+    """Delete what is not kept; the record has the figures, and files of trackers stay."""
     goes = {"nothing": (MODEL, ADAPTER), "adapters": (MODEL,), "everything": ()}[keep]
     for name in goes:
         shutil.rmtree(run_folder / name, ignore_errors=True)
     if keep != "everything":
         for checkpoint in (run_folder / CHECKPOINTS).glob("checkpoint-*"):
             shutil.rmtree(checkpoint, ignore_errors=True)
-        with suppress(OSError):  # not empty where a tracker writes into it
+        with suppress(OSError):  # not empty if a tracker writes into it
             (run_folder / CHECKPOINTS).rmdir()

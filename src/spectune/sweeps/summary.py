@@ -1,7 +1,7 @@
 """`summarise`: the records of a sweep as one row for each task and method, and as Markdown.
 
 The rate was chosen on validation; every other figure is of the runs at that rate. The summary is plain data, which
-JSON holds and the report draws.
+for JSON and the report.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def task_metrics(
 
 
 def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: str) -> dict[str, Any]:
-    """Get what one method did on one task, at the rate that validation chose; figures None where every run failed."""
+    """Get the figures of one method on one task, at the rate chosen on validation; None if every run failed."""
     mine = [r for r in records if (r.task, r.method) == (task, method)]
     tuning = [r for r in mine if r.seed in sweep.seeds[: sweep.tuning_seeds]]
     rate = chosen_rate(tuning, sweep.metric)
@@ -94,7 +94,7 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
         "method": method,
         "kind": mine[0].kind if mine else "",
         "rate": rate,
-        # The best rate may lie outside of what was tried.
+        # A better rate may be outside the grid.
         "at_edge": len(grid) > 1 and rate in (grid[0], grid[-1]),
         "validation": _finite(means[rate]) if rate in means else None,
         "validation_by_rate": [[r, _finite(value)] for r, value in means.items()],
@@ -115,7 +115,7 @@ def row(sweep: SweepConfig, records: Sequence[SweepRecord], task: str, method: s
 
 
 def averages(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Get each method's mean over the tasks; None where a task is missing, which would make means unlike."""
+    """Get each method's mean over the tasks; None if a task is missing, since means would not be comparable."""
     found = []
     for method in methods:
         values = [r["test"] for r in rows if r["method"] == method]
@@ -129,12 +129,10 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
     counts = {len(method.rates(task)) for method in sweep.methods.values() for task in sweep.tasks}
     said = [] if len(counts) == 1 else ["The methods tried different numbers of learning rates."]
     if sweep.grow:
-        said.append(f"A grid whose best rate stood at its end was continued there, by at most {sweep.grow} rates.")
+        said.append(f"A grid whose best rate was at its end was continued there, by at most {sweep.grow} rates.")
     edge = [f"{r['method']} ({r['task']})" for r in rows if r["at_edge"]]
     if edge:
-        said.append(
-            f"The chosen rate stands at the end of its grid, so a better one may lie outside: {', '.join(edge)}."
-        )
+        said.append(f"The chosen rate is at the end of its grid, so a better one may be outside: {', '.join(edge)}.")
     if len(sweep.seeds) == 1:
         said.append("One seed: differences may be chance.")
     elif len(sweep.seeds[: sweep.tuning_seeds]) < len(sweep.seeds):
@@ -147,9 +145,9 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
         said.append("Peak memory is that of the whole process.")
     jobs = max((r.jobs for r in records if r.ok), default=1)
     if jobs > 1:
-        said.append(f"Up to {jobs} runs were at work side by side, and their step times with them.")
+        said.append(f"Up to {jobs} runs worked at the same time, which slows their steps.")
     if any(r.forgetting is None for r in records if r.ok):
-        said.append("Forgetting (loss on general text) is measured for language models where the sweep names a text.")
+        said.append("Forgetting (loss on general text) is measured for language models if the sweep names a text.")
     return said
 
 
@@ -171,7 +169,7 @@ def to_markdown(summary: Mapping[str, Any], published: Mapping[str, Any] | None 
         lines += ["", "## Published", "", str(published["source"]), ""]
         for name, figures in published["rows"].items():
             lines.append(f"- {name}: " + ", ".join(f"{task} {value}" for task, value in figures.items()))
-        lines += ["", "This run departs from it:", "", *(f"- {sentence}" for sentence in published["deviations"])]
+        lines += ["", "Deviations of this run:", "", *(f"- {sentence}" for sentence in published["deviations"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -224,7 +222,7 @@ def _table(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> lis
 
 
 def shown(value: float | None, metric: str) -> str:
-    """Get a figure as people write it: losses plain, shares and correlations times 100, as the papers do."""
+    """Get a figure as text: losses plain, shares and correlations times 100, as in the papers."""
     if value is None:
         return "–"
     return f"{value:.4f}" if better_is_smaller(metric) else f"{100 * value:.2f}"

@@ -1,9 +1,9 @@
-"""One run of a sweep in a process of its own, so that its peak memory is its own and its crash is its own.
+"""One run of a sweep in its own process, so that its peak memory is measured and its crash harms no other run.
 
     python -m spectune.sweeps.worker JOB.json
 
-Told by a file, answers by a file; a line of JSON for each step goes to stdout. It ends as on Ctrl-C when stdin
-closes: so it never outlives the sweep.
+Reads the job from a file and writes the answer into one; a line of JSON for each step goes to stdout. It ends as on
+Ctrl-C when stdin closes, so it never outlives the sweep.
 """
 
 from __future__ import annotations
@@ -87,28 +87,28 @@ def _measure(result: RunResult, recipe: Recipe, model: Any, parts: list[str]) ->
 
 def _telling(steps_told: TextIO) -> OnStep:
     def tell(step: int, steps: int, loss: float) -> None:
-        with suppress(BrokenPipeError):  # the sweep was killed; stdin says so too, and a checkpoint is saved
+        with suppress(BrokenPipeError):  # the sweep was killed; stdin closes, too, and a checkpoint is saved
             print(json.dumps([step, steps, loss if math.isfinite(loss) else None]), file=steps_told, flush=True)
 
     return tell
 
 
 def _own_stdout() -> TextIO:
-    """Get the stdout that the sweep reads; what libraries and their compilers print goes to stderr from now on."""
+    """Get the stdout that the sweep reads; the output of libraries and compilers goes to stderr from now on."""
     steps_told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return steps_told
 
 
 def _end_with_the_sweep() -> None:
-    """Wait for the end of stdin, which the sweep holds open as long as it lives."""
+    """Wait for the end of stdin, which the sweep keeps open while it lives."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGINT)
 
 
 if __name__ == "__main__":
-    # A shell lets its background jobs ignore Ctrl-C, and this would inherit it.
+    # A shell makes background jobs ignore Ctrl-C, and this process would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout())))

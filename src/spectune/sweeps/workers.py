@@ -1,4 +1,4 @@
-"""`Workers`: jobs in processes of their own, their steps heard, Ctrl-C passed on, their last words kept."""
+"""`Workers`: jobs in their own processes: reports their steps, passes Ctrl-C on, keeps their last output."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ OnWorkerStep = Callable[[int, int, "float | None"], None]
 
 
 class Workers:
-    """The processes of a sweep that are at work."""
+    """The running processes of a sweep."""
 
     def __init__(self, jobs: int = 1) -> None:
-        """Take how many will be at work at a time: then each gets its share of the cores."""
+        """Set how many work at the same time; each gets its share of the cores."""
         self._environment = dict(os.environ)
         if jobs > 1:
             self._environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // jobs)))
@@ -30,7 +30,7 @@ class Workers:
         self._stopping = False
 
     def run(self, job: Path, log: Path, on_step: OnWorkerStep) -> int:
-        """Run a job in a process of its own, and get its exit status; KeyboardInterrupt when it was stopped."""
+        """Run a job in its own process, and get its exit status; KeyboardInterrupt if it was stopped."""
         with log.open("w", encoding="utf-8") as stderr:
             process = self._start(job, stderr)
             assert process.stdout is not None and process.stdin is not None
@@ -39,7 +39,7 @@ class Workers:
                     if line.startswith("["):
                         on_step(*json.loads(line))
                 status = process.wait()
-            except BaseException:  # of on_step
+            except BaseException:  # from on_step
                 _end(process)
                 process.wait()
                 raise
@@ -63,14 +63,14 @@ class Workers:
                 stderr=stderr,
                 text=True,
                 env=self._environment,
-                # A terminal's Ctrl-C would reach it too, and twice is at once: without a checkpoint.
+                # A terminal's Ctrl-C would reach it, too, and a second one ends it at once, without a checkpoint.
                 start_new_session=True,
             )
             self._at_work.add(process)
             return process
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Have every process save its checkpoint and end, or end without; no other one begins."""
+        """Make every process save its checkpoint and end, or end at once; no other one begins."""
         with self._lock:
             self._stopping = True
             for process in self._at_work:
@@ -93,10 +93,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def plain_ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM raise KeyboardInterrupt, once for each: runs may take long to save their checkpoints.
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt once each: runs may need long to save their checkpoints.
 
-    Elsewhere the command line raises a second one by itself. Signals are the main thread's; where Ctrl-C is ignored (a
-    shell's background job) it stays so.
+    Otherwise the command line would raise a second one. Only the main thread handles signals; an ignored Ctrl-C (in a
+    shell's background job) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -119,8 +119,8 @@ def _cores() -> int:
 
 
 def last_words(status: int, log: Path) -> str:
-    """Get why a process without an answer ended, in one line."""
+    """Get in one line why a process ended without an answer."""
     if status < 0:
-        return f"the process was ended by signal {-status}" + (" (out of memory?)" if status == -9 else "") + "."
+        return f"the process was killed by signal {-status}" + (" (out of memory?)" if status == -9 else "") + "."
     lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     return f"the process ended with status {status}: {lines[-1][:500] if lines else 'no message'}"
