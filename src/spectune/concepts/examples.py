@@ -103,7 +103,7 @@ class Examples:
             )
         if word is None and any("{token}" in caption for caption in captions):
             raise OptionError(
-                f"{where}: {captions[0]!r} contains {{token}}, but there is no new word. Give word.token, or other captions."
+                f"{where}: {captions[0]!r} contains {{token}}, without a new word. Give word.token, or other captions."
             )
 
     def _tokens(self, caption: str) -> torch.Tensor:
