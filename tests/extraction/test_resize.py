@@ -237,7 +237,7 @@ def test_what_cannot_be_resized_is_refused_and_nothing_is_left(tmp_path: Path) -
     kohya_file(tmp_path / "kohya.safetensors")
     for output, line in (
         ("new", r"Give a name that ends in \.safetensors"),
-        ("kohya.safetensors", "this file exists already"),
+        ("kohya.safetensors", "this file already exists"),
         ("no/new.safetensors", "the folder .* does not exist"),
     ):
         with pytest.raises(SpectuneError, match=line):

@@ -106,7 +106,7 @@ def test_a_hostile_pattern_does_not_hang_where_an_export_begins(pattern: str, tm
     get_peft_model(copy.deepcopy(base), SpectralConfig(r=2, target_modules=["query"])).save_pretrained(folder)
     place = folder / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "target_modules": pattern}))
-    with at_most(SECONDS), pytest.raises(AdapterError, match=r"names no layer|take more than"):
+    with at_most(SECONDS), pytest.raises(AdapterError, match=r"matches no layer|take more than"):
         open_source(folder, base, None)
 
 

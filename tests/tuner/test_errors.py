@@ -238,5 +238,5 @@ def test_tensors_of_layers_that_the_config_no_longer_names_are_refused(tmp_path:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])[:1]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(SpectuneError, match="the adapter file has this tensor, and the model has no adapted layer"):
+    with pytest.raises(SpectuneError, match="the adapter file has this tensor, but the model has no adapted layer"):
         PeftModel.from_pretrained(LLAMA.fresh(), str(tmp_path))

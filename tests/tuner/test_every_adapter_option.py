@@ -206,13 +206,13 @@ def test_every_option_of_any_method_stands_in_its_config_or_is_refused() -> None
         ({"inference_mode": True}, "leaves nothing to train"),
         ({"eva_config": {"rho": 3.0}}, "eva needs a call"),
         ({"corda_config": {"verbose": True}}, "corda needs a call"),
-        ({"lora_ga_config": {"scale": "gd"}}, "lora_ga needs a call"),
-        ({"arrow_config": {"top_k": 2}}, "arrow needs a call"),
-        ({"init_lora_weights": "eva"}, "which is not made here"),
-        ({"init_lora_weights": "corda"}, "which is not made here"),
-        ({"init_lora_weights": "lora_ga"}, "which is not made here"),
+        ({"lora_ga_config": {"scale": "gd"}}, "lora_ga has no effect without"),
+        ({"arrow_config": {"top_k": 2}}, "arrow has no effect without"),
+        ({"init_lora_weights": "eva"}, "which spectune does not call"),
+        ({"init_lora_weights": "corda"}, "which spectune does not call"),
+        ({"init_lora_weights": "lora_ga"}, "which spectune does not call"),
         ({"loftq_config": {"loftq_bits": 8}}, "will be ignored"),
-        ({"base_model_name_or_path": "x"}, "filled in from the model"),
+        ({"base_model_name_or_path": "x"}, "comes from the model"),
     ],
 )
 def test_what_peft_would_leave_without_effect_is_refused(told: Options, words: str, tmp_path: Path) -> None:
@@ -257,5 +257,5 @@ def test_what_peft_takes_is_taken(told: Options) -> None:
 
 
 def test_a_number_that_peft_overwrites_is_refused() -> None:
-    with pytest.raises(OptionError, match="asked for num_virtual_tokens=5, but CPT always sets it to 1"):
+    with pytest.raises(OptionError, match="num_virtual_tokens=5 has no effect: CPT always sets it to 1"):
         build_adapter_config({"peft_type": "CPT", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5})

@@ -186,8 +186,8 @@ def test_a_sketch_finds_the_leading_directions_of_a_wide_layer() -> None:
     ("more", "given", "said"),
     [
         ({"directions": "weight"}, batches(), "needs no examples"),
-        ({}, [], "there were none"),
-        ({"target_modules": ["first", "table"]}, batches(), "can be found for linear layers only"),
+        ({}, [], "there are none"),
+        ({"target_modules": ["first", "table"]}, batches(), "work only for linear layers"),
         ({"target_modules": ["first", "unused"]}, batches(), "unused: no gradient came to this layer"),
     ],
 )
@@ -227,7 +227,7 @@ def test_attaching_without_the_examples_is_refused_before_anything_is_changed() 
     model = Two()
     with pytest.raises(OptionError, match="Call config = spectune.prepare"):
         get_peft_model(model, config("gradient"))
-    with pytest.raises(OptionError, match="second: spectune.prepare has not found"):
+    with pytest.raises(OptionError, match="second: spectune.prepare has not computed"):
         get_peft_model(model, _narrowed())
     assert isinstance(model.first, nn.Linear) and isinstance(model.second, nn.Linear)
 

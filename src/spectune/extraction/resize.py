@@ -211,16 +211,16 @@ def _refuse_other_updates(source: LoraFile) -> None:
     for option in OTHER_UPDATES:
         if source.config.get(option):
             raise ExportError(
-                f"{source.path}: with {option} the update is not simply B A, so it cannot be resized. Merge it instead."
+                f"{source.path}: with {option}, the update is not B A, so it cannot be resized. Merge it instead."
             )
 
 
 def _refuse_output(output: Path) -> None:
     if output.suffix != ".safetensors":
         raise OutputError(
-            f"{output}: the LoRA is a single file, so the result is one too. Give a name that ends in .safetensors."
+            f"{output}: the LoRA is a single file, so the output must be one. Give a name that ends in .safetensors."
         )
     if output.exists():
-        raise OutputError(f"{output}: this file exists already. Choose another name.")
+        raise OutputError(f"{output}: this file already exists. Choose another name.")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: the folder {output.parent} does not exist. Create it first.")

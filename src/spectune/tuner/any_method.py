@@ -1,4 +1,4 @@
-"""`build_adapter_config`: the configuration of any PEFT method out of plain options, as a YAML file holds them."""
+"""`build_adapter_config`: the configuration of any PEFT method from plain options, as in a YAML file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..errors import OptionError, SpectuneError, UnknownOptionError, nearest
 from .config import SpectralConfig
 from .config_types import fits
 
-# Options of LoRA that PEFT leaves without effect, or trips over, until something else is called: the first three
-# compute a start from activations or gradients. Without it LoRA would start from random numbers, and say nothing.
+# Options of LoRA that have no effect in PEFT, or fail, until something else is called: the first three compute a start
+# from activations or gradients. Without that call, LoRA would silently start from random numbers.
 NEEDS_A_CALL = {
     "eva_config": "initialize_lora_eva_weights",
     "corda_config": "preprocess_corda",
@@ -26,7 +26,7 @@ NEEDS_A_CALL = {
 
 
 def build_adapter_config(options: Mapping[str, Any]) -> PeftConfig:
-    """Get a `SpectralConfig` where the options name a `method`, PEFT's own config where they name a `peft_type`.
+    """Get a `SpectralConfig` if the options have a `method`, PEFT's own config if they have a `peft_type`.
 
     Every option reaches the config or is refused: `UnknownOptionError` with the near misses, `OptionError` for a
     wrong value.
@@ -34,11 +34,11 @@ def build_adapter_config(options: Mapping[str, Any]) -> PeftConfig:
     given = dict(options)
     if ("method" in given) == ("peft_type" in given):
         raise OptionError(
-            f"adapter: asked for {given or 'nothing'}. Name one of them: 'method' (one of spectune's) or 'peft_type' "
-            f"(one of PEFT's, such as LORA)."
+            f"adapter: give either 'method' (one of spectune's) or 'peft_type' (one of PEFT's, such as LORA), not "
+            f"{given or 'neither'}."
         )
     if "base_model_name_or_path" in given:
-        raise OptionError("adapter: base_model_name_or_path is filled in from the model itself. Leave it out.")
+        raise OptionError("adapter: base_model_name_or_path comes from the model itself. Leave it out.")
     if "method" in given:
         return SpectralConfig(**given)
     asked = str(given.pop("peft_type")).upper()
@@ -58,8 +58,8 @@ def _foreign(kind: type[PeftConfig], name: str, given: dict[str, Any]) -> PeftCo
     for option, call in NEEDS_A_CALL.items():
         if given.get(option) is not None or f"{start}_config" == option:
             raise OptionError(
-                f"adapter: {option.removesuffix('_config')} needs a call of PEFT's {call}, which is not made here, and "
-                f"would do nothing. Leave it out."
+                f"adapter: {option.removesuffix('_config')} has no effect without PEFT's {call}, which spectune does "
+                f"not call. Leave it out."
             )
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -94,17 +94,17 @@ def _refuse_wrong_types(kind: type[PeftConfig], name: str, given: dict[str, Any]
 
 
 def _refuse_overwritten(config: PeftConfig, name: str, given: dict[str, Any]) -> None:
-    """Raise `OptionError` for an option in whose place PEFT has put another number, or nothing (CPT does)."""
+    """Raise `OptionError` for an option that PEFT replaced by another value or ignored (CPT does)."""
     for option, value in given.items():
         found = getattr(config, option)
         if value is not None and found != value and isinstance(found, (int, float, type(None))):
             raise OptionError(
-                f"adapter: asked for {option}={value!r}, but {name} always sets it to {found!r}. Leave it out."
+                f"adapter: {option}={value!r} has no effect: {name} always sets it to {found!r}. Leave it out."
             )
 
 
 def _nested(kind: type[PeftConfig], given: dict[str, Any]) -> dict[str, Any]:
-    """Get the options with PEFT's own class where a field has one (LoRA's runtime_config): YAML holds plain values."""
+    """Get the options with PEFT's own class for fields that need one (LoRA's runtime_config), from plain values."""
     hints = get_type_hints(kind)
     return {
         name: hints[name](**value) if isinstance(value, dict) and is_dataclass(hints.get(name)) else value

@@ -1,4 +1,4 @@
-"""The doors through which recipes and commands reach PEFT: attach, load, swap."""
+"""The functions with which recipes and commands use PEFT: attach, load, swap."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .layer import SpectralLayer
 
 
 def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """Get the model with a new adapter of any PEFT method; its weights are frozen, the adapter trains."""
+    """Get the model with a new adapter of any PEFT method; its weights are frozen, and the adapter trains."""
     return get_peft_model(model, config)
 
 
 def load_attached(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
-    """Get the model with a saved adapter of any PEFT method; its config is a stranger's, and is bounded first."""
+    """Get the model with a saved adapter of any PEFT method; its config may be a stranger's, and is checked first."""
     config = bounded_config(folder, model)
     if isinstance(config, SpectralConfig):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
@@ -34,7 +34,7 @@ def load_attached(model: nn.Module, folder: str | Path, is_trainable: bool = Fal
 
 
 def load_beside(model: Any, folder: str | Path, adapter_name: str) -> None:
-    """Put one more saved adapter onto a model that has one, in place, under another name."""
+    """Add a saved adapter to a model that already has one, in place, under another name."""
     config = bounded_config(folder, model.get_base_model())
     if isinstance(config, SpectralConfig):
         model.load_adapter(str(folder), adapter_name=adapter_name)
@@ -50,7 +50,7 @@ def swap_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
 
     Trained tensors keep their identity, so a compiled model need not be compiled again. The saved adapter must have
     the same method, options and targets, and be of this base; `AdapterError` otherwise, and nothing is changed. No
-    singular value decomposition is done: the bases that stand in the model are turned onto the saved sketches.
+    singular value decomposition is done: the bases in the model are rotated to match the saved sketches.
     """
     saved = read_adapter_folder(folder).require("SPECTUNE")
     if adapter_name not in model.peft_config:
@@ -61,11 +61,11 @@ def swap_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
     mine, theirs = ((config.build_method(), config.bias) for config in (present, incoming))
     if mine != theirs:
         raise AdapterError(
-            f"{folder}: asked to swap in {theirs[0]}, biases {theirs[1]!r}; the model holds {mine[0]}, {mine[1]!r}. "
-            f"Load it as another adapter."
+            f"{folder}: cannot swap this adapter in: it is {theirs[0]}, biases {theirs[1]!r}, but the model has "
+            f"{mine[0]}, {mine[1]!r}. Load it as another adapter."
         )
     if any(isinstance(layer, SpectralLayer) and adapter_name in layer.merged_adapters for layer in model.modules()):
-        raise AdapterError(f"{folder}: asked to swap into adapter {adapter_name!r}, which is merged. Unmerge it first.")
+        raise AdapterError(f"{folder}: cannot swap into adapter {adapter_name!r} while it is merged. Unmerge it first.")
     tensors = {name.removeprefix(PEFT_PREFIX): saved.tensor(name) for name in saved.names}
     parameters = {name.removeprefix(PEFT_PREFIX): parameter for name, parameter in model.named_parameters()}
     written = _tensors_of(model, adapter_name)
@@ -82,7 +82,7 @@ def swap_adapter(model: Any, folder: str | Path, adapter_name: str = "default") 
 
 
 def _tensors_of(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Get name in a file -> live tensor, for what a file of this adapter brings in any case."""
+    """Get name in a file -> live tensor, for the tensors that a file of this adapter always contains."""
     found = {
         f"{layer.removeprefix(PEFT_PREFIX)}.{ADAPTERS_ATTRIBUTE}.{tensor}": value
         for layer, name, module in spectral_modules(model)
@@ -103,7 +103,7 @@ def _refuse_others(
     theirs: dict[str, torch.Tensor],
     parameters: dict[str, torch.Tensor],
 ) -> None:
-    """Raise `AdapterError` where a file has other tensors than the live adapter; the base's own do not count."""
+    """Raise `AdapterError` if a file has other tensors than the live adapter; the base's own do not count."""
 
     def differs(name: str) -> bool:
         if name not in theirs:
@@ -118,14 +118,14 @@ def _refuse_others(
     different = sorted(filter(differs, mine.keys() | theirs.keys()))
     if different:
         raise AdapterError(
-            f"{folder}: asked to swap into adapter {adapter_name!r}, but {len(different)} tensors differ, the first is "
+            f"{folder}: cannot swap into adapter {adapter_name!r}: {len(different)} tensors differ, first "
             f"{different[0]!r}. Load it as another adapter."
         )
 
 
 @contextmanager
 def _put_back_on_error(modules: list[SpectralModule], rest: list[torch.Tensor]) -> Iterator[None]:
-    """Put modules and tensors back as they were when the block raises anything."""
+    """Restore modules and tensors if the block raises anything."""
     held = [module.hold() for module in modules]
     copies = [tensor.detach().clone() for tensor in rest]
     try:

@@ -19,7 +19,7 @@ class Layout:
     kind: str
     """`linear`, `conv`, `embedding`, `attention` or `expert`: which adapted layer serves it."""
     transposed: bool = False
-    """True where the layer stores in x out."""
+    """True if the layer stores in x out."""
     attribute: str = "weight"
     """The name of the stored tensor."""
 
@@ -62,8 +62,8 @@ def layout_of(layer: nn.Module, name: str, backend: QuantizationBackend | None =
         if backend.layer_type == "linear" and backend.supports_merge:
             return Layout("linear")
         raise WeightError(
-            f"{name}: a weight quantised by {backend.backend_name} cannot be turned back into numbers, so it has no "
-            f"singular vectors here. Load the base in half precision, or with bitsandbytes or torchao."
+            f"{name}: a weight quantised by {backend.backend_name} cannot be dequantised. Load the base in half "
+            f"precision, or with bitsandbytes or torchao."
         )
     for kind, layout in LAYOUTS.items():
         if isinstance(layer, kind):
@@ -72,12 +72,12 @@ def layout_of(layer: nn.Module, name: str, backend: QuantizationBackend | None =
             return layout
     known = ", ".join(kind.__name__ for kind in LAYOUTS)
     raise WeightError(
-        f"{name}: a {type(layer).__name__} is not supported, only {known}. Take it out of target_modules."
+        f"{name}: a {type(layer).__name__} is not supported, only {known}. Remove it from target_modules."
     )
 
 
 def backend_of(layer: nn.Module) -> QuantizationBackend | None:
-    """Get what knows how to dequantise a layer's weight, or None where it is stored as plain numbers."""
+    """Get the backend that dequantises a layer's weight, or None for plain numbers."""
     if type(layer) in LAYOUTS and type(getattr(layer, "weight", None)) is nn.Parameter:
         return None  # without importing the quantisation libraries to find that out
     # PEFT asks for the re-quantising function of torchao models here. Spectune never merges into a

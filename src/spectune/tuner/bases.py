@@ -1,4 +1,4 @@
-"""The bases of all the weights that an adapter will need, found before the first layer is touched."""
+"""The bases of all weights of a new adapter, computed before any layer is changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_bases(
 
 
 def weights_of_layers(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[Weight]:
-    """Get the plainly stored weights of the layers that `targets` says yes to.
+    """Get the plainly stored weights of the layers that `targets` accepts.
 
     What is left out here (quantised weights, which are dequantised one by one) `find_basis` finds alone.
     """
@@ -66,19 +66,19 @@ def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
     stored: torch.Tensor = getattr(layer, attribute)
     if hasattr(stored, "ds_id"):
         raise WeightError(
-            f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3, so no process holds all of it. Load the base "
+            f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3, so no process has all of it. Load the base "
             f"and attach the adapter before deepspeed.initialize, without zero.Init, or use ZeRO-2."
         )
     if hasattr(stored, "device_mesh"):  # a DTensor; importing its class would cost a second at start
         raise WeightError(
-            f"{name}: the base weight is sharded over processes (FSDP2 or tensor parallel), and an adapter added now "
-            f"would be sharded by nobody. Attach the adapter first, then call fully_shard."
+            f"{name}: the base weight is already sharded (FSDP2 or tensor parallel), so an adapter added now would not "
+            f"be. Attach the adapter first, then call fully_shard."
         )
     return stored.detach()
 
 
 def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: LayerRanks) -> Request | None:
-    """Get what to ask of the engine for one weight; None where the method, data or the file brings the basis."""
+    """Get the engine's request for one weight; None if the method, data or the file provides the basis."""
     try:
         rank, columns = config.method_for(path, ranks.of(path), *W_OI.shape).basis(*W_OI.shape)
     except WeightError:
@@ -91,7 +91,7 @@ def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: Layer
 
 
 def find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
-    """Get the basis of one weight alone."""
+    """Get the basis of a single weight."""
     if config.directions != "weight":
         return data_basis(config.directions, config.spectra, name)
     rank, columns = method.basis(*W_OI.shape)

@@ -1,4 +1,4 @@
-"""What an adapter has less of than its config asks: lowered ranks, and layers without anything to train."""
+"""Where an adapter has less than its config says: lowered ranks, and layers with nothing to train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ABOVE_PEFT = 6
 
 
 class Concessions:
-    """Notes them while a model is adapted, and says them at the end, in one line for each kind.
+    """Collects them while a model is adapted, and reports them at the end, one line for each kind.
 
     Lowered ranks follow from the shapes and need no record. Layers that are left out become part of the config's
     `exclude_modules`, so that whoever reads the saved config finds the layers that the file has.
@@ -28,10 +28,10 @@ class Concessions:
         self._lowered: dict[tuple[str, int], dict[int, list[str]]] = {}
         self._left_out: dict[str, LeftOutError] = {}
         self._whole = 0
-        """How many layers have all that was asked."""
+        """The number of layers with everything that the config says."""
 
     def note(self, path: str, module: SpectralModule, pattern: int | None) -> None:
-        """Note where a layer has fewer directions, or a smaller inner rank, than the config (or its pattern) says."""
+        """Add a layer that has fewer directions, or a smaller inner rank, than the config (or its pattern) says."""
         asked, given = self.config.basis_rank, min(module.U_OR.shape[0], module.Vh_RI.shape[1])
         if asked is not None and asked != module.method.options()["basis_rank"] and asked > given:
             self._lowered.setdefault(("basis_rank", asked), {}).setdefault(given, []).append(path)
@@ -42,11 +42,11 @@ class Concessions:
             self._whole += 1
 
     def leave_out(self, path: str, reason: LeftOutError) -> None:
-        """Note a layer that is not adapted."""
+        """Add a layer that is not adapted."""
         self._left_out[path] = reason
 
     def close(self, any_adapted: bool) -> None:
-        """Warn of what was noted (of ranks only where the config is new), or raise it where no layer is adapted."""
+        """Warn of what was collected (of ranks only for a new config), or raise it if no layer is adapted."""
         if self._left_out:
             reason = next(iter(self._left_out.values()))
             if not any_adapted:
@@ -61,8 +61,7 @@ class Concessions:
             return
         if isinstance(self.config.columns, list) and any_adapted and not self._whole:
             raise OptionError(
-                f"columns={self.config.columns}: no targeted weight has all of these columns. Take those that none has "
-                f"off the list."
+                f"columns={self.config.columns}: no targeted weight has all of these. Remove those that none has."
             )
         for (option, asked), places in self._lowered.items():
             said = "; ".join(f"to {given} in {named(paths)}" for given, paths in sorted(places.items(), reverse=True))
@@ -72,14 +71,14 @@ class Concessions:
 
 
 def named(paths: Iterable[str]) -> str:
-    """Get the names in a row, the first of them where there are many."""
+    """Get the names in a list, shortened if there are many."""
     paths = list(paths)
     more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
     return ", ".join(paths[:MOST_NAMED]) + more
 
 
 def also_excluding(given: set[str] | list[str] | str | None, paths: Iterable[str]) -> str:
-    """Get the pattern that excludes what `exclude_modules` does and these paths, as PEFT matches it: on whole paths."""
+    """Get the pattern that excludes `exclude_modules` and these paths; PEFT matches it on whole paths."""
     before = [given] if isinstance(given, str) and given else []
     names = [] if isinstance(given, str) else sorted(given or ())
     before += [rf"(?:.*\.)?{re.escape(name)}" for name in names]

@@ -31,7 +31,7 @@ class SVDOptions:
 
     solver: str = field(default="auto", metadata={"help": "auto, exact, gram or randomized."})
     tolerance: float = field(
-        default=1e-4, metadata={"help": "Largest wanted angle to the true singular subspace, in radians."}
+        default=1e-4, metadata={"help": "Largest angle to the true singular subspace, in radians."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the randomized solver and of random columns."})
     cache_dir: str | None = field(
@@ -50,7 +50,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
     """Configuration of a spectral adapter: which method, on which layers, in which singular directions.
 
     No field is mandatory. An option that the chosen method does not use is refused, one that is left
-    out takes the method's default, which then stands in the config. Raises `OptionError` (a ValueError)
+    out gets the method's default, which the config then contains. Raises `OptionError` (a ValueError)
     for a wrong option and `UnknownOptionError` (a TypeError too) for a wrong keyword.
     """
 
@@ -70,7 +70,9 @@ class SpectralConfig(MethodOptions, PeftConfig):
         default=None,
         metadata={"help": "Normalise gradients before the optimizer's step: rms, layer or None."},
     )
-    svd: SVDOptions | dict[str, Any] = field(default_factory=SVDOptions, metadata={"help": "How the basis is found."})
+    svd: SVDOptions | dict[str, Any] = field(
+        default_factory=SVDOptions, metadata={"help": "How the basis is computed."}
+    )
     save_basis: str = field(
         default="auto",
         metadata={
@@ -90,7 +92,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
         },
     )
     exclude_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "Module names, or a regex, that are left alone."}
+        default=None, metadata={"help": "Module names, or a regex, to leave out."}
     )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
     layers_pattern: list[str] | str | None = field(
@@ -110,9 +112,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
         default=True,
         metadata={"help": "True: the update starts at exactly zero. False: small random numbers (for tests)."},
     )
-    format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "Layout of the adapter file; leave it alone."}
-    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Layout of the adapter file; do not set it."})
 
     spectra: DataSpectra | None = field(
         default=None,
@@ -137,7 +137,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
         if isinstance(self.svd, dict):
             self.svd = _svd_options(self.svd)
         if not isinstance(self.svd, SVDOptions):
-            raise OptionError(f"svd={self.svd!r}: found {type(self.svd).__name__}, which it cannot be. Correct it.")
+            raise OptionError(f"svd={self.svd!r}: cannot be {type(self.svd).__name__}. Correct it.")
         check_plain_types(self.svd, "svd.")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -165,7 +165,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
 
     @property
     def basis_is_in_file(self) -> bool:
-        """Whether the tensors that come with this config bring the basis, so that none need be found."""
+        """Whether the tensors of this config contain the basis, so that it need not be computed."""
         if self.origin is None:
             return False
         if self.directions != "weight":  # nothing else could
@@ -174,7 +174,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
 
     @property
     def svd_options(self) -> SVDOptions:
-        """How the basis is found."""
+        """How the basis is computed."""
         assert isinstance(self.svd, SVDOptions)
         return self.svd
 
@@ -214,9 +214,9 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 "layers_to_transform cannot be used when target_modules is a regex. Write it in the regex."
             )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise OptionError("layers_pattern cannot be used when target_modules is a regex. Write it in the regex.")
+            raise OptionError("layers_pattern does not work if target_modules is a regex. Write it in the regex.")
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise OptionError("layers_pattern needs layers_to_transform: say which layers, or leave it out.")
+            raise OptionError("layers_pattern needs layers_to_transform. Give it, or leave layers_pattern out.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> SpectralConfig:  # type: ignore[override]
@@ -257,8 +257,8 @@ def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:
     if (named := config.svd_options.cache_dir) is not None:
         config.svd_options.cache_dir = None
         warnings.warn(
-            f"adapter_config.json: svd.cache_dir={str(named)[:200]!r} is not used, since a file does not choose where "
-            f"to write. To fill a cache, pass a config with svd.cache_dir set in your own code.",
+            f"adapter_config.json: svd.cache_dir={str(named)[:200]!r} is ignored, since a file may not choose a folder "
+            f"to write in. To fill a cache, set svd.cache_dir in your own code.",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""What kinds of values the fields of a configuration can hold: checked before anybody uses them."""
+"""The types of the values in a configuration, checked before anything uses them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..methods import Method
 from ..spectrum import DataSpectra
 from .origin import Origin
 
-# What a config file may hold in the fields that are used before anybody looks at them. JSON knows no sets.
+# Allowed types in the fields that are used first. JSON has no sets.
 NAMES = (str, list, tuple, set, type(None))
 PLAIN: dict[str, type] = {
     "int": numbers.Integral, "float": numbers.Real, "bool": bool, "str": str, "None": type(None),
@@ -38,7 +38,7 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def check_types(config: Any) -> None:
-    """Raise `OptionError` for a field of the configuration that holds another kind of value than it can."""
+    """Raise `OptionError` for a field of the configuration with a value of a wrong type."""
     check_plain_types(config)
     for name, kinds in TYPES.items():
         value: Any = getattr(config, name)
@@ -48,22 +48,22 @@ def check_types(config: Any) -> None:
         if (kinds is NAMES or name in ("modules_to_save", "target_parameters")) and not all(
             isinstance(word, str) for word in words
         ):
-            raise OptionError(f"{name}={value!r}: only names can stand in this list. Correct it.")
+            raise OptionError(f"{name}={value!r}: this list must contain only names. Correct it.")
         if name == "target_modules" and value is not None and not value and not config.target_parameters:
             raise OptionError(
-                f"target_modules={value!r}: no layer is named. Name some, or leave it out for the usual ones."
+                f"target_modules={value!r}: contains no layer. Name some, or leave it out for the usual ones."
             )
         if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
             _check_pattern(name, value)
 
 
 def check_plain_types(options: Any, where: str = "") -> None:
-    """Hold the fields of a dataclass that are annotated with plain words (`int | None`) to them.
+    """Check the fields of a dataclass with plain annotations (`int | None`) against these.
 
     A truth is not a number here.
     """
     for option in fields(options):
-        # A union as it stands in a source file, or made at run time, whose text is the same.
+        # A union from a source file, or made at run time, which has the same text.
         kinds = [PLAIN.get(word) for word in str(option.type).split(" | ")]
         value = getattr(options, option.name)
         if None in kinds or (isinstance(value, bool) and bool in kinds):
@@ -95,7 +95,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _wrong_type(name: str, value: Any) -> OptionError:
-    return OptionError(f"{name}={value!r}: found {type(value).__name__}, which it cannot be. Correct it.")
+    return OptionError(f"{name}={value!r}: cannot be {type(value).__name__}. Correct it.")
 
 
 def _check_pattern(name: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""Directions of data in a config: which go with which options, and the basis of one layer."""
+"""Directions of data in a config: which options work with them, and the basis of one layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..spectrum import DIRECTIONS, DataSpectra
 
 
 def check_directions(directions: str, method: type[Method], save_basis: str) -> None:
-    """Raise `OptionError` for directions that do not exist, or that this method or the file cannot hold."""
+    """Raise `OptionError` for directions that do not exist, or that do not work with this method or save_basis."""
     if directions not in DIRECTIONS:
         raise OptionError(f"directions={directions!r} does not exist. {nearest(directions, list(DIRECTIONS))}")
     if directions == "weight":
@@ -22,21 +22,21 @@ def check_directions(directions: str, method: type[Method], save_basis: str) -> 
         )
     if save_basis == "never":
         raise OptionError(
-            f"save_basis='never': directions={directions!r} cannot be found again without the data, so the file must "
-            f"hold them. Use 'auto'."
+            f"save_basis='never': directions={directions!r} cannot be recomputed without the data, so the file must "
+            f"contain them. Use 'auto'."
         )
 
 
 def data_basis(directions: str, spectra: DataSpectra | None, layer: str) -> Spectrum:
-    """Get the directions of data for a layer; `OptionError` where `spectune.prepare` has not found them."""
+    """Get the directions of data for a layer; `OptionError` if `spectune.prepare` has not computed them."""
     if spectra is None:
         raise OptionError(
-            f"directions={directions!r} are found in examples. Call config = spectune.prepare(model, config, batches) "
+            f"directions={directions!r} come from examples. Call config = spectune.prepare(model, config, batches) "
             f"before you attach the adapter."
         )
     if spectra.directions != directions or layer not in spectra:
         raise OptionError(
-            f"{layer}: spectune.prepare has not found directions={directions!r} for this layer. Call it again with "
+            f"{layer}: spectune.prepare has not computed directions={directions!r} for this layer. Call it again with "
             f"this config and this model."
         )
     return spectra[layer]

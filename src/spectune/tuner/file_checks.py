@@ -1,4 +1,4 @@
-"""The tensors of an adapter file, held against the model before anything is loaded."""
+"""Check the tensors of an adapter file against the model before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import AdapterError
 
 
 def refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise `AdapterError` for NaN or infinity in a file: the model would answer nonsense from then on."""
+    """Raise `AdapterError` for NaN or infinity in a file, which would make every answer nonsense."""
     for name, tensor in state_dict.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(
@@ -20,7 +20,7 @@ def refuse_non_finite(state_dict: dict[str, torch.Tensor]) -> None:
 
 
 def refuse_surplus(model: nn.Module, adapter_name: str, in_file: set[str]) -> None:
-    """Raise `AdapterError` for tensors of layers that the config does not adapt here: they would be dropped unsaid."""
+    """Raise `AdapterError` for tensors of layers that the config does not adapt, which would be silently dropped."""
     places = {
         f"{layer.removeprefix(PEFT_PREFIX)}.spectune_adapter.{tensor}"
         for layer, name, module in spectral_modules(model)
@@ -31,7 +31,7 @@ def refuse_surplus(model: nn.Module, adapter_name: str, in_file: set[str]) -> No
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise AdapterError(
-            f"{left[0]}{more}: the adapter file has this tensor, and the model has no adapted layer for it. The config "
+            f"{left[0]}{more}: the adapter file has this tensor, but the model has no adapted layer for it. The config "
             f"was changed after saving, or the base is another model. Load the adapter as it was saved."
         )
 

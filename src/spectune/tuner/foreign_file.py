@@ -1,4 +1,4 @@
-"""A saved adapter of one of PEFT's own methods, from anybody: its config bounded before PEFT obeys it.
+"""A saved adapter of one of PEFT's own methods, from anybody: its config is checked before PEFT obeys it.
 
 PEFT gives the patterns of a config to Python's `re`, which cannot be stopped, and allocates what the config asks for.
 So the layers are chosen here, in bounded time, and PEFT is given their names.
@@ -22,7 +22,7 @@ from .from_file import chosen_layers
 # PEFT's own names for every kind of target.
 EVERY_LINEAR = "all-linear"
 NAME = re.compile(r"[\w.\-]{1,500}")
-# What is matched by PEFT with `re`, word for word, and is a module's name in every honest file.
+# Patterns that PEFT matches with `re`; in every honest file they are names of modules.
 NAME_LISTS = ("modules_to_save", "target_parameters", "target_modules_bd_a", "target_modules_bd_b")
 PATTERN_MAPS = ("rank_pattern", "alpha_pattern")
 TYPES: dict[str, tuple[type, ...]] = {
@@ -52,9 +52,9 @@ def bounded_config(folder: str | Path, model: nn.Module) -> PeftConfig:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except SpectuneError:
         raise
-    except Exception as error:  # PEFT's configs check few of their fields, and raise whatever comes of it
+    except Exception as error:  # PEFT's configs check few of their fields and can raise anything
         raise AdapterError(f"{folder}: PEFT cannot read this config: {one_line(error)}. Copy it again.") from error
-    if read.peft_type != "SPECTUNE":  # whose tuner bounds its configs itself, also where PEFT alone loads it
+    if read.peft_type != "SPECTUNE":  # whose tuner checks its configs itself
         _check_types(read.path, config)
         _check_counts(read, config)
         _choose_layers(config, model)
@@ -108,14 +108,14 @@ def _choose_layers(config: Any, model: nn.Module) -> None:
         chosen = frozenset(path for path, _ in model.named_modules() if path)
         if getattr(config, "exclude_modules", None) is not None:
             raise AdapterError(
-                f"exclude_modules={config.exclude_modules!r} beside target_modules={words!r} is not read from a file. "
+                f"exclude_modules={config.exclude_modules!r} with target_modules={words!r} is not allowed in a file. "
                 f"Write the names of the layers into target_modules."
             )
     else:
         chosen = chosen_layers(config, model)
         if not chosen and not _parameters(config, model):
             raise AdapterError(
-                f"target_modules: {str(words)[:200]!r} names no layer of {type(model).__name__} that nothing excludes. "
+                f"target_modules: {str(words)[:200]!r} matches no layer of {type(model).__name__} (after exclusions). "
                 f"Load the adapter on the base model that it was trained on."
             )
         config.target_modules = "|".join(re.escape(layer) for layer in sorted(chosen)) or []
@@ -156,5 +156,5 @@ def _is_count(value: Any) -> bool:
 
 def _refused(path: Path, option: str, value: Any) -> AdapterError:
     return AdapterError(
-        f"{path}: {option}={str(value)[:200]!r} is not a value that an honest adapter of this file has. Copy it again."
+        f"{path}: {option}={str(value)[:200]!r} is not a plausible value for this adapter. Copy it again."
     )

@@ -1,4 +1,4 @@
-"""What a config that came with a file may cost: its patterns are matched in bounded time, its sizes held to the file.
+"""Limits for the config of a file: its patterns are matched in bounded time, and its sizes must fit the file.
 
 PEFT gives such patterns to `re`, which cannot be stopped, so it gets to see the names that they choose instead.
 """
@@ -25,7 +25,7 @@ from ..records import Weight
 from .base_weight import backend_of, layout_of
 from .config import SpectralConfig
 
-# PEFT's words for the index of a layer where no layers_pattern is given.
+# PEFT's default layers_pattern.
 ANY_COUNTED = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
@@ -45,8 +45,8 @@ def out_of_peft_s_sight(
     parameters = list(parameters)
     if not chosen and not parameters:
         raise AdapterError(
-            f"target_modules: {str(config.target_modules)[:200]!r} names no layer of {type(model).__name__} that "
-            f"nothing excludes. Load the adapter on the base model that it was trained on."
+            f"target_modules: {str(config.target_modules)[:200]!r} matches no layer of {type(model).__name__} (after "
+            f"exclusions). Load the adapter on the base model that it was trained on."
         )
     if isinstance(config.target_modules, str):
         if is_tame(config.target_modules, max(len(path) for path, _ in model.named_modules())):
@@ -118,7 +118,7 @@ class LayerIndices:
 
 
 def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[str], experts: list[Weight]) -> None:
-    """Raise `AdapterError` where the file does not hold what its config would make; once, before anything is made.
+    """Raise `AdapterError` if the file lacks tensors that its config would make; once, before anything is made.
 
     `experts` are the matrices of chosen parameters. A layer may stand under another path in the file
     (transformers renames some), so what is not there by name may be any tensor of that name and shape that no other
@@ -151,7 +151,7 @@ def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[
 def _made(
     config: SpectralConfig, layers: list[tuple[str, tuple[int, int]]]
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Get (layer, tensor, shape) for what the tuner would allocate at the config's word alone."""
+    """Get (layer, tensor, shape) for what the tuner would allocate only because of the config."""
     ranks, shared_made = LayerRanks(config.rank_pattern, config.target_parameters), False
     for layer, (rows_O, cols_I) in layers:
         try:
@@ -201,6 +201,6 @@ def _unbacked(saved: dict[str, tuple[int, ...]], layer: str, name: str, shape: t
         )
     wanted, found = ("x".join(map(str, sides)) or "one number" for sides in (shape, saved[key]))
     return AdapterError(
-        f"{layer}: the adapter file does not fit: {name!r} is {found} there, its config makes it {wanted}. Load it on "
-        f"the base that it was trained on, or copy it again; to train anew, make a new SpectralConfig."
+        f"{layer}: the adapter file does not fit: {name!r} is {found}, but its config needs {wanted}. Load it on the "
+        f"base that it was trained on, or copy it again; to train anew, make a new SpectralConfig."
     )

@@ -164,15 +164,15 @@ class SpectralEmbedding(SpectralAdapted):
 
 
 class SpectralOwnLinear(SpectralAdapted):
-    """A layer whose class has a forward of its own, which runs on the tuned weight: live is merged by construction."""
+    """A layer whose class has its own forward, which runs on the tuned weight, as if it were merged."""
 
     runs_own_forward = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         if kwargs.pop("adapter_names", None) is not None and not self.disable_adapters:
             raise OptionError(
-                f"{self.module_name}: a {type(self.get_base_layer()).__name__} runs on one weight, so the rows of a "
-                f"batch cannot name their adapters. Run one adapter at a time, or train without this layer."
+                f"{self.module_name}: a {type(self.get_base_layer()).__name__} runs on one weight, so all rows of a "
+                f"batch must use the same adapter. Run one adapter at a time, or train without this layer."
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -193,7 +193,7 @@ KINDS: dict[str, type[SpectralAdapted]] = {
 
 
 def kind_of(layer: nn.Module, name: str) -> type[SpectralAdapted]:
-    """Get the kind of adapted layer that serves a layer; `WeightError` or `LeftOutError` where none does."""
+    """Get the kind of adapted layer for a layer; `WeightError` or `LeftOutError` if there is none."""
     backend = backend_of(layer)
     kind = KINDS[layout_of(layer, name, backend).kind]
     own = backend is None and kind is not SpectralAttentionLinear and has_own_forward(layer, name)

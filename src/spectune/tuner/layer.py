@@ -99,12 +99,12 @@ class SpectralLayer(BaseTunerLayer):
         owner: SpectralModule | None = None,
         basis: Spectrum | None = None,
     ) -> None:
-        """Attach a new adapter, on this basis or on one found here; nothing is attached when anything is wrong."""
+        """Attach a new adapter, on this basis or a computed one; attaches nothing if anything fails."""
         W_OI = self.original_matrix()
         method = config.method_for(name, r, *W_OI.shape)
         if W_OI.is_meta and basis is None:
             raise WeightError(
-                f"{name}: the base weight is on the meta device, there is nothing to decompose. "
+                f"{name}: the base weight is on the meta device and has no numbers to decompose. "
                 f"Load the base model with its weights first."
             )
         rank, _ = method.basis(*W_OI.shape)
@@ -121,7 +121,7 @@ class SpectralLayer(BaseTunerLayer):
         module.dynamics = Dynamics(config.singular_decay, config.grad_norm)
         if W_OI.dtype in (torch.float16, torch.bfloat16, torch.float64):
             # PEFT's rule: adapters begin in the base's dtype, and PEFT lifts half precision to float32
-            # afterwards unless autocast_adapter_dtype=False. The frozen basis stays as it was found.
+            # afterwards unless autocast_adapter_dtype=False. The frozen basis keeps its dtype.
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(W_OI.dtype)
         self.spectune_adapter[adapter_name] = module
@@ -198,7 +198,7 @@ class SpectralLayer(BaseTunerLayer):
         return self.layout.kind == "linear"
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the strength of one adapter: 1 is as trained, 0 is none. A rotation is turned by less, not mixed."""
+        """Set the strength of one adapter: 1 as trained, 0 for none. A rotation gets a smaller angle, not a mixture."""
         if adapter in self.merged_adapters:
             raise ValueError(f"{self.module_name}: adapter {adapter!r} is merged. Call unmerge_adapter first.")
         if adapter in self.spectune_adapter:
@@ -225,14 +225,14 @@ class SpectralAdapted(nn.Module, SpectralLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base weight, with the updates in it where the model's code reads it."""
+        """The base weight, including the updates if the model's code reads it."""
         stored: torch.Tensor = getattr(self.get_base_layer(), self.layout.attribute)
         if not self.weight_is_read or self.quantization_backend is not None:
             return stored
         if ROWS_DIFFER.get() or (self.bank is not None and ROWS.get() is not None):
             raise OptionError(
-                f"{self.module_name}: the model reads this layer's weight, which cannot differ from row to row. Run "
-                f"one adapter at a time, or train without this layer."
+                f"{self.module_name}: the model reads this layer's weight, so all rows of a batch must use the same "
+                f"adapter. Run one adapter at a time, or train without this layer."
             )
         return self.tuned_weight()
 
@@ -278,7 +278,7 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         return result
 
     def _forward_mixed(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Give every row of the batch its own adapter; `__base__` is none."""
+        """Give every row of the batch its own adapter; `__base__` for none."""
         refuse_other_rows(self.module_name, len(adapter_names), len(x))
         if self.merged:
             raise ValueError(

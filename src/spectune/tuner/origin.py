@@ -1,4 +1,4 @@
-"""`Origin`: where a config was read. A config without one is the user's own."""
+"""`Origin`: where a config was read from. A config without one is the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers whose own code, or whose owner's, does not come down to calling x W^T + b: what that asks of an adapter."""
+"""Layers whose own code, or whose owner's, does more than x W^T + b, and what an adapter there needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import LeftOutError
 from .base_weight import LAYOUTS
 
-# What may be asked of a weight without reading its numbers.
+# Attributes of a weight that do not read its numbers.
 PROPERTIES = (
     "dtype|device|shape|ndim|requires_grad|is_meta|is_cuda|layout|size|dim|numel|element_size|is_floating_point"
 )
@@ -90,8 +90,8 @@ def _is_plain_product(layer: nn.Linear, name: str) -> bool:
             return False
         if not isinstance(y, torch.Tensor):
             raise LeftOutError(
-                f"{name}: a {type(layer).__name__} returns {type(y).__name__} and not one tensor, so an update has no "
-                f"output to be added to. Exclude the layer.",
+                f"{name}: a {type(layer).__name__} returns {type(y).__name__} and not one tensor, so an update cannot "
+                f"be added to it. Exclude the layer.",
                 f"a {type(layer).__name__} returns more than one tensor",
             )
         plain_NO = F.linear(x_NI, weight, layer.bias)

@@ -1,4 +1,4 @@
-"""The name under which PEFT knows the method: a new member of its closed enum."""
+"""PEFT's name of the method: a new member of its closed enum."""
 
 from __future__ import annotations
 

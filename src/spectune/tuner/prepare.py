@@ -1,4 +1,4 @@
-"""`prepare`: the directions that some examples choose, found in one pass over them before an adapter is attached."""
+"""`prepare`: compute directions from examples, in one pass before an adapter is attached."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _layers(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if layout_of(layer, path, backend_of(layer)).kind != "linear":
             raise OptionError(
-                f"{path}: directions={config.directions!r} can be found for linear layers only, and this is a "
-                f"{type(layer).__name__}. Take it out of target_modules."
+                f"{path}: directions={config.directions!r} work only for linear layers, and this is a "
+                f"{type(layer).__name__}. Remove it from target_modules."
             )
         found[path] = layer
     if not found:
@@ -179,6 +179,6 @@ def _on_device(value: Any, model: nn.Module) -> Any:
 def _refuse_unseen(moments: Mapping[str, Moments]) -> None:
     unseen = [name for name, seen in moments.items() if not seen.tokens]
     if len(unseen) == len(moments):
-        raise OptionError("batches: there were none, or the loss depends on none of the layers. Pass some examples.")
+        raise OptionError("batches: there are none, or the loss does not depend on the layers. Pass some examples.")
     if unseen:
-        raise OptionError(f"{unseen[0]}: no gradient came to this layer. Exclude it, or pass examples that use it.")
+        raise OptionError(f"{unseen[0]}: this layer got no gradient. Exclude it, or pass examples that use it.")

@@ -1,4 +1,4 @@
-"""Makes PEFT know the method: config and tuner in its tables."""
+"""Registers the method with PEFT: config and tuner in its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that a config names and that cannot be adapted: refused before anything is changed."""
+"""Targeted layers that cannot be adapted: refused before anything is changed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def refuse_output_of_attention(parent: nn.Module, target_name: str, key: str) ->
 
 
 def refuse_name_of_a_part(adapter_name: str, model: nn.Module) -> None:
-    """Raise `OptionError` for an adapter that is called like a part of a module's path.
+    """Raise `OptionError` for an adapter with the name of a part of a module's path.
 
-    PEFT takes the adapter's name out of every key when it saves, wherever it stands, and part of the adapter is lost.
+    When PEFT saves, it removes the adapter's name from every key, anywhere, which would lose part of the adapter.
     """
     if adapter_name == ADAPTERS_ATTRIBUTE or adapter_name in _parts(model):
         raise OptionError(
@@ -44,7 +44,7 @@ def _parts(module: nn.Module) -> set[str]:
 
 
 def refuse_unmatched_targets(config: SpectralConfig, model: nn.Module) -> None:
-    """Raise `OptionError` for a name in target_modules that is the end of no module's path."""
+    """Raise `OptionError` for a name in target_modules that matches the end of no module's path."""
     if not isinstance(config.target_modules, set):
         return
     paths = [name.replace(".base_layer", "") for name, _ in model.named_modules() if ".spectune_" not in name]
