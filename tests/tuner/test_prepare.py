@@ -188,7 +188,7 @@ def test_a_sketch_finds_the_leading_directions_of_a_wide_layer() -> None:
         ({"directions": "weight"}, batches(), "needs no examples"),
         ({}, [], "there are none"),
         ({"target_modules": ["first", "table"]}, batches(), "work only for linear layers"),
-        ({"target_modules": ["first", "unused"]}, batches(), "unused: no gradient came to this layer"),
+        ({"target_modules": ["first", "unused"]}, batches(), "unused: this layer got no gradient"),
     ],
 )
 def test_what_cannot_be_prepared_is_refused(more: dict[str, Any], given: Any, said: str) -> None:
@@ -215,7 +215,7 @@ def test_a_model_without_a_loss_is_refused() -> None:
             {"method": "spectral_a", "pattern": None, "off_diagonals": None, "basis_rank": None},
             "spectral_a tunes the weight's own",
         ),
-        ({"save_basis": "never"}, "save_basis='never': directions='gradient' cannot be found again"),
+        ({"save_basis": "never"}, "save_basis='never': directions='gradient' cannot be recomputed"),
     ],
 )
 def test_directions_that_do_not_go_together_are_refused(more: dict[str, Any], said: str) -> None:
