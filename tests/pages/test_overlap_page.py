@@ -55,7 +55,7 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
     tags.feed(page)
     assert tags.open == [] and tags.seen.count("svg") == 1 + 2 * len(MEASURES)
     assert not {"script", "link", "img"} & set(tags.seen) and "http:" not in page and "https:" not in page
-    assert "Singular columns are shared by dog and cat." in page and "rank 12 at most" in page
+    assert "Shared singular columns: dog and cat." in page and "at most rank 12" in page
 
 
 def test_names_are_escaped() -> None:

@@ -65,7 +65,7 @@ def test_every_part_of_a_model_is_on_the_page() -> None:
     assert Tags(page).count["svg"] == 4  # two kinds, two budgets
     for words in (
         "tiny",
-        "6 of 9 weights were looked at",
+        "6 of 9 weights were examined",
         "2 (embeddings and heads)",
         "1 weights have too few",
         "4 min",
@@ -82,12 +82,12 @@ def test_every_part_of_an_adapter_is_on_the_page() -> None:
     for words in ("1,234", "5.7 KB", "40.0% / 1.0%", "3 (1)", "6 of 20", "All names begin with m.l.", "4.5%"):
         assert words in page, words
     without = render_survey(adapter(False))
-    assert "pass --base FOLDER" in without and "of |W|</th>" in without and "Where the update lies" not in without
+    assert "pass --base FOLDER" in without and "of |W|</th>" in without and "The update in the base" not in without
 
 
 def test_an_adapter_of_zeros_says_that_it_changes_nothing() -> None:
     zero = replace(adapter(), layers=[replace(layer, values=[]) for layer in adapter().layers])
-    assert "changes nothing" in adapter_headline(zero) and "every one of them is zero" in render_survey(zero)
+    assert "changes nothing" in adapter_headline(zero) and "all singular values are zero" in render_survey(zero)
 
 
 def test_without_jinja2_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

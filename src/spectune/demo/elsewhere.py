@@ -1,4 +1,4 @@
-"""A script for a fresh process: predict with an adapter from the disk. With a LoRA it needs plain PEFT only.
+"""A script for a fresh process: predict with an adapter from the disk. A LoRA needs only plain PEFT.
 
     python elsewhere.py JOB.json ANSWER.json
 

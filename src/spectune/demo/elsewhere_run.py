@@ -29,6 +29,6 @@ def predict_elsewhere(recipe: Any, adapter: Path, *, with_spectune: bool) -> lis
         script = Path(__file__).with_name("elsewhere.py")
         done = subprocess.run([sys.executable, str(script), str(asked), str(answered)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{adapter}: a fresh process could not use it: {done.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(f"{adapter}: a fresh process cannot use it: {done.stderr.strip().splitlines()[-1:]}")
         found: list[int] = json.loads(answered.read_text())
         return found

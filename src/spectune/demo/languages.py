@@ -26,7 +26,7 @@ LANGUAGES = {
     "ro": "Romanian", "fr": "French", "cs": "Czech", "sk": "Slovak", "pl": "Polish", "sl": "Slovenian",
     "sr_Latn": "Serbian", "fi": "Finnish", "et": "Estonian", "id": "Indonesian", "ms": "Malay",
 }  # fmt: skip
-# Placeholders, tags and entities are the same in all languages and say nothing.
+# Placeholders, tags and entities are the same in all languages.
 NOISE = re.compile(r"%\(\w+\)[a-z]|%[a-z%]|\{[^}]*\}|<[^>]+>|&\w+;|\n")
 # Shorter strings (names of colours, "OK") are often the same word in several languages. Chosen.
 FEWEST_WORDS, FEWEST_LETTERS = 3, 12
@@ -43,7 +43,7 @@ class Sentences:
     targets: tuple[int, ...]
 
     def first(self, count: int | None) -> Sentences:
-        """Get the first `count` of them (they are in random order), all for None."""
+        """Get the first `count` of them (they are in random order); all for None."""
         return Sentences(self.texts[:count], self.targets[:count])
 
 
@@ -89,11 +89,11 @@ def _shuffled(rows: list[tuple[str, int]]) -> Sentences:
 
 
 def _catalogue(code: str) -> dict[str, str]:
-    """Get message -> translation out of Django's compiled catalogues, without importing Django."""
+    """Get message -> translation from Django's compiled catalogues, without importing Django."""
     spec = find_spec("django")
     if spec is None or spec.origin is None:
         raise MissingExtraError(
-            "the demo's sentences come from the package django, which is not installed. pip install 'spectune[demo]'"
+            "the demo needs the package django for its sentences. Run: pip install 'spectune[demo]'"
         )
     found: dict[str, str] = {}
     for path in sorted(Path(spec.origin).parent.glob(f"**/locale/{code}/LC_MESSAGES/django*.mo")):
@@ -112,7 +112,7 @@ def clean(text: str) -> str:
 
 
 def _rows(catalogues: dict[str, dict[str, str]]) -> list[tuple[str, str, str]]:
-    """Get (message, sentence, language) for what is long enough, translated, and said in one language only."""
+    """Get (message, sentence, language) for strings that are long enough, translated, and of only one language."""
     owners: dict[str, set[str]] = defaultdict(set)
     for code, catalogue in catalogues.items():
         for text in catalogue.values():

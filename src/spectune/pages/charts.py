@@ -14,7 +14,7 @@ HEIGHT = 270
 MOST_POINTS = 400
 # The smoothed loss weighs steps by exp(-distance / (this share of the run)). Chosen, not measured.
 SMOOTHING = 0.02
-# Changes under this share of the largest singular value are float32's roundoff and are not drawn.
+# Changes under this share of the largest singular value are float32's roundoff and not drawn.
 SMALLEST = 1e-6
 ROW = 46
 # A line of the drawing holds this many letters at the size that a phone shows.
@@ -105,8 +105,8 @@ def _bar(x: Scale, metric: Metric, top: float, strong: bool) -> str:
 def spectrum_chart(layer: LayerSpectrum) -> str:
     """Get the singular values before and after on log axes, and how far each has moved.
 
-    The change is |after - before| place by place in descending order. What is under 1e-6 of the largest
-    value is left out: roundoff of the SVD.
+    The change is |after - before| place by place in descending order. Changes under 1e-6 of the largest
+    value, roundoff of the SVD, are left out.
     """
     count = min(len(layer.before), len(layer.after))
     before, after = layer.before[:count], layer.after[:count]

@@ -11,15 +11,15 @@ from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, line, li
 HEIGHT = 330
 # Two names closer than a line of text would overprint each other.
 LINE = 13
-# So much room for letters is beside every dot, also where it is least.
+# Smallest room for letters beside a dot.
 LETTERS = 20
-# Dash patterns tell lines apart that colours alone would not for every reader.
+# Dash patterns distinguish lines for readers who cannot by colours.
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "10 4")
 COLOURS = 6
 
 
 def front(points: Sequence[tuple[float, float]], smaller_is_better: bool = False) -> list[int]:
-    """Get the places of the points that no other beats: none is as small on x and better, or smaller and as good, on y.
+    """Get the indices of the Pareto-optimal points: smaller is better on x, and the measure on y.
 
     In order of x.
     """
@@ -87,7 +87,7 @@ def _short(name: str) -> str:
 
 
 def _label_places(dots: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:
-    """Get where each name stands: beside its dot, on the side with room, pushed down where another name is."""
+    """Get the place of each name: beside its dot, on the side with room, moved down if another name is there."""
     found: dict[int, tuple[float, float, str]] = {}
     for i in sorted(range(len(dots)), key=lambda i: dots[i][1]):
         a, b = dots[i]

@@ -1,4 +1,4 @@
-"""`write_comparison`: methods side by side as one HTML file that loads nothing and runs nothing."""
+"""`write_comparison`: a comparison of methods as one HTML file that loads nothing and runs nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .run_page import readable_bytes
 
 
 def write_comparison(summary: Mapping[str, Any], path: str | Path, published: Mapping[str, Any] | None = None) -> None:
-    """Write a sweep's summary as a self-contained page, whole or not at all.
+    """Write a sweep's summary as a self-contained page, all or nothing.
 
-    `published` puts a paper's figures beside the measured ones: `source`, `rows` (method -> task -> figure as
+    `published` adds a paper's figures to the measured ones: `source`, `rows` (method -> task -> figure as
     printed), `deviations`, `computed` (tables of name, head and rows). Everything is escaped. `MissingExtraError`
-    without jinja2, `OutputError` where the file cannot be written.
+    without jinja2, `OutputError` if the file cannot be written.
     """
     write_atomically(path, render_comparison(summary, published))
 

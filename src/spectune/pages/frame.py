@@ -1,6 +1,6 @@
-"""`fill`: a page out of its template, in the one frame and look that all pages share.
+"""`fill`: a page from its template, in the frame and look that all pages share.
 
-`frame.html.j2` is the frame (it forbids the page to load or run anything), `house.css` the look; each page's own
+`frame.html.j2` is the frame (which forbids the page to load or run anything), `house.css` the look; each page's own
 template fills the frame's blocks.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 from ..errors import MissingExtraError, printable
 
 ROOM = Path(__file__).parent
-# Line ends, and what scripts and typography need inside of words: no-break spaces, joiners.
+# Line ends, and characters that scripts and typography need inside words: no-break spaces, joiners.
 LAYOUT = "\n\t\u00a0\u202f\u2009\u200c\u200d"
 
 
 def fill(template: str, filters: Mapping[str, Callable[..., Any]] | None = None, **parts: Any) -> str:
-    """Get the page as text; what its template does not call `safe` is escaped, and unseen letters are shown.
+    """Get the page as text; everything not `safe` in its template is escaped, and invisible letters are shown.
 
     `MissingExtraError` without jinja2.
     """
@@ -26,8 +26,8 @@ def fill(template: str, filters: Mapping[str, Callable[..., Any]] | None = None,
         import jinja2
     except ImportError:
         raise MissingExtraError(
-            f"report: {template.removesuffix('.html.j2')} was to be written as a page, jinja2 is not installed. "
-            f"Run pip install 'spectune[report]'."
+            f"report: writing the page {template.removesuffix('.html.j2')} needs jinja2. Run: pip install "
+            f"'spectune[report]'"
         ) from None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOM),
@@ -37,5 +37,5 @@ def fill(template: str, filters: Mapping[str, Callable[..., Any]] | None = None,
         lstrip_blocks=True,
     )
     environment.filters |= dict(filters or {})
-    # Escapes the letters that turn a page around or steer the terminal that shows its source; layout stays.
+    # Escapes letters that reverse text or control a terminal that shows the source; layout stays.
     return printable(environment.get_template(template).render(**parts), keep=LAYOUT)

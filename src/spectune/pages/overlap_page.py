@@ -13,9 +13,9 @@ from .frame import fill
 from .svg import WIDTH, drawing, text
 
 ROW, HEAD, NAMES = 18, 34, 190
-# A narrower cell has no room for its figure, only for its colour (a pointer still shows it).
+# A narrower cell shows only its colour (a pointer still shows the figure).
 ROOM_FOR_FIGURE = 34
-# At the size of the drawing's small print, in the place that layer names have.
+# Letters that fit into the space for layer names, at the size of the small print.
 LETTERS = 24
 
 Measure = Callable[[PairOverlap], float]
@@ -33,15 +33,15 @@ MEASURES: dict[str, tuple[str, Measure]] = {
         lambda pair: pair.output_cross,
     ),
     "Mixed terms": (
-        "What multiplying shared singular columns adds that neither adapter learned, as a share of both updates "
-        "(spectral rule at weight 1). Zero where no column is shared.",
+        "Terms from multiplying shared singular columns, which neither adapter learned, as a share of both updates "
+        "(spectral rule at weight 1). Zero without shared columns.",
         lambda pair: pair.spectral_cross,
     ),
 }
 
 
 def write_overlap_page(report: OverlapReport, path: str | Path) -> None:
-    """Write the overlap report as a self-contained HTML page, whole or not at all.
+    """Write the overlap report as a self-contained HTML page, all or nothing.
 
     `MissingExtraError` without jinja2, `OutputError` where the file cannot be written.
     """
@@ -93,7 +93,7 @@ def layer_map(report: OverlapReport, title: str, measure: Measure) -> str:
 
 
 def kept_map(report: OverlapReport) -> str:
-    """Get layers against adapters: the strength that is left."""
+    """Get layers against adapters: the strength kept."""
     rows = [[layer.kept.get(name) for name in report.adapters] for layer in report.layers]
     return _map("Strength kept", [layer.layer for layer in report.layers], list(letters(report).values()), rows)
 

@@ -21,7 +21,7 @@ def write_rate_page(
     smoothed: Sequence[float],
     proposed: float | None,
 ) -> None:
-    """Write the curve as a page, whole or not at all: raw loss thin, smoothed loss strong, proposal dashed.
+    """Write the curve as a page, all or nothing: raw loss thin, smoothed loss strong, proposal dashed.
 
     `MissingExtraError` without jinja2, `OutputError` where the file cannot be written.
     """
@@ -38,7 +38,7 @@ def rate_chart(
     if not finite:
         return drawing("Learning rate range test", 60, [text(WIDTH / 2, 34, "no finite loss", anchor="middle")])
     low, start = min(finite), finite[0]
-    # What blew up would flatten the rest: the axis ends a little above the start.
+    # The axis ends a little above the start: a diverged loss would flatten the rest.
     high = max(start, low) + 0.5 * max(start - low, 0.05 * abs(start), 1e-9)
     x = Scale(rates[0], max(rates[-1], rates[0] * 1.001), LEFT, WIDTH - RIGHT, log=True)
     y = Scale(low - 0.1 * (high - low), high, HEIGHT - BOTTOM, TOP)

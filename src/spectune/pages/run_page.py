@@ -20,7 +20,7 @@ MOST_LAYERS = 8
 
 
 def write_report(result: RunResult, path: str | Path) -> None:
-    """Write the run as a self-contained HTML page, whole or not at all.
+    """Write the run as a self-contained HTML page, all or nothing.
 
     Everything that comes from the result is escaped. `MissingExtraError` without jinja2, `OutputError`
     where the file cannot be written.
@@ -57,9 +57,9 @@ def _parts(result: RunResult) -> dict[str, Any]:
 
 
 def figures(result: RunResult) -> list[Metric]:
-    """Get every figure of the page in its order: what the run is compared with, its own, speed and memory.
+    """Get every figure of the page in order: baselines, the run's own, speed and memory.
 
-    Of the shares the last one is the run's result: the first metric of its test (else validation) examples.
+    The last share is the run's result: the first metric of its test (else validation) examples.
     """
     own = [
         Metric(name=f"{split} {name}", value=value, share=name in SHARES and 0 <= value <= 1)
@@ -76,7 +76,7 @@ def figures(result: RunResult) -> list[Metric]:
 
 
 def main_figure(result: RunResult) -> Metric | None:
-    """Get the run's first share on its test examples, else on its validation examples; None where there is none."""
+    """Get the run's first share on its test examples, else on its validation examples, else None."""
     for split in ("test", "validation"):
         for name, value in result.metrics.get(split, {}).items():
             if name in SHARES and 0 <= value <= 1:
@@ -104,7 +104,7 @@ def headline(result: RunResult) -> str:
 
 
 def _tiles(result: RunResult) -> list[tuple[str, str]]:
-    """Get the few figures that stand large under the headline; the gain is over the strongest rival."""
+    """Get the few large figures under the headline; the gain is over the strongest baseline."""
     tiles, main = [], main_figure(result)
     rivals = [metric for metric in result.compared if metric.share]
     if rivals and main is not None:
@@ -122,7 +122,7 @@ def _tiles(result: RunResult) -> list[tuple[str, str]]:
 
 
 def _moved(before: list[float], after: list[float]) -> str:
-    """Say how far the singular values moved together, as a share of the weight's norm."""
+    """Get how far all singular values moved, as a share of the weight's norm."""
     norm = math.sqrt(sum(value * value for value in before))
     change = math.sqrt(sum((b - a) ** 2 for a, b in zip(before, after, strict=False)))
     return f"{change / norm:.2%}" if norm else "–"
@@ -137,7 +137,7 @@ def readable_bytes(size: int) -> str:
 
 
 def shown(metric: Metric) -> str:
-    """Get a figure of the table as people read it."""
+    """Get a figure of the table as text."""
     return readable_bytes(int(metric.value)) if metric.name == PEAK else figure(metric.value)
 
 

@@ -11,19 +11,19 @@ from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, label, l
 
 HEIGHT = 250
 ROW = 46
-# A spectrum ends in a plunge that would take most of the axis; under this share of the largest value (a millionth of
-# its energy) nothing is drawn. Chosen.
+# The end of a spectrum would fill most of the axis; values under this share of the largest (a millionth of its
+# energy) are not drawn. Chosen.
 FLOOR = 1e-3
 # Points of one line, as far apart on a log axis as they can be. Chosen, not measured.
 MOST_POINTS = 120
-# More lines than this in one drawing are a grey band and a large file; then they are taken evenly. Chosen.
+# More lines than this are a grey band and a large file; then an even selection is drawn. Chosen.
 MOST_LINES = 48
 LETTERS = 40
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its name, its length, what stands at its end, and a tick to compare it with."""
+    """One bar: its name, its length, the text at its end, and a tick to compare it with."""
 
     name: str
     value: float
@@ -35,7 +35,7 @@ def spectra_chart(title: str, spectra: Sequence[Sequence[float]], mark: int | No
     """Get spectra over each other on log axes, the median of each place as a strong line, a mark at place `mark`."""
     spectra = [values for values in spectra if values and values[0] > 0]
     if not spectra:
-        return drawing(title, 60, [text(WIDTH / 2, 34, "every one of them is zero", anchor="middle")])
+        return drawing(title, 60, [text(WIDTH / 2, 34, "all singular values are zero", anchor="middle")])
     count = max(map(len, spectra))
     largest = max(values[0] for values in spectra)
     floor = largest * FLOOR

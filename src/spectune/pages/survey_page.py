@@ -16,9 +16,9 @@ from .survey_charts import Bar, log_bars, share_bars, spectra_chart
 
 
 def write_survey(survey: ModelSurvey | AdapterSurvey, path: str | Path) -> None:
-    """Write a survey as a self-contained HTML page, whole or not at all.
+    """Write a survey as a self-contained HTML page, all or nothing.
 
-    Names from files are escaped. `MissingExtraError` without jinja2, `OutputError` where it cannot be written.
+    Names from files are escaped. `MissingExtraError` without jinja2, `OutputError` if it cannot be written.
     """
     write_atomically(path, render_survey(survey))
 
@@ -91,19 +91,19 @@ def _overlap_bars(survey: AdapterSurvey, groups: list[dict[str, Any]], side: str
 
 
 def model_headline(survey: ModelSurvey) -> str:
-    """Get the most telling thing about a model in one sentence."""
+    """Get the most important fact about a model in one sentence."""
     rows = group_figures(survey)
     low, high = (pick(rows, key=lambda row: row["energy_at_r"]) for pick in (min, max))
-    said = f"The top {survey.r} directions hold {share(low['energy_at_r'])} of the energy of {low['group']}"
+    said = f"The top {survey.r} directions have {share(low['energy_at_r'])} of the energy of {low['group']}"
     return said + (f", and {share(high['energy_at_r'])} of that of {high['group']}." if len(rows) > 1 else ".")
 
 
 def adapter_headline(survey: AdapterSurvey) -> str:
-    """Get the most telling thing about an adapter in one sentence."""
+    """Get the most important fact about an adapter in one sentence."""
     changed = sum(layer.norm > 0 for layer in survey.layers)
     if not changed:
         return f"This adapter changes nothing: the updates of all {len(survey.layers)} layers are zero."
-    said = f"A LoRA of rank {survey.suggested_r} would hold {KEPT_ENERGY:.0%} of this update's energy"
+    said = f"A LoRA of rank {survey.suggested_r} would keep {KEPT_ENERGY:.0%} of this update's energy"
     relative = [layer.relative for layer in survey.layers if layer.relative is not None]
     if relative:
         said += f"; its weights moved by {share(min(relative))} to {share(max(relative))} of their norm"
@@ -111,7 +111,7 @@ def adapter_headline(survey: AdapterSurvey) -> str:
 
 
 def common_stem(names: list[str]) -> str:
-    """Get the dotted beginning that all names share, with its last dot; nothing for one name."""
+    """Get the dotted beginning that all names share, with its last dot; empty for one name."""
     parts = [name.split(".")[:-1] for name in names]
     shared = []
     for column in zip(*parts, strict=False):

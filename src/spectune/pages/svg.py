@@ -1,4 +1,4 @@
-"""The strokes that charts are drawn with: scales, ticks, axes, lines, text; SVG without script or outside reference.
+"""The parts of charts: scales, ticks, axes, lines, text; SVG without scripts or outside references.
 
 Colours are CSS classes of the page (`ink`, `muted`, `grid`, `before`, `after`, `change`), so that one
 drawing serves the light and the dark page. No `xmlns`: inside HTML the parser knows SVG by its name.
@@ -95,7 +95,7 @@ def axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float],
 
 
 def drawing(title: str, height: float, parts: Iterable[str]) -> str:
-    """Get the whole SVG element: as wide as its place, named for who cannot see it."""
+    """Get the whole SVG element: as wide as its container, with a title for screen readers."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" class="chart">'
         f"<title>{html.escape(title)}</title>{''.join(parts)}</svg>"

@@ -20,7 +20,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Computed:
-    """One claim: what the paper says, what comes out here, and whether they agree (None: there is no yes or no)."""
+    """One claim: the paper's figure, the computed one, and whether they agree (None if that cannot be said)."""
 
     claim: str
     published: str
@@ -36,7 +36,7 @@ GEMMA_2B = {(2048, 2048): 36, (256, 2048): 36, (16384, 2048): 36, (2048, 16384):
 VIT_QV = {(768, 768): 24}
 ONE_1024 = {(1024, 1024): 1}
 
-# What is counted, where, with which options, and what was printed (None where only a formula was).
+# What is counted, on which weights, with which options, and the printed count (None for a formula).
 COUNTS: list[tuple[str, str, dict[str, Any], dict[Shape, int], str, int | None]] = [
     ("DeBERTaV3-base q, k, v", "spectral_a", {"r": 24}, DEBERTA, "0.72% of 184M: 1,327,104", 1_327_104),
     ("Mistral-7B q, k, v, o, gate", "spectral_a", {"r": 8}, MISTRAL, "0.16% of 7.24B: 11,534,336", 11_534_336),
@@ -54,7 +54,7 @@ ROUNDED = 0.03
 
 
 def parameter_table() -> list[Computed]:
-    """Get how many numbers each method trains where a paper says it."""
+    """Get the counts of trained numbers that papers print."""
     rows = []
     for where, name, options, weights, printed, expected in COUNTS:
         method = build_method(name, options)
@@ -66,7 +66,7 @@ def parameter_table() -> list[Computed]:
 
 
 def lemmas() -> list[Computed]:
-    """Get each lemma's quantity on one random weight in float64, next to what the lemma says."""
+    """Get each lemma's quantity on one random weight in float64, and the lemma's value."""
     rows, cols, r = 10, 12, 3
     W_OI = _gaussian(rows, cols, seed=0)
     full, top = (decompose(W_OI, k, solver="exact", dtype=torch.float64) for k in (None, r))
@@ -86,7 +86,7 @@ def lemmas() -> list[Computed]:
     change = float((torch.linalg.svdvals(turned_OI) - torch.linalg.svdvals(W_OI)).abs().max())
     found.append(_zero("4.1: spectral_r keeps every singular value; largest change", change))
     moved = float(torch.linalg.norm(turned_OI - W_OI) / torch.linalg.norm(W_OI))
-    claim = "4.1: … although the weight is another one; relative change"
+    claim = "4.1: … although the weight changes; relative change"
     found.append(Computed(claim, "above 0", f"{moved:.2f}", moved > 0))
     return [*found, *_svft_lemmas(W_OI)]
 

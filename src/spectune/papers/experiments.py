@@ -1,4 +1,4 @@
-"""Published experiments as ready sweeps: what was printed, at full size, and small on what is at hand.
+"""Published experiments as ready sweeps, with their printed figures: at full size, and small.
 
 One YAML in `experiments/` for each: `published` (method -> task -> figure as printed), `full` and `small` (a sweep and
 how it departs from the paper), or `compute`, for those that train nothing, or `missing`, with the reason. `like` names
@@ -31,9 +31,9 @@ class Version(Section):
     """One size of an experiment."""
 
     deviations: list[str] = Field(min_length=1)
-    """How it departs from the paper, one sentence each."""
+    """Its deviations from the paper, one sentence each."""
     makers: list[Literal["languages", "digits", "interface_lm"]] = Field(default_factory=list)
-    """What is made or found before: models and data of `small_models`."""
+    """Models and data of `small_models` that are made before."""
     sweep: dict[str, Any]
     tuned: dict[str, Any] | None = None
     """What goes over the sweep with --tune: grids of rates, and the examples to choose them on."""
@@ -45,12 +45,12 @@ class Experiment(Section):
     title: str
     source: str
     needs: str
-    """What the full size asks of hardware and hub."""
+    """Hardware, licences and data that the full size needs."""
     published: dict[str, dict[str, float]] = Field(default_factory=dict)
     full: Version | None = None
     small: Version | None = None
     small_with_data: Version | None = None
-    """The small size where --data is given."""
+    """The small size with --data."""
     compute: Literal["parameter_table", "lemmas", "svd_cost"] | None = None
     deviations: list[str] = Field(default_factory=list)
     """Of a computation: how it departs from the paper."""
@@ -66,7 +66,7 @@ class Experiment(Section):
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A sweep that is ready to run, and what its report puts beside it."""
+    """A sweep that is ready to run, and the published figures for its report."""
 
     sweep: SweepConfig
     published: dict[str, Any]
@@ -115,7 +115,7 @@ def prepare(
     overrides: Iterable[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Reproduction:
-    """Get an experiment's sweep, with what it runs on found or made in `folder`/made.
+    """Get an experiment's sweep, with its models and data made in `folder`/made.
 
     `tune` gives every method its own grid of rates in place of the paper's rate. It and `overrides` (key=value), which
     go over the sweep, are named among the deviations. `DataError` where it needs --data.
@@ -157,12 +157,12 @@ def _version(experiment: Experiment, small: bool, data: str | Path | None) -> Ve
     if small and data is not None and experiment.small_with_data is not None:
         version = experiment.small_with_data
     if version is None:
-        raise OptionError(f"{experiment.title}: it has no {'small' if small else 'full'} version.")
+        raise OptionError(f"{experiment.title}: has no {'small' if small else 'full'} version.")
     return version
 
 
 def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
-    """Get a value with every `${name}` in its texts put in."""
+    """Get a value with every `${name}` in its texts replaced."""
     if isinstance(value, dict):
         return {key: _filled(inner, words, where) for key, inner in value.items()}
     if isinstance(value, list):
@@ -171,5 +171,7 @@ def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
         return value
     for name in WORD.findall(value):
         if name not in words:
-            raise DataError(f"{where}: it reads {value!r} of your own. Give --data DIR, with what `needs` names in it.")
+            raise DataError(
+                f"{where}: needs your own {value!r}. Give --data DIR with the files that `spectune reproduce` lists."
+            )
     return WORD.sub(lambda found: words[found[1]], value)

@@ -1,4 +1,4 @@
-"""What the small versions of published experiments run on: models and data that pip brings, or that a minute makes.
+"""Models and data of the small versions of published experiments: from pip packages, or made in a minute.
 
 Each maker writes into a folder and gets name -> value for the `${name}` words of an experiment's YAML.
 """
@@ -63,7 +63,7 @@ def _digits() -> tuple[Any, Any]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise MissingExtraError("digits: scikit-learn is not installed. pip install 'spectune[train]'") from None
+        raise MissingExtraError("digits: this needs scikit-learn. Run: pip install 'spectune[train]'") from None
     pixels, labels = load_digits(return_X_y=True)
     return (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8), labels
 
@@ -131,7 +131,7 @@ def _tokenizer(texts: Sequence[str]) -> Any:
 
 
 def _trained(recipe: str, start: Path, folder: Path, data: dict[str, Any], training: dict[str, Any]) -> Path:
-    """Get a model trained from its start, or the one that was trained before; it goes on where it was stopped."""
+    """Get a model trained from scratch, or the one that was trained before; continues a stopped training."""
     if not (folder / RESULT_FILE).is_file():
         asked = {"recipe": recipe, "model": str(start), "adapter": "none", "data": data, "training": training}
         run(parse_config(asked), folder, resume=True)
