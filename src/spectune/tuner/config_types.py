@@ -108,7 +108,9 @@ def _check_pattern(name: str, words: str) -> None:
 def check_rank_pattern(method: Method, rank_pattern: Mapping[str, int]) -> None:
     """Raise `OptionError` for ranks of single layers where the method has none, or has one that all weights share."""
     if rank_pattern and "r" not in method.options():
-        raise OptionError(f"method {method.name!r} has no option 'r', so rank_pattern cannot be used. Leave it out.")
+        raise OptionError(
+            f"rank_pattern does not work with method {method.name!r}, which has no option 'r'. Leave it out."
+        )
     r: int = getattr(method, "r", 0)
     if any(other != r for other in rank_pattern.values()) and method.shared_shapes():
         raise OptionError(
