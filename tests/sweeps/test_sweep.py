@@ -74,12 +74,12 @@ def plain_sweep(**more: Any) -> dict[str, Any]:
     [
         ({"seeds": [1, 1]}, "a seed occurs twice"),
         ({"methods": {"a": GRID | {"learning_rates": [1e-3, 0.001]}}}, "a rate occurs twice"),
-        ({"forgetting": {"split": "test"}}, "forgetting: give file or hub, one of them"),
+        ({"forgetting": {"split": "test"}}, "forgetting: give either file or hub"),
         ({"forgetting": {"file": "a.txt", "hub_config": "b"}}, "forgetting: hub_config needs hub"),
         ({"methodes": {}}, "methodes: unknown key. Did you mean 'methods'?"),
         ({"methods": {"../a": GRID}}, "'../a' names a folder"),
         ({"tasks": {"t": {"training": {"learning_rate": 1e-3}}}}, "t, a: methods set training.learning_rate"),
-        ({"tasks": {"t": {"seed": 3}}}, "t, a: seed is given by methods and seeds"),
+        ({"tasks": {"t": {"seed": 3}}}, "t, a: methods and seeds set seed"),
         ({"tasks": {"t": {"data": {"gleu": "sst2"}}}}, "data.gleu: unknown key. Did you mean 'glue'?"),
         ({"methods": {"a": GRID | {"learning_rates": []}}}, "learning_rates"),
         (
@@ -468,7 +468,7 @@ def test_losses_and_accuracies_have_no_mean_and_each_its_own_order() -> None:
 
 def test_forgetting_is_refused_before_anything_runs_where_it_cannot_be_measured(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words")
-    for file, line in (("a.txt", "it is measured for language models, not for text_classification"),):
+    for file, line in (("a.txt", "works only for language models, not for text_classification"),):
         asked = text_sweep(tmp_path, forgetting={"file": str(tmp_path / file)})
         with pytest.raises(OptionError, match=line):
             run_sweep(parse_sweep(asked), tmp_path / "out", provenance={})

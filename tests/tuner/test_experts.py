@@ -255,7 +255,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "vector": ({"target_parameters": ["input_layernorm.weight"]}, "a parameter with 1 axes is not a matrix"),
     "bias": ({"bias": "spectune_only"}, "bias='spectune_only' cannot be used with target_parameters"),
     "text": ({"target_parameters": "experts.gate_up_proj"}, "target_parameters='experts.gate_up_proj'"),
-    "nothing": ({"target_parameters": []}, "target_modules=.*no layer is named"),
+    "nothing": ({"target_parameters": []}, "target_modules=.*contains no layer"),
 }
 
 

@@ -142,7 +142,7 @@ def spread(targets: list[Target], sample: int | None) -> list[Target]:
     if sample is None:
         return targets
     if sample < 1:
-        raise OptionError(f"-sample {sample}: must be at least 1.")
+        raise OptionError(f"--sample {sample}: must be at least 1.")
     members: dict[str, list[str]] = {}
     for target in targets:
         members.setdefault(target.group, []).append(target.name)
