@@ -16,10 +16,10 @@ WORDS = {True: "yes", False: "no", None: "–"}
 def write_claims(found: Mapping[str, Any], path: str | Path) -> None:
     """Write `title`, `source`, `rows` (claim, published, found, agrees) and `provenance` as a page.
 
-            `deviations`, sentences, may be given too.
+        `deviations`, sentences, may be given too.
 
-        All or nothing; everything is escaped. `MissingExtraError` without jinja2, `OutputError` if it
-            cannot be written.
+    All or nothing; everything is escaped. `MissingExtraError` without jinja2, `OutputError` if it
+        cannot be written.
     """
     provenance = json.dumps(found["provenance"], indent=2)
     said = list(found.get("deviations", ()))

@@ -41,7 +41,7 @@ class NamedAdapters(BaseTuner):
         return super()._unload_and_optionally_merge(*args, adapter_names=adapter_names, **kwargs)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the strength of one adapter in every layer: 1 is as trained, 0 is none."""
+        """Set the strength of one adapter in every layer: 1 as trained, 0 for none."""
         self._refuse_unknown_adapters("Trying to scale", adapter_name)
         for module in self.model.modules():
             if isinstance(module, SpectralLayer):
@@ -57,14 +57,14 @@ class NamedAdapters(BaseTuner):
         `set_adapter([...])` and weigh them with `set_scale`, which is exact as well.
         """
         if combination_type != "linear":
-            raise OptionError(f"combination_type={combination_type!r} does not exist here, only 'linear'.")
+            raise OptionError(f"combination_type={combination_type!r} is not supported, only 'linear'.")
         if len(adapters) != len(weights) or not adapters:
-            raise OptionError(f"asked to weigh {len(adapters)} adapters with {len(weights)} weights. Give one each.")
+            raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters. Give one for each.")
         self._refuse_unknown_adapters("Trying to weigh", adapters)
         methods = [self.peft_config[name].build_method() for name in adapters]
         if any(method != methods[0] for method in methods) or not methods[0].is_linear():
             raise OptionError(
-                f"{', '.join(adapters)}: updates of {methods[0].name} do not add up by adding their numbers, or the "
+                f"{', '.join(adapters)}: updates of {methods[0].name} cannot be added by adding their numbers, or the "
                 f"options differ. Activate them together with set_adapter({adapters}) and weigh them with set_scale."
             )
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
