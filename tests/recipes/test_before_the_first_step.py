@@ -146,7 +146,7 @@ def test_a_metric_that_fails_after_training_loses_nothing(tmp_path: Path, monkey
     config = parse_config(tiny.text_run(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(TextClassification, "evaluate", lambda *_: 1 / 0)
-        with pytest.raises(DataError, match=r"training is done and saved, the metrics of validation failed: ZeroDiv"):
+        with pytest.raises(DataError, match=r"the training is saved, but the metrics of validation failed: ZeroDiv"):
             run(config, tmp_path / "run")
     found = Run(tmp_path / "run")
     assert found.result.losses and found.result.metrics == {} and not found.is_finished
