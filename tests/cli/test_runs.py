@@ -212,9 +212,9 @@ def test_init_prints_what_check_reads(tmp_path: Path) -> None:
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: a YAML file is needed, but there is no such file"),
         (["check", "bad.yaml"], "seeed: unknown key. Did you mean 'seed'?"),
-        (["evaluate", "."], "there is no run.yaml here"),
-        (["report", "."], "there is no run.yaml here"),
-        (["evaluate", ".", "training.steps=3"], "there is no run.yaml here"),
+        (["evaluate", "."], "it has no run.yaml"),
+        (["report", "."], "it has no run.yaml"),
+        (["evaluate", ".", "training.steps=3"], "it has no run.yaml"),
     ],
 )
 def test_failures_are_one_line(words: list[str], line: str, tmp_path: Path) -> None:

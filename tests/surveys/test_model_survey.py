@@ -64,7 +64,7 @@ def test_times_are_estimated_unless_quick(folder: Path) -> None:
 
 def test_json_is_plain_and_thins_long_spectra(folder: Path) -> None:
     said = json.loads(json.dumps(survey_model(folder, 4, quick=True).to_json(), allow_nan=False))
-    assert said["kind"] == "model" and len(said["weights"]) == 13 and len(said["budget"]) == 10
+    assert said["kind"] == "model" and len(said["weights"]) == 13 and len(said["budget"]) == 11
     assert said["weights"][0]["spectrum"][0][0] == 1 and said["left_out"]
     long = points([float(5000 - i) for i in range(5000)])
     assert len(long) <= JSON_POINTS and long[0] == (1, 5000.0) and long[-1] == (5000, 1.0)

@@ -246,7 +246,7 @@ WRONG_TYPES = {
     "methods.a.adapter={peft_type: LORA, r: 8, lora_dropout: x}": "lora_dropout='x' is of the type str",
     "methods.a.adapter={peft_type: LORA, target_modules: [1]}": "target_modules=[1]",
     "methods.a.adapter={method: spectral_a, columns: {a: 1}}": "columns=",
-    "methods.a.learning_rates=1e-3": "learning_rates: found 0.001, input should be a valid list",
+    "methods.a.learning_rates=1e-3": "learning_rates=0.001: input should be a valid list",
     "methods.a.learning_rates=[[1e-3]]": "learning_rates.0",
     "methods.a.learning_rates=[yes]": "learning_rates is [True], and a number is needed",
     "methods.a.learning_rates=[.inf]": "learning_rates.0",
@@ -256,10 +256,10 @@ WRONG_TYPES = {
     "run.training.batch_size=yes": "batch_size is True, and a number is needed",
     "run.training.weight_decay=.nan": "training.weight_decay",
     "run.data.limit={train: yes}": "limit is",
-    "seeds=0": "seeds: found 0, input should be a valid list",
+    "seeds=0": "seeds=0: input should be a valid list",
     "seeds=[no]": "seeds is [False], and a number is needed",
     "tuning_seeds=yes": "tuning_seeds is True",
-    "grow=[1]": "grow: found [1]",
+    "grow=[1]": "grow=[1]",
 }
 
 
@@ -388,7 +388,7 @@ def test_a_sweep_in_the_background_stops_when_it_is_told_to(tmp_path: Path, when
                 time.sleep(0.05)
             process.terminate()
             assert process.wait(PATIENCE) == 130
-            assert "the same command goes on" in (process.stderr.read() if process.stderr else "")
+            assert "repeat the command" in (process.stderr.read() if process.stderr else "")
         finally:
             process.kill()
     # Its process has ended with it, for it holds the lock of the run as long as it trains.

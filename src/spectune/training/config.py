@@ -190,6 +190,8 @@ def _line(kind: type[BaseModel], detail: dict[str, Any]) -> str:
         return f"{name}: unknown key. {nearest(place[-1], _keys_at(kind, place[:-1]))}"
     if detail["type"] == "missing":
         return f"{name}: is missing"
+    # pydantic names the branch of a union, such as list[constrained-float], between the keys.
+    name = ".".join(part for part in place if not part.startswith(("list[", "dict["))) or "the file"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{name}: {message}"
