@@ -38,14 +38,14 @@ def others(name: str) -> list[Any]:
 
 
 def differ(one: RunConfig, other: RunConfig) -> bool:
-    """Ask whether the loop is told another thing: in transformers' arguments, or in the rates of adapter and head."""
+    """Ask whether the loop is told another thing: in transformers' arguments, in the rates, or in what they train."""
     first, second = (loop_arguments(config, Path("out")) for config in (one, other))
-    return first != second or _rates(one) != _rates(other)
+    return first != second or _plan(one) != _plan(other)
 
 
-def _rates(config: RunConfig) -> list[float]:
+def _plan(config: RunConfig) -> list[tuple[float, list[float]]]:
     _, plan = build(recipe_class(config.recipe)(config))
-    return [rate for _, rate in plan.rates]
+    return [(rate, [float(p.detach().sum()) for p in group]) for group, rate in plan.rates]
 
 
 @pytest.mark.parametrize("name", list(Training.model_fields))
@@ -67,7 +67,7 @@ def test_the_trainer_is_told_all_that_the_loop_is_told(recipe: str, tmp_path: Pa
     assert recipe in RUNS, f"{recipe}: give a tiny run in RUNS"
     # Rates go to the plan; a tracker would have to be installed; of names only an optimizer's own are taken.
     asked = {name: others(name)[0] for name in Training.model_fields if name not in ("epochs", "report_to")}
-    del asked["head_learning_rate"]
+    del asked["head_learning_rate"], asked["head_first"]  # the head is fitted before there is a Trainer
     asked["optimizer"] = "adafactor"
     held_out = {"validation": None, "validation_share": 0.5}
     config = parse_config(RUNS[recipe](tmp_path, data=held_out) | {"training": asked})
