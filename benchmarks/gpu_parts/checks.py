@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "spectral_r": {"r": 4, "train_singular_values": True},
     "svft": {"pattern": "random", "off_diagonals": 2},
     "specadapt": {"r": 2},
+    "one_sided": {"r": 3},
     "svdiff": {},
     "lidb": {"r": 2},
     "orthogonal_adaptation": {"r": 2},
