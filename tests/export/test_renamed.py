@@ -19,6 +19,8 @@ from spectune.surveys.adapter_source import open_adapter
 
 from .renamed import LEFT, RENAMED, logits
 
+pytestmark = pytest.mark.filterwarnings("ignore:target_modules=.all-linear. leaves out the experts:UserWarning")
+
 # Two orders of the same float32 sums over two layers, on logits of size 1 to 10.
 TOLERANCE = 5e-5
 # As transformers calls them in a ViT now, and before it renamed them.

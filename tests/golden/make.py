@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ CASES: dict[str, dict[str, Any]] = {
     "svft-random": {"method": "svft", "pattern": "random", "basis_rank": 6, "gate": True},
     "svft-top_k": {"method": "svft", "pattern": "top_k", "off_diagonals": 1},
     "specadapt": {"method": "specadapt", "r": 2, "basis_rank": 5},
+    "svft-dense": {"method": "svft", "pattern": "dense", "core": [3, 2]},
+    "one_sided": {"method": "one_sided", "r": 2, "side": "left"},
     "svdiff": {"method": "svdiff"},
     "lidb": {"method": "lidb", "r": 2, "output_width": 5, "input_width": 6, "basis_seed": 3},
     "orthogonal_adaptation": {"method": "orthogonal_adaptation", "r": 2, "concept": 1, "rank_pattern": {"lin1": 3}},
@@ -50,16 +51,18 @@ def targets(options: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    base = Base()
-    save_file(base.state_dict(), HERE / "base.safetensors", {"format": "pt"})
+    """Write the files that are missing; those of earlier releases stay as they are."""
+    if not (HERE / "base.safetensors").exists():
+        save_file(Base().state_dict(), HERE / "base.safetensors", {"format": "pt"})
     for case, options in CASES.items():
+        if (HERE / case).exists():
+            continue
         model = get_peft_model(Base(), SpectralConfig(target_modules=targets(options), **options))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for _, parameter in sorted(model.named_parameters()):
                 if parameter.requires_grad:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        shutil.rmtree(HERE / case, ignore_errors=True)
         model.save_pretrained(HERE / case)
         (HERE / case / "README.md").unlink(missing_ok=True)
         updates = {}

@@ -133,7 +133,12 @@ def test_no_door_runs_code_of_a_model_or_asks_to(
 
 PASSES_ON = {"super().from_pretrained", "PeftModel.from_pretrained", "peft.PeftModel.from_pretrained"}
 CONCRETE = {"SpectralConfig.from_pretrained", "kind.config_class.from_pretrained", "type(me.model).from_pretrained"}
-CONCRETE |= {"DDPMScheduler.from_config", "GenerationConfig.from_pretrained", "PeftConfig.from_pretrained"}
+CONCRETE |= {
+    "type(model.config).from_pretrained",
+    "DDPMScheduler.from_config",
+    "GenerationConfig.from_pretrained",
+    "PeftConfig.from_pretrained",
+}
 
 
 def test_every_call_that_may_meet_code_forbids_it() -> None:

@@ -70,7 +70,7 @@ def test_a_config_of_a_file_names_no_cache(
     before = tree(precious(target)) if there else {}
     monkeypatch.setenv("SPECTUNE_CACHE_LIMIT", str(ENTRY_SIZE))
     svd = {"cache_dir": str(target)}
-    with pytest.warns(UserWarning, match=r"svd\.cache_dir='.*' is not used") as warned:
+    with pytest.warns(UserWarning, match=r"svd\.cache_dir='.*' is ignored") as warned:
         LOADERS[load](changed("spectral_a", tmp_path / "adapter", with_config(svd=svd)))
     assert all(str(one.message).isprintable() for one in warned)
     assert target.exists() == there
@@ -83,7 +83,7 @@ def test_a_config_without_its_type_names_no_cache_either(tmp_path: Path) -> None
     del config["peft_type"]
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="is not used"):
+    with pytest.warns(UserWarning, match="is ignored"):
         get_peft_model(Base(), SpectralConfig.from_pretrained(str(folder)))
     assert not (tmp_path / "bases").exists()
 
@@ -93,7 +93,7 @@ def test_an_export_makes_no_folder_that_the_adapter_names(tmp_path: Path) -> Non
     get_peft_model(copy.deepcopy(base), SpectralConfig(r=2, target_modules=["query"])).save_pretrained(folder)
     place = folder / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "svd": {"cache_dir": str(target)}}))
-    with pytest.warns(UserWarning, match="is not used"):
+    with pytest.warns(UserWarning, match="is ignored"):
         open_source(folder, base, None)
     assert not target.exists()
 

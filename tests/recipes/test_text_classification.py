@@ -143,7 +143,7 @@ def test_the_mean_head_ignores_padding(tmp_path: Path) -> None:
         ({"adapter": {"method": "spectral_a", "rr": 2}}, "unexpected keyword argument 'rr'"),
         ({"adapter": {"peft_type": "LORA", "rnk": 2}}, "LORA has no option 'rnk'"),
         ({"adapter": {"peft_type": "LOORA"}}, "'LOORA' does not exist. Did you mean 'LORA'"),
-        ({"adapter": {"r": 2}}, "Name one of them: 'method'"),
+        ({"adapter": {"r": 2}}, "give either 'method'"),
         ({"model": "nowhere/at-all"}, "cannot load"),
         ({"training": {"validate_every": 2}, "data": {"validation": None}}, "there are no validation examples"),
     ],

@@ -170,7 +170,7 @@ def zero2(folder: Path) -> None:
 
 
 def _say_if_weights_differ(name: str, model: torch.nn.Module) -> None:
-    mine = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
     others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(others, mine)
     if not all(torch.equal(other, mine) for other in others):

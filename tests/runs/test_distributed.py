@@ -179,7 +179,7 @@ def test_zero_2_trains_what_one_process_trains(name: str, zero2: Path) -> None:
 @pytest.mark.parametrize(
     "told, answer",
     [
-        ({"fsdp_version": 1}, "fsdp_version=1, .* Set fsdp_version: 2"),
+        ({"fsdp_version": 1}, "fsdp_version=1 does not shard bases.* Set fsdp_version: 2"),
         ({"cpu_ram_efficient_loading": True}, "Set fsdp_cpu_ram_efficient_loading: false"),
         ({"state_dict_type": "SHARDED_STATE_DICT"}, "Set fsdp_state_dict_type: FULL_STATE_DICT"),
     ],

@@ -49,7 +49,7 @@ def test_layers_are_taken_by_name() -> None:
     assert [layer.name for layer in layer_spectra(model, ["lin1"])] == ["lin1"]
     with pytest.raises(OptionError, match="Did you mean 'lin1' or 'lin0'"):
         layer_spectra(model, ["linO"])
-    with pytest.raises(OptionError, match="count of 1"):
+    with pytest.raises(OptionError, match="count=0: must be at least 1"):
         layer_spectra(model, count=0)
 
 

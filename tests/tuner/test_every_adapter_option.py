@@ -204,8 +204,8 @@ def test_every_option_of_any_method_stands_in_its_config_or_is_refused() -> None
     ("told", "words"),
     [
         ({"inference_mode": True}, "leaves nothing to train"),
-        ({"eva_config": {"rho": 3.0}}, "eva needs a call"),
-        ({"corda_config": {"verbose": True}}, "corda needs a call"),
+        ({"eva_config": {"rho": 3.0}}, "eva has no effect without"),
+        ({"corda_config": {"verbose": True}}, "corda has no effect without"),
         ({"lora_ga_config": {"scale": "gd"}}, "lora_ga has no effect without"),
         ({"arrow_config": {"top_k": 2}}, "arrow has no effect without"),
         ({"init_lora_weights": "eva"}, "which spectune does not call"),

@@ -221,7 +221,8 @@ def _refuse_narrow(exact: Mapping[str, int], pad_to: int | None) -> None:
 
 
 def _named(key: str, lora_B: torch.Tensor, lora_A: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {f"{PEFT_PREFIX}{key}.lora_{side}.weight": factor for side, factor in (("A", lora_A), ("B", lora_B))}
+    stem = f"{PEFT_PREFIX}{key}"
+    return {f"{stem}.lora_A.weight": lora_A, f"{stem}.lora_B.weight": lora_B}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..errors import OptionError, nearest
 from ..records import Delta
 from .contract import Fusion, Part
 
-Batch = Mapping[str, Any]
+Inputs = Mapping[str, Any]
 Updates = Mapping[str, Delta]
 # The task of the examples that the merge must leave as the base has them.
 KEPT = "the base"
@@ -56,7 +56,7 @@ class _Model:
                 stack.callback(self.modules[layer].register_forward_hook(_adding(delta)).remove)
             yield
 
-    def input_of(self, layer: str, updates: Updates, batch: Batch) -> torch.Tensor:
+    def input_of(self, layer: str, updates: Updates, batch: Inputs) -> torch.Tensor:
         """Get what reaches a layer, as rows; tokens that an attention mask hides are left out."""
         caught: list[torch.Tensor] = []
 
@@ -79,7 +79,7 @@ class _Model:
             return x[mask.bool()]
         return x.reshape(-1, x.shape[-1])
 
-    def groups(self, batch: Batch) -> list[list[str]]:
+    def groups(self, batch: Inputs) -> list[list[str]]:
         """Get the layers in the order of a forward pass, those that get one input together."""
         order: list[tuple[str, tuple[int, ...]]] = []
         keep: list[torch.Tensor] = []  # so that no address is used twice
@@ -115,8 +115,8 @@ def fuse_behind(
     model: nn.Module,
     layers: Mapping[str, Sequence[Part]],
     weights: Mapping[str, float],
-    examples: Mapping[str, Sequence[Batch]],
-    keep: Sequence[Batch] = (),
+    examples: Mapping[str, Sequence[Inputs]],
+    keep: Sequence[Inputs] = (),
     on_layers: Callable[[int, int], Any] | None = None,
 ) -> dict[str, Part]:
     """Get layer -> fused part, layer after layer, each from what reaches it behind the layers that are merged.
@@ -206,7 +206,7 @@ def _placed(delta: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
     return Delta(delta.left_OP.to(device, dtype), moved, delta.right_QI.to(device, dtype))
 
 
-def _on(batch: Batch, device: torch.device) -> dict[str, Any]:
+def _on(batch: Inputs, device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 

@@ -17,7 +17,7 @@ from ..errors import AdapterError, OptionError
 from ..records import Delta
 from .activations import Grams
 from .adapters import Adapter, common_base, open_adapters
-from .behind import Batch, fuse_behind
+from .behind import Inputs, fuse_behind
 from .contract import Fusion, Part
 from .folder import Saved, save_lora, save_spectral
 from .overlap import LayerOverlap, OverlapReport, PairOverlap, compact, kept_strengths, pair_overlaps
@@ -93,8 +93,8 @@ def fuse(
     activations: Sequence[Mapping[str, torch.Tensor]] | None = None,
     eps: float | None = None,
     model: nn.Module | None = None,
-    examples: Sequence[Sequence[Batch]] | None = None,
-    keep: Sequence[Batch] | None = None,
+    examples: Sequence[Sequence[Inputs]] | None = None,
+    keep: Sequence[Inputs] | None = None,
     rank: int | None = None,
     heads_apart: bool = False,
     on_layers: Callable[[int, int], Any] | None = None,
@@ -171,8 +171,8 @@ def _check_examples(
     rule: Fusion,
     adapters: Sequence[Adapter],
     model: nn.Module | None,
-    examples: Sequence[Sequence[Batch]] | None,
-    keep: Sequence[Batch] | None,
+    examples: Sequence[Sequence[Inputs]] | None,
+    keep: Sequence[Inputs] | None,
 ) -> None:
     if not rule.behind:
         if model is not None or examples is not None or keep is not None:

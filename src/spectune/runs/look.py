@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
             "looked_at": True,
             "sizes": [
                 Size(name=name, trainable=result.trainable, file_bytes=result.file_bytes),
-                *_parts(recipe, model, Run(Path(result.folder)).tuned(config)),
+                *_parts(result.parts, Run(Path(result.folder)).tuned(config)),
                 Size(name="the whole model", trainable=result.total),
             ],
             "spectra": layer_spectra(model) if spectral else [],
@@ -42,10 +43,10 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
     )
 
 
-def _parts(recipe: Recipe, model: Any, tuned: Path) -> list[Size]:
+def _parts(parts: Mapping[str, int], tuned: Path) -> list[Size]:
     """Get the size of each part of an adapter with several."""
     found = []
-    for name, trainable in recipe.parts(model).items():
+    for name, trainable in parts.items():
         files = [*(tuned / name).glob("*.safetensors"), *tuned.glob(f"{name}.safetensors")]
         size = sum(path.stat().st_size for path in files) if files else None
         found.append(Size(name=name, trainable=trainable, file_bytes=size))

@@ -124,6 +124,8 @@ class RunResult(Record):
     learning_rate: float
     trainable: int
     """Numbers of the adapter (or of the whole model), without the head."""
+    parts: dict[str, int] = Field(default_factory=dict)
+    """Part -> numbers of it, where the adapter has several parts."""
     head: int = 0
     """Numbers of a new head and other modules_to_save, trained in full by every method."""
     total: int = 0

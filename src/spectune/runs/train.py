@@ -129,6 +129,7 @@ class _Fitted:
 
     watch: Watch
     counts: dict[str, int]
+    parts: dict[str, int]
     size: int | None
     peak: int | None
     device: str
@@ -169,6 +170,7 @@ def _train(
         validation_losses=fitted.watch.validation,
         learning_rate=learning_rate(config),
         trainable=fitted.counts["trainable"],
+        parts=fitted.parts,
         head=fitted.counts["head"],
         total=fitted.counts["total"],
         step_seconds=fitted.watch.step_seconds,
@@ -209,7 +211,15 @@ def _fitted(recipe: Recipe, found: Run, watch: Watch, replace_old: Callable[[], 
         trainer._load_from_checkpoint(str(good))
     size = None if divergence.found and good is None else _save(recipe, trainer, found)
     diverged = _diverged(divergence, config, good, found.tuned(config)) if divergence.found else ""
-    return _Fitted(watch, counts, size, *_memory(), diverged, trainer.model if trainer.is_fsdp_enabled else None)
+    return _Fitted(
+        watch,
+        counts,
+        recipe.parts(model),
+        size,
+        *_memory(),
+        diverged,
+        trainer.model if trainer.is_fsdp_enabled else None,
+    )
 
 
 def _diverged(divergence: StopAtDivergence, config: RunConfig, good: Path | None, tuned: Path) -> str:

@@ -22,6 +22,8 @@ PROPERTIES = (
 
 # Whose code on weights (starts, ties, sizes) has run before an adapter is attached.
 BEFORE_ANY_ADAPTER = ("torch.nn.modules.module", "transformers.modeling_utils")
+# Functions that a forward never calls: starts, and what diffusers' users call to join q, k and v.
+NOT_IN_A_FORWARD = ("__init__", "_init_weights", "fuse_projections")
 
 
 def is_read(model: nn.Module, path: str) -> tuple[bool, bool]:
@@ -54,7 +56,7 @@ def _sources(kind: Any) -> tuple[str, ...]:
     """Get the source of a class and of those it inherits from; without their starts, which run before any adapter."""
     owners = [owner for owner in kind.__mro__ if owner.__module__ not in ("builtins", *BEFORE_ANY_ADAPTER)]
     parts = [vars(owner).items() for owner in owners]
-    return tuple(_source(part) for name, part in chain(*parts) if name not in ("__init__", "_init_weights"))
+    return tuple(_source(part) for name, part in chain(*parts) if name not in NOT_IN_A_FORWARD)
 
 
 def _source(part: Any) -> str:
