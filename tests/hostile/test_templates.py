@@ -37,7 +37,8 @@ BAD: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_template_is_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     template, words = BAD[case]
-    monkeypatch.setattr(chat_rendering, "SECONDS", 0.2)
+    if "loop" in case or "range" in case:  # whatever else ends by itself should not race against a short time
+        monkeypatch.setattr(chat_rendering, "SECONDS", 0.2)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(OptionError, match=words) as refused:
