@@ -85,8 +85,9 @@ def is_core_built(delta: Delta, tokens: int) -> bool:
 
     Only where the core is the trained matrix itself, between frozen factors. Building dW costs O Q (P + I), and again
     in the backward, which then needs N (I Q + P O + P Q) for the core's gradient and nothing more for the input's.
-    With P = Q directions of a d x d weight this is less from N > d tokens on; dW is no larger than one layer's
-    activations then. A step of MiniLM (P = 78, 2048 tokens, one CPU core) takes 0.93 of LoRA's time, in factors 0.98.
+    With P = Q directions of a d x d weight, building dW is cheaper for more than d tokens; dW is then no larger than
+    the activations of one layer. A step of MiniLM (P = 78, 2048 tokens, one CPU core) takes 0.93 of LoRA's time, in
+    factors 0.98.
     """
     core = delta.core
     if isinstance(core, SparseCore) or core.ndim != 2 or not (core.requires_grad and core.is_leaf):

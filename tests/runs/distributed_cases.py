@@ -10,7 +10,8 @@ import os
 import shutil
 import signal
 import sys
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from accelerate.utils import DistributedType
 from spectune.cli import main
 from spectune.errors import OutputError
 from spectune.recipes import parse_config
-from spectune.runs import run, train_run
+from spectune.runs import run, train, train_run
 from spectune.training import Interrupted
 from spectune.training.yaml_file import write_yaml
 
@@ -111,8 +112,8 @@ def stopped(name: str, folder: Path, output: Path, processes: int) -> None:
 def pair(folder: Path) -> None:
     """Run every case on the processes of this launch, and move runs between one process and them."""
     for name in CASES:
-        done = train_run(config_of(name, folder, dist.get_world_size()), folder / "pair" / name)
-        _say_if_weights_differ(name, done.model)
+        with _compared(name):
+            train_run(config_of(name, folder, dist.get_world_size()), folder / "pair" / name)
     _through_the_command(folder)
     stopped("spectral_a", folder, folder / "from pair", dist.get_world_size())
     if RESUMES_ON_SEVERAL_CPUS:
@@ -159,8 +160,8 @@ def _sharded(folder: Path) -> None:
 def zero2(folder: Path) -> None:
     """Train and try to go on, through DeepSpeed as accelerate's launcher sets it up."""
     for name in ZERO2:
-        done = train_run(config_of(name, folder, dist.get_world_size()), folder / "zero2" / name)
-        _say_if_weights_differ(name, done.model)
+        with _compared(name):
+            train_run(config_of(name, folder, dist.get_world_size()), folder / "zero2" / name)
         try:
             (folder / "zero2" / name / "result.json").unlink(missing_ok=True)
             dist.barrier()
@@ -169,8 +170,24 @@ def zero2(folder: Path) -> None:
             (folder / f"{os.environ['RANK']}.{name}.refused").write_text(str(error))
 
 
+@contextmanager
+def _compared(name: str) -> Iterator[None]:
+    """Compare the trained weights of all processes when a run saves them; the result's model is read from the file."""
+    save = train._save
+
+    def save_equal(recipe: Any, trainer: Any, found: Any) -> int:
+        _say_if_weights_differ(name, trainer.accelerator.unwrap_model(trainer.model))
+        return save(recipe, trainer, found)
+
+    train._save = save_equal
+    try:
+        yield
+    finally:
+        train._save = save
+
+
 def _say_if_weights_differ(name: str, model: torch.nn.Module) -> None:
-    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+    mine = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(others, mine)
     if not all(torch.equal(other, mine) for other in others):

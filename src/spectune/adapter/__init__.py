@@ -3,6 +3,7 @@
 from .adapted_models import ADAPTERS_ATTRIBUTE as ADAPTERS_ATTRIBUTE
 from .adapted_models import attach_dynamics as attach_dynamics
 from .adapted_models import bases_as_parameters as bases_as_parameters
+from .adapted_models import in_eval_mode as in_eval_mode
 from .adapted_models import spectral_modules as spectral_modules
 from .dynamics import Dynamics as Dynamics
 from .kept_basis import BASIS as BASIS

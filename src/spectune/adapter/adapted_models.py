@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +22,18 @@ def spectral_modules(model: nn.Module) -> Iterator[tuple[str, str, SpectralModul
     for layer_name, layer in model.named_modules():
         for adapter_name, module in getattr(layer, ADAPTERS_ATTRIBUTE, {}).items():
             yield layer_name, adapter_name, module
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model in eval mode; afterwards each module is in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def bases_as_parameters(model: nn.Module) -> int:

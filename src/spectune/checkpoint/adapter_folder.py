@@ -54,7 +54,7 @@ class AdapterFolder:
         return self.file.shapes
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; `AdapterError` with the near misses if there is no such name."""
+        """Read one tensor; `AdapterError` names similar tensors if this one is missing."""
         return self.file.tensor(name)
 
     def refuse_surplus(self, parts: int, base: object) -> None:

@@ -53,7 +53,7 @@ class GgufFile:
         return cls(path, shapes, dtypes, parts, processor, {theirs: name for name, theirs in names.items()})
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read and dequantise one tensor; `AdapterError` with the near misses if there is no such name."""
+        """Read and dequantise one tensor; `AdapterError` names similar tensors if this one is missing."""
         import gguf
 
         if name not in self.shapes:

@@ -60,7 +60,7 @@ class Checkpoint:
         return {name: file.dtypes[name] for name, file in self.files.items()}
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read one tensor; `AdapterError` with the near misses if there is no such name."""
+        """Read one tensor; `AdapterError` names similar tensors if this one is missing."""
         if name not in self.files:
             raise AdapterError(f"{self.path}: the tensor {name!r} does not exist. {nearest(name, self.names)}")
         return self.files[name].tensor(name, device)

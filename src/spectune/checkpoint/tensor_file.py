@@ -51,7 +51,7 @@ class TensorFile:
             raise AdapterError(foreign(self.path, self.path.stat().st_size)) from error
 
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Read one tensor; `AdapterError` with the near misses if there is no such name.
+        """Read one tensor; `AdapterError` names similar tensors if this one is missing.
 
         Uses the header as it was on opening: safetensors would parse it again for every tensor. Nothing is mapped into
         memory, so a file that is cut short meanwhile is an error and not a crash.

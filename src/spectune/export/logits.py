@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapter import SpectralModule
+from ..adapter import SpectralModule, in_eval_mode
 from ..errors import ExportError
 from .layers import inner_model
 
@@ -149,14 +149,11 @@ def _only_adapter(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """
     layers = [m for m in model.modules() if "_active_adapter" in vars(m) and "_disable_adapters" in vars(m)]
     before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
-    training = {module: module.training for module in model.modules()}
     try:
         for layer in layers:
             vars(layer).update(_active_adapter=[adapter_name], _disable_adapters=False)
-        model.eval()
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         for layer, active, disabled in before:
             vars(layer).update(_active_adapter=active, _disable_adapters=disabled)
-        for module, mode in training.items():
-            module.training = mode

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import spectral_modules
+from ..adapter import in_eval_mode, spectral_modules
 from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
 
@@ -29,14 +29,14 @@ class _GramSums:
         convolves, multiplies = _convolves(inner), _multiplies(inner)
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_in(args, kwargs)
             if not (convolves or multiplies) or not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 raise OptionError(
                     f"{name}: gradient fusion can only read the inputs of linear layers and of ungrouped convolutions "
                     f"with zero padding, and this is a {type(inner).__name__}. Name the layers to collect with "
                     "layers=[...]."
                 )
-            rows_NI = _patches(inner, x) if convolves else _seen(x, self.mask)
+            rows_NI = _patches(inner, x) if convolves else seen_rows(x, self.mask)
             x_NI = rows_NI.detach().to(self.dtype)
             gram_II = (x_NI.mT @ x_NI).cpu()
             self.grams[name] = self.grams[name].add_(gram_II) if name in self.grams else gram_II
@@ -74,7 +74,12 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.unfold(images, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
 
 
-def _seen(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def input_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Get the input of a layer out of what it was called with."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def seen_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Get the inputs as rows, without those of padding where the layer's input has the mask's shape."""
     if mask is not None and x.shape[:-1] == mask.shape:
         return x[mask.bool()]
@@ -101,19 +106,15 @@ def collect_grams(
     nor an ungrouped convolution (1d, 2d) with zero padding.
     """
     wanted = _layers(model, layers)
-    running, training = _GramSums(dtype), {module: module.training for module in model.modules()}
+    running = _GramSums(dtype)
     with ExitStack() as stack:
         for name, layer in wanted.items():
             handle = layer.register_forward_pre_hook(running.hook(name, layer), with_kwargs=True)
             stack.callback(handle.remove)
-        try:
-            model.eval()
-            for batch in batches:
-                running.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                model(batch) if isinstance(batch, torch.Tensor) else model(**batch)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        stack.enter_context(in_eval_mode(model))
+        for batch in batches:
+            running.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            model(batch) if isinstance(batch, torch.Tensor) else model(**batch)
     unused = [name for name in wanted if name not in running.grams]
     if unused:
         raise OptionError(f"{unused[0]}: no batch went through this layer. Pass batches that use it, or other layers.")

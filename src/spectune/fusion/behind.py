@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapter import in_eval_mode
 from ..algebra import apply
 from ..errors import OptionError, nearest
 from ..records import Delta
+from .activations import input_in, seen_rows
 from .contract import Fusion, Part
 
 Inputs = Mapping[str, Any]
@@ -47,24 +49,23 @@ class _Model:
     model: nn.Module
     modules: Mapping[str, nn.Module]
     """Layer, as the adapters call it -> module."""
-    seen: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @contextmanager
     def tuned(self, updates: Updates) -> Iterator[None]:
         with ExitStack() as stack:
             for layer, delta in updates.items():
-                stack.callback(self.modules[layer].register_forward_hook(_adding(delta)).remove)
+                stack.callback(self.modules[layer].register_forward_hook(_adding(delta), with_kwargs=True).remove)
             yield
 
     def input_of(self, layer: str, updates: Updates, batch: Inputs) -> torch.Tensor:
         """Get what reaches a layer, as rows; tokens that an attention mask hides are left out."""
         caught: list[torch.Tensor] = []
 
-        def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
-            caught.append(args[0].detach())
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(input_in(args, kwargs).detach())
             raise _ReachedError
 
-        handle = self.modules[layer].register_forward_pre_hook(catch)
+        handle = self.modules[layer].register_forward_pre_hook(catch, with_kwargs=True)
         try:
             with self.tuned(updates):
                 self.model(**batch)
@@ -74,10 +75,7 @@ class _Model:
             handle.remove()
         if not caught:
             raise OptionError(f"{layer}: no example went through this layer. Pass examples that use it.")
-        x, mask = caught[0], batch.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and x.shape[:-1] == mask.shape:
-            return x[mask.bool()]
-        return x.reshape(-1, x.shape[-1])
+        return seen_rows(caught[0], batch.get("attention_mask"))
 
     def groups(self, batch: Inputs) -> list[list[str]]:
         """Get the layers in the order of a forward pass, those that get one input together."""
@@ -85,8 +83,8 @@ class _Model:
         keep: list[torch.Tensor] = []  # so that no address is used twice
 
         def note(layer: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0]
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = input_in(args, kwargs)
                 keep.append(x)
                 if all(layer != known for known, _ in order):
                     order.append((layer, (x.data_ptr(), x._version, *x.shape)))
@@ -95,7 +93,7 @@ class _Model:
 
         with ExitStack() as stack:
             for layer, module in self.modules.items():
-                stack.callback(module.register_forward_pre_hook(note(layer)).remove)
+                stack.callback(module.register_forward_pre_hook(note(layer), with_kwargs=True).remove)
             self.model(**batch)
         groups: list[list[str]] = []
         for place, (layer, found) in enumerate(order):
@@ -122,12 +120,14 @@ def fuse_behind(
     """Get layer -> fused part, layer after layer, each from what reaches it behind the layers that are merged.
 
     `examples` are each adapter's batches for the base `model`, `keep` those of neutral use: a task without an update,
-    of weight 1, whose outputs the merge should leave alone. Two forwards of each example for each group of layers with
-    one input, as far as that layer. `on_layers` is called with (layers done, layers in all).
+    of weight 1, whose outputs the merge should leave alone. One forward of each example for each group of layers with
+    one input, as far as that layer; two for a rule that compares with the adapters' own models. `on_layers` is called
+    with (layers done, layers in all).
     """
     tasks = dict(examples) | ({KEPT: list(keep)} if keep else {})
     shares = dict(weights) | ({KEPT: 1.0} if keep else {})
-    places = {layer: _module(model, layer) for layer in layers}
+    known = dict(model.named_modules())
+    places = {layer: _module(known, layer) for layer in layers}
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     own: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
     for layer, parts in layers.items():
@@ -137,12 +137,13 @@ def fuse_behind(
     runner = _Model(model, places)
     fused: dict[str, Part] = {}
     merged: dict[str, Delta] = {}
-    with _evaluating(model):
+    with in_eval_mode(model):
         for group in runner.groups(next(batch for batches in tasks.values() for batch in batches)):
             seen = {task: _Sums() for task in tasks}
             for task, batches in tasks.items():
                 for batch in batches:
-                    z_NI, x_NI = (runner.input_of(group[0], updates, batch) for updates in (own[task], merged))
+                    x_NI = runner.input_of(group[0], merged, batch)
+                    z_NI = runner.input_of(group[0], own[task], batch) if rule.compares else x_NI
                     seen[task].add(z_NI, x_NI)
             for layer in group:
                 parts = [_looked_at(layers[layer], task, sums, places[layer]) for task, sums in seen.items()]
@@ -171,14 +172,13 @@ def _stores_inputs_first(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear)  # transformers' Conv1D
 
 
-def _module(model: nn.Module, layer: str) -> nn.Module:
+def _module(known: Mapping[str, nn.Module], layer: str) -> nn.Module:
     """Get a layer of the model, which may lack the leading names of the one that the adapters were trained on."""
-    known = dict(model.named_modules())
     parts = layer.split(".")
     names = (".".join(parts[start:]) for start in range(len(parts)))
     found = next((known[name] for name in names if name in known), None)
     if found is None:
-        raise OptionError(f"{layer!r} is not a layer of {type(model).__name__}. {nearest(layer, list(known))}")
+        raise OptionError(f"{layer!r} is not a layer of {type(known['']).__name__}. {nearest(layer, list(known))}")
     weight = getattr(found, "weight", None)
     plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
     if not plain or isinstance(found, nn.Embedding):
@@ -190,8 +190,8 @@ def _module(model: nn.Module, layer: str) -> nn.Module:
 
 
 def _adding(delta: Delta) -> Callable[..., torch.Tensor]:
-    def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + apply(delta, args[0])
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return output + apply(delta, input_in(args, kwargs))
 
     return hook
 
@@ -208,14 +208,3 @@ def _placed(delta: Delta, device: torch.device, dtype: torch.dtype) -> Delta:
 
 def _on(batch: Inputs, device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -66,6 +66,8 @@ class Fusion:
     """Whether the weights are 1 by default, and not 1/N."""
     behind: ClassVar[bool] = False
     """Whether it looks at each layer behind the layers that are merged already, so that it needs the base model."""
+    compares: ClassVar[bool] = False
+    """Whether it also looks at what reaches the layer in each adapter's own model (`Part.cross_II`)."""
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         """Get the fused update of one layer; `AdapterError` or `OptionError` names the layer and the reason."""

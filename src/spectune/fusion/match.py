@@ -12,7 +12,7 @@ from ..algebra import dense, to_factors
 from ..errors import OptionError
 from .contract import Fusion, Part, of_factors
 
-# A share of the mean of G's diagonal: tried 1e-3 and 1e-4, which gave the same accuracies (METHODS, section 11).
+# A share of the mean of G's diagonal. Chosen.
 EPS = 1e-3
 
 
@@ -36,6 +36,7 @@ class Match(Fusion):
     name: ClassVar[str] = "match"
     paper: ClassVar[str] = "own; after RegMean (arXiv 2212.09849) and RegMean++ (arXiv 2508.03121)"
     behind: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     eps: float = EPS
     """e, as a share of the mean of G's diagonal."""

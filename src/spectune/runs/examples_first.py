@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..recipes.recipe import Recipe
 from ..training.processes import join
 from ..tuner import SpectralConfig, prepare
 
-# Examples of the pass that finds directions of the data: 16 batches of 32, as in METHODS' source, LoRA-GA and EVA.
+# Examples of the pass that finds directions of the data: 16 batches of 32. Chosen.
 EXAMPLES = 512
 # More examples hardly change a head of some thousand numbers, and their features are held in memory. Chosen.
 MOST_FOR_A_HEAD = 8192
@@ -25,9 +25,7 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 KEPT_ASIDE = 10
 
 
-def directions_of_examples(
-    recipe: Recipe, model: nn.Module, config: Any, has_new_head: bool, on_batch: Callable[[int], Any] | None = None
-) -> Any:
+def directions_of_examples(recipe: Recipe, model: nn.Module, config: Any, has_new_head: bool) -> Any:
     """Get the adapter's config with the directions that training examples choose, where it asks for such.
 
     Each process of a distributed run takes its share of the examples.
@@ -39,7 +37,7 @@ def directions_of_examples(
             f"adapter.directions={config.directions}: the gradients of a new random head say nothing. Set "
             f"training.head_first: true."
         )
-    return prepare(model, config, _batches(recipe), loss=recipe.loss, on_batch=on_batch)
+    return prepare(model, config, _batches(recipe), loss=recipe.loss)
 
 
 def _batches(recipe: Recipe) -> Iterator[dict[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
+from ..adapter import in_eval_mode
 from ..adapter.saved import LayerRanks
 from ..errors import OptionError, WeightError
 from ..records import Weight
@@ -125,27 +126,24 @@ def _watched(
 ) -> Iterator[list[torch.Tensor | None]]:
     """Have the layers report while the block runs; the list that it gets holds the attention mask of the batch."""
     mask: list[torch.Tensor | None] = [None]
-    modes = {module: module.training for module in model.modules()}
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(_reporter(moments[name], mask)).remove)
+            stack.callback(layer.register_forward_hook(_reporter(moments[name], mask), with_kwargs=True).remove)
+        stack.enter_context(in_eval_mode(model))
         try:
-            model.eval()
             model.requires_grad_(False)  # no gradient of a weight is ever made by autograd
             yield mask
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             for parameter, value in trains.items():
                 parameter.requires_grad_(value)
 
 
 def _reporter(seen: Moments, mask: list[torch.Tensor | None]) -> Callable[..., Any]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor | None:
         if not torch.is_grad_enabled():  # the first pass of gradient checkpointing
             return None
-        x, kept = args[0].detach(), mask[0]
+        x, kept = (args[0] if args else next(iter(kwargs.values()))).detach(), mask[0]
         if not output.requires_grad:  # nothing before this layer asks for a gradient
             output.requires_grad_(True)
 
