@@ -68,7 +68,7 @@ def test_parameters_of_other_ranks_and_a_router_are_exact(tmp_path: Path) -> Non
 @pytest.mark.parametrize("more", [{}, {"rank_pattern": {"down_proj": 1}}, {"target_modules": ["q_proj"]}])
 def test_the_lora_is_also_loaded_where_the_file_of_a_stranger_is_bounded(more: dict[str, Any], tmp_path: Path) -> None:
     model = adapted("mixtral", **{"target_modules": [], **more})
-    export_lora(model, tmp_path / "lora")
+    export_lora(model, tmp_path / "lora", pad=False)  # so that the file names the ranks
     assert_near(logits(load_attached(fresh("mixtral"), tmp_path / "lora").eval()), logits(model))
 
 

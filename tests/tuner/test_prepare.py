@@ -18,6 +18,7 @@ from spectune.spectrum import DIRECTIONS, DataSpectra
 
 from ..models import MODELS
 from .conftest import train
+from .test_kinds import quantised
 
 OF_DATA = [name for name in DIRECTIONS if name != "weight"]
 R = 5
@@ -236,3 +237,29 @@ def _narrowed() -> SpectralConfig:
     found = prepare(Two(), config("gradient", target_modules=["first"]), batches())
     found.target_modules = {"first", "second"}
     return found
+
+
+@pytest.mark.parametrize("quantisation", ["bnb-4bit", "bnb-8bit", "torchao-int8"])
+@pytest.mark.parametrize("directions", OF_DATA)
+def test_a_quantised_base_has_them_too_and_stays_quantised(quantisation: str, directions: str) -> None:
+    model = quantised(quantisation)
+    kind = type(model[0].weight)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    given = config(directions, target_modules=["0"])
+    found = prepare(model, given, [{"x": x}], loss=lambda model, batch: model(batch["x"]).square().sum())
+    tuned = get_peft_model(model, found)
+    assert type(tuned.base_model.model[0].base_layer.weight) is kind
+    train(tuned)
+    assert bool(torch.isfinite(tuned(x)).all())
+
+
+def test_a_layer_that_is_called_by_keyword_is_seen() -> None:
+    class Keyword(Two):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None) -> Any:
+            middle = self.first(input=x) + 1
+            losses_N = nn.functional.cross_entropy(self.second(middle.tanh()).flatten(0, -2), labels.flatten())
+            return type("Output", (), {"loss": losses_N})
+
+    one, other = (prepare(model, config("activation"), batches()).spectra for model in (Keyword(), Two()))
+    assert one is not None and other is not None
+    torch.testing.assert_close(one["first"].Vh_RI, other["first"].Vh_RI)
