@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -24,7 +25,9 @@ from spectune.sweeps.config import GeneralText, cell
 from spectune.sweeps.general_text import general_loss
 from spectune.sweeps.method_comparison import as_method_comparison, write_method_comparison
 from spectune.sweeps.record import read_record
+from spectune.sweeps.worker import _telling
 from spectune.sweeps.workers import Workers, last_words, plain_ctrl_c
+from spectune.training.checkpoints import stop_on_signal
 from spectune.training.loop import Loop
 from spectune.training.yaml_file import put
 from tests.effort import PATIENCE
@@ -360,7 +363,25 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
         finally:
             process.kill()
     saved = list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
-    assert bool(saved) == (when == "while it trains")
+    if when == "while it trains":
+        assert saved
+    else:  # a library may have caught the interrupt; then the first step told sends it again, and the next one saves
+        assert all(int(path.name.rpartition("-")[2]) <= 2 for path in saved)
+
+
+def test_an_interrupt_that_a_library_caught_while_loading_stops_the_first_step() -> None:
+    ended, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        tell = _telling(io.StringIO(), ended)
+        with stop_on_signal() as request:
+            tell(1, 9, 0.5)
+            assert not request.asked
+            ended.set()
+            tell(2, 9, 0.5)
+            assert request.asked
+            tell(3, 9, 0.5)  # not twice: a second interrupt ends the process without a checkpoint
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
@@ -482,9 +503,9 @@ def test_forgetting_is_refused_before_anything_runs_where_it_cannot_be_measured(
 
 def test_what_libraries_print_is_no_step() -> None:
     words = """
-import os
+import os, threading
 from spectune.sweeps.worker import _own_stdout, _telling
-tell = _telling(_own_stdout())
+tell = _telling(_own_stdout(), threading.Event())
 os.system("echo '[1/2] nvcc kernel.cu'")
 print("[a library]", flush=True)
 tell(1, 2, 0.5), tell(2, 2, float("nan"))

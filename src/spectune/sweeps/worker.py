@@ -85,8 +85,12 @@ def _measure(result: RunResult, recipe: Recipe, model: Any, parts: list[str]) ->
     Run(Path(result.folder)).write(result.model_copy(update={"metrics": result.metrics | found}))
 
 
-def _telling(steps_told: TextIO) -> OnStep:
+def _telling(steps_told: TextIO, ended: threading.Event) -> OnStep:
     def tell(step: int, steps: int, loss: float) -> None:
+        # The training has a handler of its own until it is asked to stop. If it still has it, the interrupt came while
+        # the run was loading, and a library caught it there.
+        if ended.is_set() and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            os.kill(os.getpid(), signal.SIGINT)
         with suppress(BrokenPipeError):  # the sweep was killed; stdin closes, too, and a checkpoint is saved
             print(json.dumps([step, steps, loss if math.isfinite(loss) else None]), file=steps_told, flush=True)
 
@@ -100,15 +104,17 @@ def _own_stdout() -> TextIO:
     return steps_told
 
 
-def _end_with_the_sweep() -> None:
+def _end_with_the_sweep(ended: threading.Event) -> None:
     """Wait for the end of stdin, which the sweep keeps open while it lives."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGINT)
+    ended.set()  # after the signal, so that whoever sees this has been sent one
 
 
 if __name__ == "__main__":
     # A shell makes background jobs ignore Ctrl-C, and this process would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout())))
+    sweep_ended = threading.Event()
+    threading.Thread(target=_end_with_the_sweep, args=[sweep_ended], daemon=True).start()
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout(), sweep_ended)))
