@@ -76,6 +76,15 @@ def test_a_sweep_shows_what_its_methods_gain_over_the_baseline_at_their_chosen_r
     assert plain["gains"] == [] and "Gain" not in to_markdown(plain) and "Gain over" not in render_comparison(plain)
 
 
+def test_a_sweep_that_still_chooses_its_rates_has_no_gains_yet() -> None:
+    sweep = parse_sweep(plain_sweep(methods={"a": GRID, "b": GRID}, baseline="b"))
+    first = record("a", GRID["learning_rates"][0])
+    assert first.result is not None
+    del first.result.metrics["test"]  # before the rate is chosen, only validation is measured
+    (gain,) = summarise(sweep, [first], planned=4)["gains"]
+    assert gain["mean"] is None and gain["pairs"] == 0
+
+
 def test_a_baseline_is_one_of_the_methods() -> None:
     with pytest.raises(OptionError, match="baseline 'lra' is not one of the methods. Did you mean 'lora'"):
         parse_sweep(plain_sweep(methods={"lora": GRID}, baseline="lra"))

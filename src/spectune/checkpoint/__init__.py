@@ -10,6 +10,7 @@ from .adapter_folder import read_adapter_folder as read_adapter_folder
 from .base import Base as Base
 from .base import base_at_hand as base_at_hand
 from .base import find_base as find_base
+from .base import model_at_hand as model_at_hand
 from .claim import hold_folder as hold_folder
 from .claim import refuse_links as refuse_links
 from .fingerprint import fingerprint as fingerprint

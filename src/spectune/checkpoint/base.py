@@ -97,6 +97,18 @@ def base_at_hand(adapter: AdapterFolder) -> Base | None:
     return _on_disk(asked) or _cached(asked)[0]
 
 
+def model_at_hand(name: str, commit: str | None = None) -> Base | None:
+    """Get the files of a model that was loaded by this name (and commit of the hub), or None if they are not here.
+
+    Downloads nothing, and unreadable files count as none.
+    """
+    asked = _Asked(name, commit, None, True)
+    try:
+        return _on_disk(asked) or _cached(asked)[0]
+    except AdapterError:
+        return None
+
+
 def _asked(said: str | Path | None, adapter: AdapterFolder | None) -> _Asked:
     named, place = ("", None) if adapter is None else (adapter.base_name, adapter.path)
     name = named if said is None else str(said.as_posix() if isinstance(said, Path) else os.path.expanduser(said))

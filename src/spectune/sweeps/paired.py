@@ -30,7 +30,8 @@ def gains(
     for row in rows:
         task, method = row["task"], row["method"]
         at = [r for r in records if r.ok and (r.task, r.method, r.rate) == (task, method, row["rate"])]
-        for record in at:
+        # While a sweep still chooses its rates, the runs so far are measured on validation only.
+        for record in (record for record in at if any(record.metrics.get(split) for split in splits)):
             name, value = metric_of(record.metrics, splits, sweep.report or sweep.metric)
             smaller[task] = better_is_smaller(name)
             if math.isfinite(value):

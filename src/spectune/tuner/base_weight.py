@@ -86,5 +86,18 @@ def backend_of(layer: nn.Module) -> QuantizationBackend | None:
     return backend
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU, and unpack those that are.
+
+    It packs them at the first forward in eval mode (processors with AVX512-BF16, bitsandbytes 0.49), and does not see
+    that they are packed when it dequantises or when it multiplies with a gradient: both give wrong numbers.
+    """
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+                layer.state_dict()  # unpacks the weight in place
+
+
 def _never() -> None:
     raise AssertionError("a quantised base weight is never written")

@@ -29,7 +29,7 @@ def find_bases(
     """
     asked: dict[Request, list[Weight]] = {}
     for weight in weights:
-        if (request := _request(weight.name, weight.W_OI, config, ranks)) is not None:
+        if (request := basis_request(weight.name, weight.W_OI, config, ranks)) is not None:
             asked.setdefault(request, []).append(weight)
     svd = config.svd_options
     bases: dict[str, Spectrum] = {}
@@ -43,7 +43,7 @@ def find_bases(
 def weights_of_layers(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[Weight]:
     """Get the plainly stored weights of the layers that `targets` accepts.
 
-    What is left out here (quantised weights, which are dequantised one by one) `find_basis` finds alone.
+    Quantised weights are left out: `bases_of_quantised` finds their bases, or `find_basis`, on the dequantised weight.
     """
     for path, module in model.named_modules():
         # A second adapter meets the layers that the first has adapted; their insides are not targets.
@@ -77,7 +77,7 @@ def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
     return stored.detach()
 
 
-def _request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: LayerRanks) -> Request | None:
+def basis_request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: LayerRanks) -> Request | None:
     """Get the engine's request for one weight; None if the method, data or the file provides the basis."""
     try:
         rank, columns = config.method_for(path, ranks.of(path), *W_OI.shape).basis(*W_OI.shape)

@@ -18,12 +18,14 @@ from ..checkpoint import PEFT_PREFIX
 from ..errors import LeftOutError, OptionError, SpectuneError, one_line
 from ..records import Spectrum, Weight
 from .attention import SpectralAttentionLinear
+from .base_weight import keep_unpacked
 from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
 from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
+from .full_precision import bases_of_quantised
 from .kinds import KINDS, kind_of
 from .layer import SpectralLayer
 from .named_adapters import NamedAdapters
@@ -114,8 +116,14 @@ class SpectralTuner(NamedAdapters):
     def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:
         """Find all bases before the first layer is replaced: PEFT calls this when the config is complete."""
         complete = _maybe_include_all_linear_layers(peft_config, model)
-        layers = weights_of_layers(model, lambda path: self._check_target_module_exists(complete, path))
-        self._bases = find_bases([*layers, *self._experts(model)], complete, self._ranks, self._tick)
+        keep_unpacked(model)
+
+        def targets(path: str) -> Any:
+            return self._check_target_module_exists(complete, path)
+
+        layers = [*weights_of_layers(model, targets), *self._experts(model)]
+        self._bases = find_bases(layers, complete, self._ranks, self._tick)
+        self._bases |= bases_of_quantised(model, targets, complete, self._ranks)
 
     def _experts(self, model: nn.Module) -> Iterator[Weight]:
         return (weight for target in self._stacked for weight in target.weights(model))
