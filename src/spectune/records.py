@@ -8,7 +8,7 @@ N tokens, C coefficients of a sparse core; CONTRIBUTING.md lists all letters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,6 +68,8 @@ class Spectrum:
     source: str = "weight"
     """What the directions were found in: the weight, or data (`spectune.prepare`), where S_i = u_i^T W v_i all the
     same, and U_OR diag(S_R) Vh_RI is no approximation of W."""
+    places: torch.Tensor | None = None
+    """Places i R + j between directions u_i and v_j that data have ranked (`spectune.prepare`), the best first."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -121,7 +123,7 @@ class Spectrum:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:
         """Get the same directions on another device or in another dtype."""
         U_OR, S_R, Vh_RI = (t.to(device=device, dtype=dtype) for t in (self.U_OR, self.S_R, self.Vh_RI))
-        return Spectrum(U_OR, S_R, Vh_RI, self.columns, self.quality, self.name, self.source)
+        return replace(self, U_OR=U_OR, S_R=S_R, Vh_RI=Vh_RI)
 
 
 @dataclass(frozen=True, eq=False)

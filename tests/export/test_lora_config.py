@@ -5,7 +5,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from spectune.export.lora_config import rank_pattern, target_modules
+from spectune.checkpoint.patterns import rank_pattern
+from spectune.export.lora_config import target_modules
 
 PATHS = ["m.0.q", "m.0.k", "m.1.q", "m.1.k", "m.1.k.inner", "head", "x.m.0.q", "m_0.q"]
 

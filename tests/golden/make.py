@@ -10,7 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from spectune import SpectralConfig
+from spectune import SpectralConfig, prepare
 from spectune.adapter import spectral_modules
 
 HERE = Path(__file__).parent
@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "svft": {"method": "svft", "pattern": "banded", "off_diagonals": 1},
     "svft-random": {"method": "svft", "pattern": "random", "basis_rank": 6, "gate": True},
     "svft-top_k": {"method": "svft", "pattern": "top_k", "off_diagonals": 1},
+    "svft-chosen": {"method": "svft", "pattern": "chosen", "places": 10, "basis_rank": 6},
     "specadapt": {"method": "specadapt", "r": 2, "basis_rank": 5},
     "svft-dense": {"method": "svft", "pattern": "dense", "core": [3, 2]},
     "one_sided": {"method": "one_sided", "r": 2, "side": "left"},
@@ -50,6 +51,14 @@ def targets(options: dict[str, Any]) -> list[str]:
     return ["lin0"] if options.get("pattern") == "top_k" else ["lin0", "lin1"]
 
 
+def config_of(options: dict[str, Any]) -> SpectralConfig:
+    config = SpectralConfig(target_modules=targets(options), **options)
+    if options.get("pattern") != "chosen":
+        return config
+    batches = [{"x": torch.eye(8)[i : i + 2]} for i in range(0, 8, 2)]
+    return prepare(Base(), config, batches, loss=lambda model, batch: model(batch["x"]).square().sum())
+
+
 def main() -> None:
     """Write the files that are missing; those of earlier releases stay as they are."""
     if not (HERE / "base.safetensors").exists():
@@ -57,7 +66,7 @@ def main() -> None:
     for case, options in CASES.items():
         if (HERE / case).exists():
             continue
-        model = get_peft_model(Base(), SpectralConfig(target_modules=targets(options), **options))
+        model = get_peft_model(Base(), config_of(options))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for _, parameter in sorted(model.named_parameters()):

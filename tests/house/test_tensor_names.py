@@ -25,7 +25,7 @@ def tensor_names() -> set[str]:
     for name, options in CASES.values():
         method, shape = build_method(name, options), (12, 12)
         spectrum = Spectrum.unknown(*shape, method.basis(*shape)[0])
-        names |= {*method.trained_shapes(*shape), *method.shared_shapes(), *method.frozen(spectrum)}
+        names |= {*method.trained_shapes(*shape), *method.shared_shapes(*shape), *method.frozen(spectrum)}
     return names
 
 

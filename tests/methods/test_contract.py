@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from spectune.adapter import SpectralModule
@@ -93,7 +94,19 @@ def test_every_trained_number_gets_a_gradient_within_two_steps(method: Method, s
 def test_trainable_count_is_what_the_module_trains(method: Method, spectrum: Spectrum) -> None:
     module = SpectralModule(method, spectrum, embed_basis=False)
     rows_O, cols_I, _ = spectrum.shape
-    shared = sum(torch.Size(shape).numel() for shape in method.shared_shapes().values())
+    shared = sum(torch.Size(shape).numel() for shape in method.shared_shapes(rows_O, cols_I).values())
     assert sum(p.numel() for p in module.parameters()) == method.trainable_count(rows_O, cols_I) + shared
     follower = SpectralModule(method, spectrum, embed_basis=False, owner=module)
     assert sum(p.numel() for p in follower.parameters()) == method.trainable_count(rows_O, cols_I)
+
+
+def test_a_size_trains_what_its_offer_counts(method: Method, spectrum: Spectrum) -> None:
+    rows_O, cols_I, _ = spectrum.shape
+    if not method.sizes(rows_O, cols_I) or method.shared_by():
+        return
+    whole = method.candidates()
+    scores = {name: torch.rand(shape) for name, shape in whole.trained_shapes(rows_O, cols_I).items()}
+    gains, costs = method.offer(rows_O, cols_I, scores)
+    for size in range(method.least_size, len(costs) + 1):
+        assert method.sized(size).trainable_count(rows_O, cols_I) == int(costs[:size].sum())
+    assert float(gains.sum()) == pytest.approx(sum(float(score.sum()) for score in scores.values()), rel=1e-5)

@@ -41,7 +41,7 @@ def test_specadapt_starts_as_the_official_code_does() -> None:
 def test_specadapt_counts_follow_the_formula() -> None:
     # The official code: 2 d r for each tensor, r^2 once; a ViT-B block's attention (four 768x768) takes 6144 r.
     assert 4 * SpecAdapt(r=16).trainable_count(768, 768) == 6144 * 16
-    assert SpecAdapt(r=16).shared_shapes() == {"H": (16, 16)}
+    assert SpecAdapt(r=16).shared_shapes(5, 6) == {"H": (16, 16)}
     assert SpecAdapt(r=16, shared_core=False).trainable_count(768, 768) == 2 * 768 * 16 + 256
 
 

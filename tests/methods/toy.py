@@ -32,7 +32,10 @@ class Toy(Method):
     def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"toy_stretch": (self.r,)}
 
-    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+    def shared_by(self) -> str:
+        return "model"
+
+    def shared_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"toy_mix": (1,)}
 
     def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from spectune.runs.building import build
 from ..recipes import tiny
 
 SVFT = {"method": "svft", "pattern": "banded", "off_diagonals": 3, "basis_rank": 4, "directions": "gradient"}
+CHOSEN = {"method": "svft", "pattern": "chosen", "places": 9, "basis_rank": 4, "directions": "gradient"}
 OF_TEXT = SVFT | {"target_modules": ["query", "value"]}
 HEAD_FIRST: dict[str, Any] = {"training": {"head_first": True}}
 CLASSIFIERS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
@@ -65,7 +66,7 @@ def test_scores_are_fitted_by_least_squares(tmp_path: Path) -> None:
     assert training_loss(recipe, model) < 0.3  # the variance of these scores is 1
 
 
-@pytest.mark.parametrize("name", ["text", "images", "language model"])
+@pytest.mark.parametrize("name", ["text", "images", "language model", "chosen places"])
 def test_a_run_finds_directions_of_its_examples_trains_in_them_and_is_read_back(name: str, tmp_path: Path) -> None:
     values = {
         "text": lambda: tiny.text_run(tmp_path, adapter=OF_TEXT, **HEAD_FIRST),
@@ -73,6 +74,7 @@ def test_a_run_finds_directions_of_its_examples_trains_in_them_and_is_read_back(
             tmp_path, adapter=SVFT | {"target_modules": list(tiny.vit_targets()[:2])}, **HEAD_FIRST
         ),
         "language model": lambda: tiny.lm_run(tmp_path, adapter=SVFT | {"target_modules": ["q_proj", "v_proj"]}),
+        "chosen places": lambda: tiny.lm_run(tmp_path, adapter=CHOSEN | {"target_modules": ["q_proj", "v_proj"]}),
     }[name]()
     config = parse_config(values)
     assert dry_run(config).trainable > 0
@@ -88,6 +90,11 @@ def test_a_run_finds_directions_of_its_examples_trains_in_them_and_is_read_back(
     ("make", "more", "said"),
     [
         (tiny.text_run, {"adapter": OF_TEXT}, "Set training.head_first: true"),
+        (
+            tiny.text_run,
+            {"adapter": CHOSEN | {"directions": "weight"}},
+            "adapter.pattern='chosen': the gradients of a new",
+        ),
         (tiny.lm_run, HEAD_FIRST, "training.head_first: this run has no new head"),
     ],
 )

@@ -13,7 +13,8 @@ from spectune.methods import METHODS
 from spectune.recipes import parse_config
 from spectune.runs import range_test
 from spectune.runs.range_test import divergence, read_ramp, running_mean
-from spectune.training import advice, learning_rate
+from spectune.training import advice, choice, learning_rate
+from spectune.training.config import RunConfig
 from spectune.training.rates import FAR, HEAD_RATE, KNOWN, head_learning_rate
 
 from ..recipes import tiny
@@ -108,3 +109,24 @@ def test_the_range_test_runs_on_a_recipe_and_stops_at_divergence(tmp_path: Path)
         range_test(parse_config(tiny.text_run(tmp_path)), low=0.0)
     with pytest.raises(OptionError, match="low below high"):
         range_test(parse_config(tiny.text_run(tmp_path)), low=1.0, high=0.1)
+
+
+def test_the_rate_of_a_dense_core_goes_by_its_size_and_is_said(tmp_path: Path) -> None:
+    values = tiny.text_run(tmp_path)
+    values["training"].pop("learning_rate")
+
+    def run(**options: object) -> RunConfig:
+        return parse_config(values | {"adapter": {"method": "svft", "target_modules": ["query"], **options}})
+
+    # The rates that were measured as best: 3e-3 for 78, 1e-2 for 24 (half decades).
+    for size, best in ((78, 3e-3), (24, 1e-2)):
+        assert learning_rate(run(pattern="dense", basis_rank=size)) == pytest.approx(best, rel=0.1)
+    assert learning_rate(run(pattern="dense", core=[117, 52])) == pytest.approx(3e-3, rel=0.1)
+    assert learning_rate(run(pattern="dense", basis_rank=2)) == learning_rate(run()) == METHODS["svft"].learning_rate
+    assert learning_rate(run(pattern="dense")) == 1e-3
+    said = choice(run(pattern="dense", basis_rank=80))
+    assert said == "learning rate 0.003: the default for these options of svft (0.03 for others)"
+    assert choice(run()) is None and choice(parse_config(tiny.text_run(tmp_path))) is None
+    values["training"]["learning_rate"] = 0.5
+    own = run(pattern="dense", basis_rank=80)
+    assert learning_rate(own) == 0.5 and choice(own) is None

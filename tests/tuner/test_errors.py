@@ -24,7 +24,10 @@ WRONG_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rank": 4}, "unexpected keyword argument 'rank'. Did you mean .*'rank_pattern'"),
     ({"pattern": "banded"}, "'spectral_a' has no option 'pattern'.*has: r, columns"),
     ({"method": "svft", "r": 4}, "'svft' has no option 'r'"),
-    ({"method": "svft", "rank_pattern": {"q": 4}}, "rank_pattern does not work with method 'svft'"),
+    (
+        {"method": "svft", "pattern": "dense", "core": [3, 4], "rank_pattern": {"q": 4}},
+        "rank_pattern does not work with method 'svft' and these options",
+    ),
     ({"method": "specadapt", "r": 4, "rank_pattern": {"q": 2}}, "share one 4x4 core"),
     ({"r": 0}, "r must be an integer of at least 1, got 0"),
     ({"method": "spectral_r", "r": 1}, "r must be an integer of at least 2, got 1"),

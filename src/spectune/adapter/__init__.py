@@ -14,3 +14,6 @@ from .offloading import forward_of as forward_of
 from .rules import GRADIENT_NORMS as GRADIENT_NORMS
 from .saved import base_tensor as base_tensor
 from .saved import saved_modules as saved_modules
+from .sharing import Owners as Owners
+from .sharing import group_of as group_of
+from .sharing import kind_of_layer as kind_of_layer

@@ -44,10 +44,10 @@ def bases_as_parameters(model: nn.Module) -> int:
     """
     found = [module for _, _, module in spectral_modules(model)]
     for module in found:
-        if module.method.shared_shapes():
+        if module.method.shared_by():
             raise AdapterError(
-                f"{module.name}: {module.method.name} trains numbers that all adapted weights share, and FSDP2 shards "
-                f"each layer for itself. Set shared_core to false, or use DDP."
+                f"{module.name}: {module.method.name} trains numbers that several weights share, and FSDP2 shards "
+                f"each layer for itself. Set shared_core to false (specadapt) or leave share out, or use DDP."
             )
         module.bases_as_parameters()
     return len(found)

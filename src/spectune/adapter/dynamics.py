@@ -86,6 +86,11 @@ def refuse_second_decay(optimizer: Optimizer, module: SpectralModule) -> None:
             f"{module.name}: singular_decay={module.dynamics.singular_decay} needs singular directions, and "
             f"{module.method.name} has none. Use the optimizer's weight_decay."
         )
+    if module.method.shared_by() == "kind":
+        raise OptionError(
+            f"{module.name}: singular_decay={module.dynamics.singular_decay} goes by the directions of one weight, and "
+            f"with share='kind' several weights train the same numbers. Use the optimizer's weight_decay."
+        )
     own = {id(p) for p in module.parameters()}
     for group in optimizer.param_groups:
         if group.get("weight_decay", 0) and any(id(p) in own for p in group["params"]):

@@ -72,7 +72,8 @@ class KeptBasis(nn.Module):
         """What stands on the meta device until a file brings it, as it was found here."""
         found = math.isfinite(spectrum.quality.residual)
         self.register_buffer("sketch", self._make_sketch() if found and self.source == "weight" else torch.zeros(0))
-        self._settled_on: torch.Tensor | None = self.sketch if found else None
+        pending = method.saves_frozen() and any(bool((t < 0).any()) for t in frozen.values())  # places of a file
+        self._settled_on: torch.Tensor | None = self.sketch if found and not pending else None
         self.embed_basis(embed_basis)
 
     @property
@@ -224,6 +225,8 @@ class KeptBasis(nn.Module):
         elif len(self.columns):
             self.refuse_foreign(self._basis())
             self._complete_frozen()
+        if self.method.saves_frozen():
+            self.method.check_frozen(self._basis(), {name: self._kept(name) for name in self.frozen_names})
         self._settled_on = self.sketch
 
     def refuse_non_finite(self) -> None:

@@ -44,7 +44,9 @@ class SpectralModule(KeptBasis):
         self._owner = [owner] if owner is not None else []
         start = method.start(rows_O, cols_I, seed=zlib.crc32(spectrum.name.encode()))
         self.trained_names = tuple(start)
-        self.own_names = tuple(name for name in start if owner is None or name not in method.shared_shapes())
+        self.own_names = tuple(
+            name for name in start if owner is None or name not in method.shared_shapes(rows_O, cols_I)
+        )
         for name in self.own_names:
             tensor = start[name]
             if random_start:

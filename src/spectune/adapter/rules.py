@@ -42,7 +42,7 @@ def normalise_gradients(module: SpectralModule, kind: str) -> None:
     SpecAdapt, gradient normalisation (official code, `grad_norm`).
     """
     for name, axis in module.method.gradient_axes().items():
-        gradient = getattr(module, name).grad
+        gradient = getattr(module, name).grad if name in module.own_names else None
         if gradient is not None:
             gradient.copy_(GRADIENT_NORMS[kind](gradient, axis))
 

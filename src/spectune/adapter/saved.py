@@ -17,6 +17,7 @@ from ..spectrum import Request, obtain, open_cache
 from .adapted_models import ADAPTERS_ATTRIBUTE
 from .base_names import base_tensor as base_tensor
 from .modules import SpectralModule
+from .sharing import Owners
 
 # The layout of the adapter file. A file with a higher number is refused.
 FORMAT_VERSION = 1
@@ -101,10 +102,10 @@ def saved_method(
     given = {option: config[option] for option in METHODS[name].options() if config.get(option) is not None}
     options = {option: tuple(value) if isinstance(value, list) else value for option, value in given.items()}
     r = (ranks or LayerRanks.of_config(config)).of(layer)
-    options = options if r is None else {**options, "r": r}
-    refuse_absurd(options)
+    refuse_absurd(options if r is None else {**options, "r": r})
     try:
         method = build_method(name, options)
+        method = method if r is None else method.sized(r)
         return method if shape is None or r is not None else method.fitted(*shape, layer)
     except TypeError as error:  # text or a list instead of a number
         raise OptionError(f"adapter_config.json: an option of {name} has the wrong type: {error}.") from error
@@ -116,13 +117,13 @@ def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str
     The basis is computed from the base's weight and rotated to match the saved sketch: `AdapterError` for a base that
     is not the adapter's. One base weight is in memory at a time.
     """
-    owner: SpectralModule | None = None
+    owners = Owners()
     ranks = LayerRanks.of_config(folder.config)
     for layer, names in owner_first(folder):
         tensor_name = base_tensor(layer, base)
         tensors = {name: folder.tensor(key) for name, key in names.items()}
-        module, transposed = _fit(folder.config, ranks, layer, base.tensor(tensor_name), tensors, owner)
-        owner = owner or module
+        module, transposed = _fit(folder.config, ranks, layer, base.tensor(tensor_name), tensors, owners)
+        owners.add(module)
         yield layer, tensor_name, transposed, module
 
 
@@ -137,9 +138,10 @@ def tensors_by_layer(folder: AdapterFolder) -> dict[str, dict[str, str]]:
 
 
 def owner_first(folder: AdapterFolder) -> list[tuple[str, dict[str, str]]]:
-    """Get `tensors_by_layer` by name, but first the layer with the numbers that all layers share."""
+    """Get `tensors_by_layer` by name, but first the layers with numbers that others share."""
     layers = sorted(tensors_by_layer(folder).items())
-    shared = saved_method(folder.config, "", LayerRanks({})).shared_shapes() if layers else {}
+    # Their names do not depend on a weight's shape.
+    shared = saved_method(folder.config, "", LayerRanks({})).shared_shapes(1, 1) if layers else {}
     return sorted(layers, key=lambda item: not any(name in item[1] for name in shared))
 
 
@@ -149,7 +151,7 @@ def _fit(
     layer: str,
     stored: torch.Tensor,
     tensors: dict[str, torch.Tensor],
-    owner: SpectralModule | None,
+    owners: Owners,
 ) -> tuple[SpectralModule, bool]:
     """Get the module with its saved numbers, and whether the weight is transposed.
 
@@ -168,7 +170,7 @@ def _fit(
         if not _shapes_fit(method, W_OI, tensors):
             continue
         try:
-            return _module(config, method, Weight(layer, W_OI), tensors, owner), transposed
+            return _module(config, method, Weight(layer, W_OI), tensors, owners), transposed
         except AdapterError as error:
             refused = refused or error
     shape = "x".join(map(str, stored.shape))
@@ -187,11 +189,11 @@ def _module(
     method: Method,
     weight: Weight,
     tensors: dict[str, torch.Tensor],
-    owner: SpectralModule | None,
+    owners: Owners,
 ) -> SpectralModule:
     rows_O, cols_I = weight.W_OI.shape
     rank, columns = method.basis(rows_O, cols_I)
-    embedded = "U_OR" in tensors
+    embedded, owner = "U_OR" in tensors, owners.of(method, weight.name, rows_O, cols_I)
     refuse_misfits(method, weight.name, (rows_O, cols_I), tensors, owner)
     if rank == 0 or embedded:
         source = str(config.get("directions", "weight"))
@@ -217,7 +219,7 @@ def refuse_misfits(
     Call it before anything is allocated: then the file has bytes for every allocation, whatever the config says.
     """
     rank, _ = method.basis(*shape)
-    expected = method.trained_shapes(*shape) | (method.shared_shapes() if owner is None else {})
+    expected = method.trained_shapes(*shape) | (method.shared_shapes(*shape) if owner is None else {})
     if rank and "U_OR" in tensors:
         expected |= {"U_OR": (shape[0], rank), "S_R": (rank,), "Vh_RI": (rank, shape[1])}
     for name, sides in expected.items():
@@ -247,8 +249,6 @@ def fill_module(module: SpectralModule, tensors: Mapping[str, torch.Tensor]) -> 
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise AdapterError(f"{module.name}: the saved numbers do not fit: {one_line(error)}. Copy it again.") from error
-    if module.method.saves_frozen():
-        module.method.check_frozen(module.spectrum, module.frozen)
 
 
 def saved_svd(config: Mapping[str, Any]) -> dict[str, Any]:

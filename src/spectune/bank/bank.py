@@ -201,9 +201,10 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, SpectralLayer]:
     for path, layer in found.items():
         if not isinstance(layer, SpectralLinear):
             raise OptionError(f"AdapterBank: {path} is not a linear layer. Leave it out of target_modules.")
-        if not has_frozen_factors(layer.module(adapter_name)):
+        method = layer.module(adapter_name).method
+        if method.shared_by() or not has_frozen_factors(layer.module(adapter_name)):
             raise OptionError(
-                f"AdapterBank: {layer.module(adapter_name).method.name} trains more than a core, or works on a "
+                f"AdapterBank: {method.name} trains more than a core, shares it between layers, or works on a "
                 "completed basis. A bank takes spectral_r, svft and svdiff."
             )
     return found

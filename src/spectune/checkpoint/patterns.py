@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # `re` has no timeout, and needs years for "(a|aa)+b" against sixty letters a. transformers needs `regex` too.
@@ -133,6 +134,23 @@ class LayerPatterns:
             if place < best and expression.match(layer):
                 return expression.pattern
         return found
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Get (most common rank, the other ranks by pattern); of equally common ranks the larger is taken.
+
+    A pattern is the last part of the name if all layers with it agree, or else the whole name.
+    """
+    counts = Counter(ranks.values())
+    r = max(counts, key=lambda rank: (counts[rank], rank))
+    pattern: dict[str, int] = {}
+    for name, rank in sorted(ranks.items()):
+        leaf = name.rpartition(".")[2]
+        agree = {other for path, other in ranks.items() if path.rpartition(".")[2] == leaf} == {rank}
+        if rank != r:
+            # PEFT reads a pattern as a regex for the end of a name; ^ and the escape make it this name alone.
+            pattern[leaf if agree else f"^{re.escape(name)}"] = rank
+    return r, pattern
 
 
 def _unescaped(pattern: str) -> str:

@@ -32,7 +32,7 @@ def train(
     """Train a run. Ctrl-C saves a checkpoint and stops; --resume then reaches the same weights as an unbroken run."""
     from ..recipes import load_config
     from ..runs import Run, RunResult, run, train_run
-    from ..training import Interrupted, advice, join, learning_rate, method_of, tuned_by
+    from ..training import Interrupted, advice, choice, join, learning_rate, method_of, tuned_by
     from .progress import Stages
     from .run_page import print_metrics, write_run_page
     from .terminal import Console
@@ -42,6 +42,8 @@ def train(
     main = join().is_main_process
     console = Console(stderr=True, quiet=as_json or not main)
     warning = advice(tuned_by(asked), learning_rate(asked))
+    if chosen := choice(asked):
+        console.print(chosen, markup=False, soft_wrap=True)
 
     def warn(said: str) -> None:
         Console(stderr=True).print(f"warning: {said}", markup=False, soft_wrap=True)

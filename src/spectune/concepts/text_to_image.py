@@ -102,8 +102,10 @@ class TextToImage(Recipe):
         for part, options in config.parts.items():
             options.setdefault("revision", config.revision)
             adapter = build_adapter_config(options)
-            if getattr(adapter, "directions", "weight") != "weight":
-                raise OptionError(f"{part}: directions of data are not found for pictures. Leave directions out.")
+            if asked := getattr(adapter, "needs_examples", ""):
+                raise OptionError(
+                    f"{part}: {asked} needs gradients of examples, which this recipe does not collect. Leave it out."
+                )
             model.attach(part, adapter)
         if word is not None:
             model.train_word(word)
@@ -116,7 +118,7 @@ class TextToImage(Recipe):
         asked, options = self.config.training.text_encoder_learning_rate, self.config.parts["text_encoder"]
         method = str(options.get("method") or str(options.get("peft_type", "")).upper())
         method = MUON if self.config.training.optimizer == MUON and "method" in options else method
-        return usual_rate(method, "training.text_encoder_learning_rate") if asked is None else asked
+        return usual_rate(method, "training.text_encoder_learning_rate", options) if asked is None else asked
 
     def parts(self, model: Any) -> dict[str, int]:
         return dict(model.trainable())

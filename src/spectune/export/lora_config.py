@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ..checkpoint.patterns import rank_pattern
 from ..errors import ExportError
 from .layers import base_path, base_paths, inner_model
 
@@ -74,23 +74,6 @@ def refuse_trained_biases(model: nn.Module, adapter_name: str) -> None:
             f"adapter {adapter_name!r}: bias={bias!r} trains biases, which are not part of an exact LoRA. Train with "
             "bias='none', or merge the adapter instead."
         )
-
-
-def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """Get (most common rank, the other ranks by pattern); of equally common ranks the larger is taken.
-
-    A pattern is the last part of the name if all layers with it agree, or else the whole name.
-    """
-    counts = Counter(ranks.values())
-    r = max(counts, key=lambda rank: (counts[rank], rank))
-    pattern: dict[str, int] = {}
-    for name, rank in sorted(ranks.items()):
-        leaf = name.rpartition(".")[2]
-        agree = {other for path, other in ranks.items() if path.rpartition(".")[2] == leaf} == {rank}
-        if rank != r:
-            # PEFT reads a pattern as a regex for the end of a name; ^ and the escape make it this name alone.
-            pattern[leaf if agree else f"^{re.escape(name)}"] = rank
-    return r, pattern
 
 
 def target_modules(adapted: list[str], all_paths: Iterable[str], modules_to_save: list[str]) -> list[str] | str:

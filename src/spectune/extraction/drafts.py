@@ -14,9 +14,9 @@ from ..adapter import SpectralModule
 from ..adapter.saved import LayerRanks, saved_method, tensors_by_layer
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder, save_tensors, write_atomically
+from ..checkpoint.patterns import rank_pattern
 from ..errors import ExportError, OptionError
 from ..export.architecture import Place
-from ..export.lora_config import rank_pattern
 from ..methods import build_method
 from ..records import Weight
 from ..spectrum import decompose

@@ -14,9 +14,9 @@ import torch
 from ..algebra import singular_values
 from ..checkpoint import LoraFile, fresh_folder, read_lora, save_tensors, write_atomically
 from ..checkpoint.lora_file import DIFFUSERS_METADATA, ENDINGS
+from ..checkpoint.patterns import rank_pattern
 from ..errors import ExportError, OptionError, OutputError
 from ..export.lora import DTYPES
-from ..export.lora_config import rank_pattern
 from ..records import Delta
 from .cut import Cut, cut_factors
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..adapter import SpectralModule, saved_modules
+from ..adapter import Owners, SpectralModule, saved_modules
 from ..adapter.saved import (
     LayerRanks,
     base_tensor,
@@ -110,7 +110,7 @@ class Adapter:
 
     def _embedded_modules(self) -> Iterator[tuple[str, SpectralModule]]:
         """Get the modules of a file that contains its bases, from the file alone."""
-        owner: SpectralModule | None = None
+        owners = Owners()
         ranks = LayerRanks.of_config(self.folder.config)
         for layer, names in owner_first(self.folder):
             tensors = {name: self.folder.tensor(key) for name, key in names.items()}
@@ -120,11 +120,12 @@ class Adapter:
                 )
             shape = tensors["U_OR"].shape[0], tensors["Vh_RI"].shape[1]
             method = saved_method(self.folder.config, layer, ranks, shape)
+            owner = owners.of(method, layer, *shape)
             refuse_misfits(method, layer, shape, tensors, owner)
             module = SpectralModule(
                 method, Spectrum.unknown(*shape, method.basis(*shape)[0], layer), embed_basis=True, owner=owner
             )
-            owner = owner or module
+            owners.add(module)
             fill_module(module, tensors)
             yield layer, module
 

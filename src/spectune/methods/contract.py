@@ -21,6 +21,8 @@ Columns = str | int | tuple[int, ...]
 Tensors = Mapping[str, torch.Tensor]
 
 
+SHARING = ("none", "kind")
+
 Value = TypeVar("Value")
 
 
@@ -43,8 +45,14 @@ class Method:
     learning_rate: ClassVar[float]
     """A first guess for AdamW; the subclass says where it comes from."""
 
+    least_size: ClassVar[int] = 1
+    """The smallest value of `size_option`."""
     takes_any_directions: ClassVar[bool] = False
     """Whether the update is confined to the basis and starts at zero in any, so that data may choose it."""
+
+    def usual_rate(self) -> float:
+        """Get a first guess for AdamW with these options; `learning_rate` where they do not matter."""
+        return self.learning_rate
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         """Get how many singular directions of an O x I weight this method wants, and which."""
@@ -73,10 +81,16 @@ class Method:
 
     def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:
         """Get the trained numbers before training, float32: dW = 0 exactly. `seed` where some are random."""
-        return {name: torch.zeros(shape) for name, shape in self.trained_shapes(rows_O, cols_I).items()}
+        shapes = self.trained_shapes(rows_O, cols_I) | self.shared_shapes(rows_O, cols_I)
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
-    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Get the names and shapes of tensors that all adapted weights of a model train together."""
+    def shared_by(self) -> str:
+        """Get which adapted weights train `shared_shapes` together: "model", all; "kind", those whose paths differ only
+        in indices; "", none."""
+        return ""
+
+    def shared_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        """Get the names and shapes of tensors that several adapted weights of a model train together."""
         return {}
 
     def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
@@ -94,6 +108,51 @@ class Method:
     def saves_frozen(self) -> bool:
         """Ask whether the frozen tensors, places as integers, must travel in the file: they cannot be found again."""
         return False
+
+    def needs_examples(self) -> bool:
+        """Ask whether `spectune.prepare` has to choose something, whatever the directions are: which places train."""
+        return False
+
+    def candidates(self) -> Method:
+        """Get the method with all numbers among which examples choose, to be measured; itself where they do not."""
+        return self
+
+    def chosen(self, spectrum: Spectrum, scores: Tensors) -> Spectrum:
+        """Get the directions with what this method takes from the scores that examples gave its `candidates`."""
+        return spectrum
+
+    def size_option(self) -> str | None:
+        """Get the option of which single layers may have their own value (`rank_pattern`); None: they may not."""
+        return "r" if "r" in self.options() else None
+
+    def sized(self, size: int) -> Method:
+        """Get this method with a layer's own size."""
+        option = self.size_option()
+        if option is None:
+            raise OptionError(
+                f"rank_pattern does not work with method {self.name!r} and these options: no size can differ. Leave it "
+                "out."
+            )
+        changed: Any = {option: size}
+        return replace(self, **changed)
+
+    def sizes(self, rows_O: int, cols_I: int) -> dict[str, torch.Tensor]:
+        """Get, for each trained tensor, from which size on each number is trained, broadcastable to its shape.
+
+        Empty where a smaller size does not train a part of the same numbers, so that a budget cannot be shared out.
+        """
+        return {}
+
+    def offer(self, rows_O: int, cols_I: int, scores: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get, for size 1, 2, ..., what the numbers that this size adds score, and how many they are."""
+        shapes, sizes = self.trained_shapes(rows_O, cols_I), self.sizes(rows_O, cols_I)
+        most = max(int(size.max()) for size in sizes.values())
+        gains, costs = torch.zeros(most, dtype=torch.float64), torch.zeros(most, dtype=torch.long)
+        for name, size in sizes.items():
+            places = (size - 1).expand(shapes[name]).flatten()
+            gains.index_add_(0, places, scores[name].detach().double().cpu().flatten())
+            costs += torch.bincount(places, minlength=most)
+        return gains, costs
 
     def check_frozen(self, spectrum: Spectrum, frozen: Tensors) -> None:
         """Raise `AdapterError` where frozen tensors that a file has brought cannot be this method's."""
@@ -143,6 +202,32 @@ class Method:
         for option, value in values.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise OptionError(f"{self.name}: {option} must be an integer of at least {least}, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tied(Method):
+    """A method whose numbers can be trained once for all layers of a kind, each layer in its own directions."""
+
+    share: str = option(
+        "none", "`kind`: the layers whose paths differ only in indices train one set of numbers; `none`: each its own."
+    )
+
+    def shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        """Get the names and shapes of the trainable tensors, shared or not."""
+        raise NotImplementedError
+
+    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        return {} if self.shared_by() else self.shapes(rows_O, cols_I)
+
+    def shared_by(self) -> str:
+        return "" if self.share == "none" else self.share
+
+    def shared_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+        return self.shapes(rows_O, cols_I) if self.shared_by() else {}
+
+    def _check_share(self) -> None:
+        if self.share not in SHARING:
+            raise OptionError(f"{self.name}: share={self.share!r} does not exist. Use 'none' or 'kind'.")
 
 
 def kept_directions(basis_rank: int | None, rows_O: int, cols_I: int) -> int:

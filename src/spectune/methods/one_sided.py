@@ -9,13 +9,13 @@ import torch
 
 from ..errors import OptionError
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, kept_directions, option, weakness
+from .contract import Columns, Tensors, Tied, kept_directions, option, weakness
 
 SIDES = ("right", "left")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneSided(Method):
+class OneSided(Tied):
     """Train what the top singular directions of one side are mapped to.
 
     side right:  dW_OI = M_OR . Vh_RI,   trains O r;   Vh the top right singular vectors, frozen
@@ -25,8 +25,8 @@ class OneSided(Method):
     so |dW| = |M|. The right side reads only the top r directions of the input; the left side writes only into the top r
     of the output, and keeps the whole input for the backward, as LoRA does.
 
-    PiCa (ICLR 2026) is the right side; their B is our M. They share one M among the layers of a kind, here each weight
-    has its own. The left side is its mirror, ours.
+    PiCa (ICLR 2026) is the right side; their B is our M. They share one M among the layers of a kind, here
+    `share="kind"` does; by default each weight has its own. The left side is its mirror, ours.
     """
 
     name: ClassVar[str] = "one_sided"
@@ -39,6 +39,7 @@ class OneSided(Method):
     side: str = option("right", "Which factor is frozen: `right` (singular vectors of the input) or `left` (output).")
 
     def __post_init__(self) -> None:
+        self._check_share()
         self._at_least(1, r=self.r)
         if self.side not in SIDES:
             raise OptionError(f"one_sided: side={self.side!r} does not exist. Use 'right' or 'left'.")
@@ -50,8 +51,12 @@ class OneSided(Method):
         r = kept_directions(self.r, rows_O, cols_I)
         return self if r == self.r else replace(self, r=r)
 
-    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"M": (rows_O, self.r) if self.side == "right" else (self.r, cols_I)}
+
+    def sizes(self, rows_O: int, cols_I: int) -> dict[str, torch.Tensor]:
+        place_R = torch.arange(1, self.r + 1)
+        return {"M": place_R[None, :] if self.side == "right" else place_R[:, None]}
 
     def is_linear(self) -> bool:
         return True

@@ -73,7 +73,10 @@ class SpecAdapt(Method):
         shapes: dict[str, tuple[int, ...]] = {"A": (K, self.r), "B": (self.r, K)}
         return shapes if self.shared_core else shapes | {"H": (self.r, self.r)}
 
-    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+    def shared_by(self) -> str:
+        return "model" if self.shared_core else ""
+
+    def shared_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"H": (self.r, self.r)} if self.shared_core else {}
 
     def start(self, rows_O: int, cols_I: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -59,6 +59,13 @@ class SpectralA(Method):
         shapes: dict[str, tuple[int, ...]] = {"A_U": (rows_O, self.r), "A_Vh": (self.r, cols_I)}
         return shapes | {"shift": (self.r,)} if self.train_singular_values else shapes
 
+    def sizes(self, rows_O: int, cols_I: int) -> dict[str, torch.Tensor]:
+        if self.columns != "top" and not isinstance(self.columns, int):
+            return {}
+        place_R = torch.arange(1, self.r + 1)
+        sizes = {"A_U": place_R[None, :], "A_Vh": place_R[:, None]}
+        return sizes | {"shift": place_R} if self.train_singular_values else sizes
+
     def check(self, spectrum: Spectrum) -> None:
         refuse_dead_directions(self.name, spectrum)
 

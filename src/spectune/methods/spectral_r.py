@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, fit_directions, option, refuse_dead_directions, weakness
+from .contract import Columns, Tensors, Tied, fit_directions, option, refuse_dead_directions, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpectralR(Method):
+class SpectralR(Tied):
     """Rotate the chosen left and the chosen right singular vectors among themselves.
 
     W'  = (U R_U) diag((1 + c) S) (R_V^T Vh) + (what the chosen directions leave of W)
@@ -35,6 +35,8 @@ class SpectralR(Method):
     # best at 1e-2 to 3e-2 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-2
 
+    least_size: ClassVar[int] = 2
+
     r: int = option(8, "How many singular directions are rotated among themselves; at least 2.")
     columns: Columns = option(
         "top", 'Which ones: "top", "bottom", "random", a start index in the descending spectrum, or a list.'
@@ -44,6 +46,7 @@ class SpectralR(Method):
     )
 
     def __post_init__(self) -> None:
+        self._check_share()
         self._at_least(2, r=self.r)
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
@@ -52,10 +55,17 @@ class SpectralR(Method):
     def fitted(self, rows_O: int, cols_I: int, name: str = "weight") -> SpectralR:
         return fit_directions(self, rows_O, cols_I, name, least=2)  # one direction has nothing to rotate with
 
-    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         triangle = (self.r * (self.r - 1) // 2,)
         shapes: dict[str, tuple[int, ...]] = {"skew_U": triangle, "skew_Vh": triangle}
         return shapes | {"scale": (self.r,)} if self.train_singular_values else shapes
+
+    def sizes(self, rows_O: int, cols_I: int) -> dict[str, torch.Tensor]:
+        if self.columns != "top" and not isinstance(self.columns, int):
+            return {}
+        larger_C = torch.triu_indices(self.r, self.r, 1)[1] + 1
+        sizes = {"skew_U": larger_C, "skew_Vh": larger_C}
+        return sizes | {"scale": torch.arange(1, self.r + 1)} if self.train_singular_values else sizes
 
     def frozen(self, spectrum: Spectrum) -> dict[str, torch.Tensor]:
         rows_C, cols_C = torch.triu_indices(self.r, self.r, 1)

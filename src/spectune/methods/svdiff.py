@@ -10,11 +10,11 @@ import torch
 from ..algebra import scale
 from ..errors import LeftOutError
 from ..records import Delta, Spectrum
-from .contract import Columns, Method, Tensors, kept_directions, option, weakness
+from .contract import Columns, Tensors, Tied, kept_directions, option, weakness
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVDiff(Method):
+class SVDiff(Tied):
     """Train one shift c per singular value; the singular vectors stay.
 
     dW_OI = U_OK . diag(relu(S + c) - S) . Vh_KI,   trains K numbers
@@ -35,13 +35,20 @@ class SVDiff(Method):
     basis_rank: int | None = option(None, "How many top singular values may shift; None is all K = min(O, I).")
 
     def __post_init__(self) -> None:
+        self._check_share()
         self._at_least(1, basis_rank=self.basis_rank)
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         return kept_directions(self.basis_rank, rows_O, cols_I), "top"
 
-    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         return {"shift": (kept_directions(self.basis_rank, rows_O, cols_I),)}
+
+    def size_option(self) -> str:
+        return "basis_rank"
+
+    def sizes(self, rows_O: int, cols_I: int) -> dict[str, torch.Tensor]:
+        return {"shift": torch.arange(1, kept_directions(self.basis_rank, rows_O, cols_I) + 1)}
 
     def check(self, spectrum: Spectrum) -> None:
         if not bool(spectrum.S_R.any()):

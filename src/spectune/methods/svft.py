@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from ..algebra import scale
-from ..errors import AdapterError, OptionError, nearest
+from ..errors import AdapterError, OptionError, WeightError, nearest
 from ..records import Delta, SparseCore, Spectrum
-from .contract import Columns, Method, Tensors, kept_directions, option, weakness
-from .svft_places import PATTERNS, line_length
+from .contract import Columns, Tensors, Tied, kept_directions, option, weakness
+from .svft_places import CHOSEN, PATTERNS, line_length
 
 DENSE = "dense"
 """The pattern without places: M is a plain matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVFT(Method):
+class SVFT(Tied):
     """Train k coefficients m_ij of fixed rank-one terms u_i v_j^T.
 
     dW_OI = U_OK . M_KK . Vh_KI,   M zero outside a pattern fixed before training
@@ -27,6 +27,8 @@ class SVFT(Method):
     Patterns on K kept directions: `plain`, the diagonal (k = K); `banded`, |i - j| <= d
     (k = K(2d + 1) - d(d + 1)); `random`, as many places as banded, drawn without replacement;
     `top_k`, as many places as banded with the largest |u_i . v_j|, which only exists for square weights;
+    `chosen`, the k places with the largest Fisher information E[(u_i^T G v_j)^2] over the gradients G of some batches
+    (`spectune.prepare`), `places` of them or as many as banded;
     `dense`, all of them (k = K^2), or with `core` a P x Q matrix of its own between the top P left and the top Q right
     directions. It equals a band of K - 1 off-diagonals, and is stored and multiplied as a plain matrix.
 
@@ -48,23 +50,31 @@ class SVFT(Method):
     learning_rate: ClassVar[float] = 3e-2
 
     basis_rank: int | None = option(None, "How many top directions M works in; None is all K = min(O, I).")
-    pattern: str = option("plain", "`plain`, `banded`, `random`, `top_k` or `dense`.")
+    pattern: str = option("plain", "`plain`, `banded`, `random`, `top_k`, `chosen` or `dense`.")
     core: tuple[int, ...] | None = option(
         None, "[P, Q]: a `dense` M between the top P left and the top Q right directions; in place of basis_rank."
     )
     off_diagonals: int | None = option(
-        None, "d: off-diagonals on each side of a `banded` M; `random` and `top_k` use as many places. Default 2."
+        None,
+        "d: off-diagonals on each side of a `banded` M; `random`, `top_k` and `chosen` use as many places. Default 2.",
     )
+    places: int | None = option(None, "k: how many places a `chosen` M trains; in place of off_diagonals.")
     pattern_seed: int = option(0, "Seed of the `random` pattern; the same for every layer, and kept in the file.")
     full_basis: bool = option(False, "Complete the thin basis of a rectangular weight to the full SVD.")
     gate: bool = option(False, "Multiply M by sigmoid(g) with one trained g per layer, as the official code does.")
 
     def __post_init__(self) -> None:
-        self._at_least(1, basis_rank=self.basis_rank)
+        self._check_share()
+        self._at_least(1, basis_rank=self.basis_rank, places=self.places)
         self._at_least(0, off_diagonals=self.off_diagonals, pattern_seed=self.pattern_seed)
         known = [*PATTERNS, DENSE]
         if self.pattern not in known:
             raise OptionError(f"svft: unknown pattern {self.pattern!r}. {nearest(str(self.pattern), known)}")
+        if self.share != "none" and self.pattern in ("top_k", CHOSEN):
+            raise OptionError(
+                f"svft: share={self.share!r} does not go with pattern={self.pattern!r}, which takes other places in "
+                "each weight. Use another pattern, or leave share out."
+            )
         if self.pattern in ("plain", DENSE) and self.off_diagonals:
             raise OptionError(
                 f"svft: off_diagonals={self.off_diagonals} has no effect on pattern={self.pattern!r}. Use "
@@ -76,6 +86,7 @@ class SVFT(Method):
                 "them out."
             )
         self._check_core()
+        self._check_places()
 
     def _check_core(self) -> None:
         if self.core is None:
@@ -89,12 +100,34 @@ class SVFT(Method):
             reason = f"the size is in {given[0]} already" if given else f"pattern={self.pattern!r} has no such sizes"
             raise OptionError(f"svft: core={list(sizes)} only goes with pattern='dense' alone; {reason}. Leave it out.")
 
+    def _check_places(self) -> None:
+        if self.places is not None and (self.pattern != CHOSEN or self.off_diagonals is not None):
+            reason = f"pattern={self.pattern!r}" if self.pattern != CHOSEN else f"off_diagonals={self.off_diagonals}"
+            raise OptionError(
+                f"svft: places={self.places} only goes with pattern='chosen', without off_diagonals, and there is "
+                f"{reason}. Leave one of them out."
+            )
+        if self.pattern == CHOSEN and self.full_basis:
+            raise OptionError("svft: full_basis does not go with pattern='chosen'. Leave full_basis out.")
+
     @property
     def d(self) -> int:
         """Off-diagonals a side; 2 is the smallest that the paper reports (GLUE R_2, vision B_2)."""
         if self.pattern == "plain":
             return 0
         return 2 if self.off_diagonals is None else self.off_diagonals
+
+    def usual_rate(self) -> float:
+        """For a dense core of P x Q numbers .24 / sqrt(P Q), so that cores of all sizes grow alike in |M|.
+
+        The best of several rates was 3e-3 for 78 x 78 and 1e-2 for 24 x 24, in the gradient's directions of 384 x 384
+        weights (half decades, one task). Never more than the band's, nor less than 1e-3, which is also for a core of
+        unknown size: chosen.
+        """
+        P, Q = self.core or (self.basis_rank, self.basis_rank)
+        if self.pattern != DENSE or self.full_basis:
+            return self.learning_rate
+        return 1e-3 if P is None or Q is None else min(self.learning_rate, max(1e-3, 0.24 / (P * Q) ** 0.5))
 
     def basis(self, rows_O: int, cols_I: int) -> tuple[int, Columns]:
         most = self.basis_rank if self.core is None else max(self.core)
@@ -112,9 +145,16 @@ class SVFT(Method):
         P, Q = self.core_shape(rows_O, cols_I)
         if self.pattern == DENSE:
             return P * Q
+        if self.places is not None:
+            if self.places > P * Q:
+                raise WeightError(
+                    f"svft: places={self.places} is more than this {rows_O}x{cols_I} weight has with {P} directions "
+                    f"({P * Q}). Lower places, or exclude the layer."
+                )
+            return self.places
         return sum(line_length(offset, P, Q) for offset in range(-self.d, self.d + 1))
 
-    def trained_shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, rows_O: int, cols_I: int) -> dict[str, tuple[int, ...]]:
         dense = self.pattern == DENSE
         one: tuple[int, ...] = self.core_shape(rows_O, cols_I) if dense else (self.coefficients(rows_O, cols_I),)
         shapes = {"M": one}
@@ -132,7 +172,45 @@ class SVFT(Method):
 
     def saves_frozen(self) -> bool:
         # Near ties in |U^T Vh^T| may fall the other way on another machine, so the places travel.
-        return self.pattern == "top_k"
+        # Those of `chosen` cannot be found again without the data.
+        return self.pattern in ("top_k", CHOSEN)
+
+    def needs_examples(self) -> bool:
+        return self.pattern == CHOSEN
+
+    def candidates(self) -> SVFT:
+        if self.pattern != CHOSEN:
+            return self
+        return replace(self, pattern=DENSE, places=None, off_diagonals=None, gate=False)
+
+    def size_option(self) -> str | None:
+        if self.pattern == CHOSEN:
+            return "places"
+        return "basis_rank" if self.core is None and not self.full_basis else None
+
+    def sized(self, size: int) -> SVFT:
+        sized: Any = super().sized(size) if self.pattern != CHOSEN else replace(self, places=size, off_diagonals=None)
+        return sized
+
+    def sizes(self, rows_O: int, cols_I: int) -> dict[str, torch.Tensor]:
+        place_K = torch.arange(1, min(self.core_shape(rows_O, cols_I)) + 1)
+        known = {DENSE: torch.maximum(place_K[:, None], place_K), "plain": place_K, CHOSEN: place_K}
+        if self.pattern not in known or self.size_option() is None:
+            return {}
+        return {"M": known[self.pattern]} | ({"gate": torch.ones(1, dtype=torch.long)} if self.gate else {})
+
+    def offer(self, rows_O: int, cols_I: int, scores: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.pattern != CHOSEN:
+            return super().offer(rows_O, cols_I, scores)
+        best_first = scores["M"].double().cpu().flatten().sort(descending=True).values
+        costs = torch.ones(len(best_first), dtype=torch.long)
+        costs[0] += self.gate
+        return best_first, costs
+
+    def chosen(self, spectrum: Spectrum, scores: Tensors) -> Spectrum:
+        rows_O, cols_I, _ = spectrum.shape
+        best_first = scores["M"].flatten().argsort(descending=True, stable=True)
+        return replace(spectrum, places=best_first[: self.coefficients(rows_O, cols_I)].clone())
 
     def large_frozen(self) -> tuple[str, ...]:
         return ("U_rest", "Vh_rest") if self.full_basis else ()
@@ -186,7 +264,8 @@ class SVFT(Method):
         return whole if strength == 1.0 else scale(whole, strength)
 
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
-        return min(self.core_shape(rows_O, cols_I))
+        P, Q = self.core_shape(rows_O, cols_I)
+        return min(P, Q, self.coefficients(rows_O, cols_I)) if self.pattern == CHOSEN else min(P, Q)
 
 
 def complement(U_OR: torch.Tensor) -> torch.Tensor:

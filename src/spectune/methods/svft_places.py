@@ -18,6 +18,10 @@ Places = tuple[torch.Tensor, torch.Tensor]
 """Rows and columns of the trained coefficients."""
 
 
+CHOSEN = "chosen"
+"""The pattern whose places examples choose."""
+
+
 def line_length(offset: int, P: int, Q: int) -> int:
     """Get how many entries the diagonal j - i = offset of a P x Q matrix has."""
     return max(min(P, Q - offset) if offset >= 0 else min(P + offset, Q), 0)
@@ -67,9 +71,20 @@ def _top_k(method: SVFT, spectrum: Spectrum, count: int) -> Places:
     return flat // K, flat % K
 
 
+def _chosen(method: SVFT, spectrum: Spectrum, count: int) -> Places:
+    """Take the best of the places that data have ranked (`spectune.prepare`).
+
+    Without a ranking they are all -1, which no forward accepts, until a file brings them.
+    """
+    ranked = spectrum.places
+    flat = torch.full((count,), -1) if ranked is None else ranked[:count].sort().values.cpu()
+    return flat // spectrum.shape[2], torch.where(flat < 0, -1, flat % spectrum.shape[2])
+
+
 PATTERNS: dict[str, Callable[[SVFT, Spectrum, int], Places]] = {
     "plain": _plain,
     "banded": _banded,
     "random": _random,
     "top_k": _top_k,
+    CHOSEN: _chosen,
 }

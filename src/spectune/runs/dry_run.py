@@ -71,7 +71,7 @@ def dry_run(config: RunConfig) -> DryRun:
         if isinstance(getattr(layer, "base_layer", None), nn.Module) and hasattr(layer.base_layer, "weight")
     ]
     rates = said(config)
-    advice = [rates["advice"]] if rates["advice"] else []
+    advice = [rates[name] for name in ("choice", "advice") if rates[name]]
     return DryRun(
         shown=recipe.show(),
         layers=layers,

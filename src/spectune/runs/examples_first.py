@@ -30,22 +30,29 @@ def directions_of_examples(recipe: Recipe, model: nn.Module, config: Any, has_ne
 
     Each process of a distributed run takes its share of the examples.
     """
-    if not isinstance(config, SpectralConfig) or config.directions == "weight":
+    if not isinstance(config, SpectralConfig) or not config.needs_examples:
         return config
     if has_new_head and not recipe.config.training.head_first:
         raise OptionError(
-            f"adapter.directions={config.directions}: the gradients of a new random head say nothing. Set "
+            f"adapter.{config.needs_examples}: the gradients of a new random head say nothing. Set "
             f"training.head_first: true."
         )
-    return prepare(model, config, _batches(recipe), loss=recipe.loss)
+    return prepare(model, config, _Batches(recipe), loss=recipe.loss)
 
 
-def _batches(recipe: Recipe) -> Iterator[dict[str, torch.Tensor]]:
-    rows, size, processes = recipe.plain_rows("train"), recipe.config.training.batch_size, join()
-    drawn = random.Random(recipe.config.seed).sample(range(len(rows)), min(EXAMPLES, len(rows)))
-    mine = drawn[processes.process_index :: processes.num_processes]
-    for start in range(0, len(mine), size):
-        yield recipe.collate([rows[i] for i in mine[start : start + size]])
+class _Batches:
+    """Batches of this process's share of the drawn examples; the same again in a second pass."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, processes = recipe, join()
+        self.rows = recipe.plain_rows("train")
+        drawn = random.Random(recipe.config.seed).sample(range(len(self.rows)), min(EXAMPLES, len(self.rows)))
+        self.mine = drawn[processes.process_index :: processes.num_processes]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        size = self.recipe.config.training.batch_size
+        for start in range(0, len(self.mine), size):
+            yield self.recipe.collate([self.rows[i] for i in self.mine[start : start + size]])
 
 
 def fit_head(recipe: Recipe, model: nn.Module, heads: list[str]) -> None:

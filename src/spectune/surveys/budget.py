@@ -96,7 +96,7 @@ class _Cost:
 def _row(name: str, method: Method, targets: Sequence[Target]) -> BudgetRow:
     costs = {shape: _cost(method, shape) for shape in {target.shape for target in targets}}
     fitting = [(target.name, cost) for target in targets if (cost := costs[target.shape]) is not None]
-    shared = method.shared_shapes() if fitting else {}
+    shared = method.shared_shapes(*targets[0].shape) if fitting else {}
     shared_count = sum(math.prod(shape) for shape in shared.values())
     trainable = sum(cost.trainable for _, cost in fitting) + shared_count
     saved = {f"{layer}.spectune_adapter.{key}": shape for layer, cost in fitting for key, shape in cost.saved.items()}

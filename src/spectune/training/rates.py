@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import OptionError
-from ..methods import METHODS
+from ..methods import METHODS, build_method
 from .config import HEAD, NO_ADAPTER, RunConfig
 from .muon import MUON
 
@@ -71,7 +72,7 @@ def learning_rate(config: RunConfig) -> float:
     asked = config.training.learning_rate
     if asked is not None:
         return asked
-    return usual_rate(tuned_by(config), "training.learning_rate")
+    return usual_rate(tuned_by(config), "training.learning_rate", config.adapter_options)
 
 
 def tuned_by(config: RunConfig) -> str:
@@ -80,14 +81,28 @@ def tuned_by(config: RunConfig) -> str:
     return MUON if config.training.optimizer == MUON and method in METHODS else method
 
 
-def usual_rate(method: str, where: str) -> float:
-    """Get the default rate of a method; `OptionError`, beginning with `where`, if it has none."""
+def usual_rate(method: str, where: str, options: Mapping[str, Any] | None = None) -> float:
+    """Get the default rate of a method with these options; `OptionError`, beginning with `where`, if it has none."""
     if method in METHODS:
-        return METHODS[method].learning_rate
+        known = METHODS[method].options()
+        given = {name: value for name, value in (options or {}).items() if name in known and value is not None}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        return build_method(method, given).usual_rate()
     usual = KNOWN[method].usual if method in KNOWN else None
     if usual is None:
         raise OptionError(f"{where}: {method} has no default rate. Give one; `spectune lr` proposes a value.")
     return usual
+
+
+def choice(config: RunConfig) -> str | None:
+    """Get a line about the default rate of a run where the adapter's options decide it, else None."""
+    method = method_of(config)
+    if config.training.learning_rate is not None or config.training.optimizer == MUON or method not in METHODS:
+        return None
+    rate, first = learning_rate(config), METHODS[method].learning_rate
+    if rate == first:
+        return None
+    return f"learning rate {rate:g}: the default for these options of {method} ({first:g} for others)"
 
 
 def head_learning_rate(config: RunConfig) -> float:
@@ -121,5 +136,6 @@ def said(config: RunConfig) -> dict[str, Any]:
         "head_learning_rate": head_learning_rate(config),
         "known": None if known is None else [known.low, known.high],
         "source": None if known is None else known.source,
+        "choice": choice(config),
         "advice": advice(method, rate),
     }

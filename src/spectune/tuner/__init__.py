@@ -7,11 +7,11 @@ from .attach import load_attached as load_attached
 from .attach import load_beside as load_beside
 from .attach import swap_adapter as swap_adapter
 from .config import SpectralConfig as SpectralConfig
-from .config import SVDOptions as SVDOptions
 from .foreign_file import bounded_config as bounded_config
 from .kinds import SpectralLinear as SpectralLinear
 from .layer import SpectralLayer as SpectralLayer
 from .model import SpectralTuner as SpectralTuner
 from .prepare import prepare as prepare
+from .svd_options import SVDOptions as SVDOptions
 
 register.register()

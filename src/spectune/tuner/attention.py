@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..adapter import SpectralModule, at_hand, forward_of
+from ..adapter import at_hand, forward_of
 from ..errors import SpectuneError, UnknownOptionError
 from .layer import SpectralAdapted
 
@@ -57,25 +57,20 @@ class SpectralAttentionLinear(SpectralAdapted):
                 base.out_proj = out_proj
 
     def adapt_out_proj(self, kind: type[SpectralAdapted], adapter_name: str, *given: Any) -> None:
-        """Put an adapted layer in the place of out_proj; `given` are a config, r, and the owner of shared numbers."""
-        base, (config, r, owner) = self.get_base_layer(), given
+        """Put an adapted layer in the place of out_proj; `given` are a config, r, and the owners of shared numbers."""
+        base, (config, r, owners) = self.get_base_layer(), given
         name = f"{self.module_name}.out_proj"
-        base.out_proj = kind(base.out_proj, adapter_name, config, name, r, self._owner(adapter_name, owner))
+        base.out_proj = kind(base.out_proj, adapter_name, config, name, r, owners)
 
     def update_out_proj(self, adapter_name: str, *given: Any) -> None:
         """Attach one more adapter to out_proj, which is adapted; nothing is attached when anything is wrong."""
-        config, r, owner = given
+        config, r, owners = given
         out_proj, name = self.get_base_layer().out_proj, f"{self.module_name}.out_proj"
         try:
-            out_proj.update_layer(adapter_name, config, name, r, self._owner(adapter_name, owner))
+            out_proj.update_layer(adapter_name, config, name, r, owners)
         except SpectuneError:
             del self.spectune_adapter[adapter_name]
             raise
-
-    def _owner(self, adapter_name: str, owner: SpectralModule | None) -> SpectralModule | None:
-        """Get the holder of the numbers that all weights share: the packed weight's adapter if it is the first."""
-        mine = self.module(adapter_name)
-        return mine if owner is None and mine.method.shared_shapes() else owner
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -83,7 +83,7 @@ def basis_request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: 
         rank, columns = config.method_for(path, ranks.of(path), *W_OI.shape).basis(*W_OI.shape)
     except WeightError:
         return None  # raised again, with the layer's name, when the layer is adapted
-    if rank == 0 or config.basis_is_in_file or config.directions != "weight":
+    if rank == 0 or config.basis_is_in_file or config.basis_is_prepared:
         return None
     svd = config.svd_options
     columns = tuple(columns) if isinstance(columns, list) else columns
@@ -92,7 +92,7 @@ def basis_request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: 
 
 def find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
     """Get the basis of a single weight."""
-    if config.directions != "weight":
+    if config.basis_is_prepared:
         return data_basis(config.directions, config.spectra, name)
     rank, columns = method.basis(*W_OI.shape)
     svd = config.svd_options

@@ -35,7 +35,8 @@ class Concessions:
         asked, given = self.config.basis_rank, min(module.U_OR.shape[0], module.Vh_RI.shape[1])
         if asked is not None and asked != module.method.options()["basis_rank"] and asked > given:
             self._lowered.setdefault(("basis_rank", asked), {}).setdefault(given, []).append(path)
-        asked, given = self.config.r if pattern is None else pattern, getattr(module.method, "r", 0)
+        own = pattern is not None and module.method.size_option() == "r"
+        asked, given = pattern if own else self.config.r, getattr(module.method, "r", 0)
         if asked is not None and given < asked:
             self._lowered.setdefault(("r", asked), {}).setdefault(given, []).append(path)
         else:

@@ -16,33 +16,15 @@ from ..checkpoint import TENSOR_FILE, read_adapter_folder
 from ..errors import OptionError, UnknownOptionError, nearest, one_line
 from ..methods import METHODS, Method, build_method
 from ..spectrum import DataSpectra
-from .config_types import check_plain_types, check_rank_pattern, check_types
+from .budget import check_budget
+from .config_types import check_own_size, check_plain_types, check_rank_pattern, check_types
 from .directions import check_directions
 from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
 from .peft_type import PEFT_TYPE
+from .svd_options import SVDOptions, svd_options_of
 
 SAVE_BASIS = ("auto", "always", "never")
-
-
-@dataclass
-class SVDOptions:
-    """How the singular basis is found; the arguments of `spectune.decompose`."""
-
-    solver: str = field(default="auto", metadata={"help": "auto, exact, gram or randomized."})
-    tolerance: float = field(
-        default=1e-4, metadata={"help": "Largest angle to the true singular subspace, in radians."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the randomized solver and of random columns."})
-    cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of bases to read and to fill, or 'off'. None: read what `spectune decompose` has stored."
-        },
-    )
-    share: bool = field(
-        default=True, metadata={"help": "Share the work over the processes of a distributed run; all must attach."}
-    )
 
 
 @dataclass
@@ -61,6 +43,17 @@ class SpectralConfig(MethodOptions, PeftConfig):
             "help": "Which directions: weight, or those of data, found by `spectune.prepare`: gradient, gradient_mean, "
             "activation, weight_x_activation (svft and specadapt)."
         },
+    )
+    budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trained numbers of the whole adapter, shared out over the layers by `spectune.prepare`; r (or "
+            "basis_rank) is then the most for one layer. The sizes are saved in rank_pattern."
+        },
+    )
+    budget_by: str = field(
+        default="fisher",
+        metadata={"help": "The score of a number: fisher, E[g^2] over batches, or gradient, E[g]^2."},
     )
     singular_decay: float = field(
         default=0.0,
@@ -99,7 +92,8 @@ class SpectralConfig(MethodOptions, PeftConfig):
         default=None, metadata={"help": "Name of the layer list, with layers_to_transform."}
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Another r for layers matching a name."}
+        default_factory=dict,
+        metadata={"help": "Another r for layers matching a name; for svft and svdiff another basis_rank or places."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
@@ -135,7 +129,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
             raise OptionError(f"task_type: {one_line(error)}. Correct it.") from None
         self.peft_type = PEFT_TYPE
         if isinstance(self.svd, dict):
-            self.svd = _svd_options(self.svd)
+            self.svd = svd_options_of(self.svd)
         if not isinstance(self.svd, SVDOptions):
             raise OptionError(f"svd={self.svd!r}: cannot be {type(self.svd).__name__}. Correct it.")
         check_plain_types(self.svd, "svd.")
@@ -173,24 +167,40 @@ class SpectralConfig(MethodOptions, PeftConfig):
         return self.save_basis == "always" and self.origin.place is not None
 
     @property
+    def needs_examples(self) -> str:
+        """The option for which a new adapter needs `spectune.prepare`, with its value; empty if there is none."""
+        if self.directions != "weight":
+            return f"directions={self.directions!r}"
+        if self.build_method().needs_examples():
+            return f"pattern={self.pattern!r}"
+        return "" if self.budget is None else f"budget={self.budget}"
+
+    @property
+    def basis_is_prepared(self) -> bool:
+        """Whether the basis comes from `spectune.prepare`: directions of data, or with places that data have chosen."""
+        return self.directions != "weight" or (self.spectra is not None and self.build_method().needs_examples())
+
+    @property
     def svd_options(self) -> SVDOptions:
         """How the basis is computed."""
         assert isinstance(self.svd, SVDOptions)
         return self.svd
 
     def build_method(self, r: int | None = None) -> Method:
-        """Get the method with its options; `r` in place of this config's for one layer (rank_pattern)."""
+        """Get the method with its options; `r` is another size for one layer (rank_pattern)."""
         given = {name: getattr(self, name) for name in METHOD_OPTIONS if getattr(self, name) is not None}
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        if r is not None:
-            given["r"] = r
-        refuse_absurd(given)
-        return build_method(self.method, given)
+        refuse_absurd(given if r is None else {**given, "r": r})
+        method = build_method(self.method, given)
+        return method if r is None else method.sized(r)
 
     def method_for(self, layer: str, r: int | None, rows_O: int, cols_I: int) -> Method:
         """Get the method of one layer: with its `r` of rank_pattern as it is, or else with `r` as low as its weight."""
         method = self.build_method(r)
-        return method if r is not None else method.fitted(rows_O, cols_I, layer)
+        if r is None:
+            return method.fitted(rows_O, cols_I, layer)
+        check_own_size(method, r, rows_O, cols_I, layer)
+        return method
 
     def _check_choices(self) -> None:
         for option, value, known in (
@@ -203,6 +213,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 raise OptionError(f"{option}={value!r} does not exist. {nearest(str(value), words)}")
         check_directions(self.directions, METHODS[self.method], self.save_basis)
         check_rank_pattern(self.build_method(), self.rank_pattern)
+        check_budget(self, self.build_method())
         if self.target_parameters and self.bias == "spectune_only":
             raise OptionError(
                 "bias='spectune_only' cannot be used with target_parameters: a stack of experts has no bias of its own."
@@ -240,15 +251,6 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 values[name] = sorted(value)
         del values["svd"]["cache_dir"]  # a place on this machine is nothing to send with a file
         return values
-
-
-def _svd_options(given: dict[str, Any]) -> SVDOptions:
-    known = [f.name for f in fields(SVDOptions)]
-    for name in given:
-        if name not in known:
-            raise OptionError(f"svd has no option {name!r}. {nearest(name, known)}")
-    refuse_absurd(given)
-    return SVDOptions(**given)
 
 
 def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:

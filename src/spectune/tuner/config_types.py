@@ -9,7 +9,7 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from ..errors import OptionError, one_line
+from ..errors import OptionError, WeightError, one_line
 from ..methods import Method
 from ..spectrum import DataSpectra
 from .origin import Origin
@@ -107,13 +107,20 @@ def _check_pattern(name: str, words: str) -> None:
 
 def check_rank_pattern(method: Method, rank_pattern: Mapping[str, int]) -> None:
     """Raise `OptionError` for ranks of single layers where the method has none, or has one that all weights share."""
-    if rank_pattern and "r" not in method.options():
-        raise OptionError(
-            f"rank_pattern does not work with method {method.name!r}, which has no option 'r'. Leave it out."
-        )
+    for size in rank_pattern.values():
+        method.sized(size)
     r: int = getattr(method, "r", 0)
-    if any(other != r for other in rank_pattern.values()) and method.shared_shapes():
+    if any(other != r for other in rank_pattern.values()) and method.shared_by() == "model":
         raise OptionError(
             f"rank_pattern={dict(rank_pattern)}: all weights share one {r}x{r} core, so none can have another r. Set "
             f"shared_core to False, or leave rank_pattern out."
+        )
+
+
+def check_own_size(method: Method, size: int, rows_O: int, cols_I: int, layer: str) -> None:
+    """Raise `WeightError` if rank_pattern gives a layer more directions than its weight has."""
+    if method.size_option() == "basis_rank" and size > min(rows_O, cols_I):
+        raise WeightError(
+            f"{layer}: rank_pattern gives this layer basis_rank={size}, but a {rows_O}x{cols_I} weight has "
+            f"{min(rows_O, cols_I)} directions. Lower it."
         )

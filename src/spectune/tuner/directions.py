@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..errors import OptionError, nearest
 from ..methods import METHODS, Method
 from ..records import Spectrum
 from ..spectrum import DIRECTIONS, DataSpectra
+
+if TYPE_CHECKING:
+    from .config import SpectralConfig
 
 
 def check_directions(directions: str, method: type[Method], save_basis: str) -> None:
@@ -27,13 +32,18 @@ def check_directions(directions: str, method: type[Method], save_basis: str) -> 
         )
 
 
-def data_basis(directions: str, spectra: DataSpectra | None, layer: str) -> Spectrum:
-    """Get the directions of data for a layer; `OptionError` if `spectune.prepare` has not computed them."""
-    if spectra is None:
+def refuse_unprepared(config: SpectralConfig) -> None:
+    """Raise `OptionError` for a new adapter that needs examples, of which `spectune.prepare` has seen none."""
+    if config.needs_examples and config.origin is None and config.spectra is None:
         raise OptionError(
-            f"directions={directions!r} come from examples. Call config = spectune.prepare(model, config, batches) "
-            f"before you attach the adapter."
+            f"{config.needs_examples} needs examples. Call config = spectune.prepare(model, config, batches) before "
+            f"you attach the adapter."
         )
+
+
+def data_basis(directions: str, spectra: DataSpectra | None, layer: str) -> Spectrum:
+    """Get the basis that data chose for a layer; `OptionError` if `spectune.prepare` has not computed it."""
+    assert spectra is not None  # `refuse_unprepared`
     if spectra.directions != directions or layer not in spectra:
         raise OptionError(
             f"{layer}: spectune.prepare has not computed directions={directions!r} for this layer. Call it again with "

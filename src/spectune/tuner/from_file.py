@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..adapter import ADAPTERS_ATTRIBUTE
+from ..adapter import ADAPTERS_ATTRIBUTE, group_of
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
 from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression, is_tame
@@ -152,7 +152,9 @@ def _made(
     config: SpectralConfig, layers: list[tuple[str, tuple[int, int]]]
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Get (layer, tensor, shape) for what the tuner would allocate only because of the config."""
-    ranks, shared_made = LayerRanks(config.rank_pattern, config.target_parameters), False
+    ranks = LayerRanks(config.rank_pattern, config.target_parameters)
+    groups: set[str] = set()
+    """Those whose shared numbers were made."""
     for layer, (rows_O, cols_I) in layers:
         try:
             method = config.method_for(layer, ranks.of(layer), rows_O, cols_I)
@@ -160,9 +162,9 @@ def _made(
             shapes = dict(method.trained_shapes(rows_O, cols_I))
         except WeightError:
             continue  # raised again, with the layer's name, when the layer is adapted
-        if not shared_made:
-            shapes |= method.shared_shapes()
-            shared_made = True
+        if (group := group_of(method, layer)) not in groups:
+            shapes |= method.shared_shapes(rows_O, cols_I)
+            groups.add(group)
         if rank and (config.save_basis == "always" or config.directions != "weight"):
             shapes |= {"U_OR": (rows_O, rank), "S_R": (rank,), "Vh_RI": (rank, cols_I)}
         for name, shape in shapes.items():

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
-from ..adapter import Dynamics, SpectralModule, in_own_dtype
+from ..adapter import Dynamics, Owners, SpectralModule, in_own_dtype
 from ..adapter.rows import ROWS, BankedLayer, Groups, refuse_other_rows
 from ..algebra import dense
 from ..errors import OptionError, WeightError
@@ -95,8 +95,8 @@ class SpectralLayer(BaseTunerLayer):
         adapter_name: str,
         config: SpectralConfig,
         name: str,
-        r: int | None = None,
-        owner: SpectralModule | None = None,
+        r: int | None,
+        owners: Owners,
         basis: Spectrum | None = None,
     ) -> None:
         """Attach a new adapter, on this basis or a computed one; attaches nothing if anything fails."""
@@ -107,10 +107,9 @@ class SpectralLayer(BaseTunerLayer):
                 f"{name}: the base weight is on the meta device and has no numbers to decompose. "
                 f"Load the base model with its weights first."
             )
-        rank, _ = method.basis(*W_OI.shape)
+        owner, (rank, _) = owners.of(method, name, *W_OI.shape), method.basis(*W_OI.shape)
         if rank == 0 or config.basis_is_in_file:
-            unknown = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions)
-            spectrum = unknown.to(W_OI.device)
+            spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions).to(W_OI.device)
         else:
             spectrum = find_basis(name, W_OI, method, config) if basis is None else basis
             method.check(spectrum)
@@ -125,6 +124,7 @@ class SpectralLayer(BaseTunerLayer):
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(W_OI.dtype)
         self.spectune_adapter[adapter_name] = module
+        owners.add(module)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -214,14 +214,14 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         adapter_name: str,
         config: SpectralConfig,
         name: str,
-        r: int | None = None,
-        owner: SpectralModule | None = None,
+        r: int | None,
+        owners: Owners,
         basis: Spectrum | None = None,
     ) -> None:
         super().__init__()
         SpectralLayer.__init__(self, base_layer, name)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config, name, r, owner, basis)
+        self.update_layer(adapter_name, config, name, r, owners, basis)
 
     @property
     def weight(self) -> torch.Tensor:

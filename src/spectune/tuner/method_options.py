@@ -41,10 +41,12 @@ if TYPE_CHECKING:
         r: int | None = None
         columns: str | int | tuple[int, ...] | list[int] | None = None
         train_singular_values: bool | None = None
+        share: str | None = None
         basis_rank: int | None = None
         pattern: str | None = None
         core: tuple[int, ...] | list[int] | None = None
         off_diagonals: int | None = None
+        places: int | None = None
         pattern_seed: int | None = None
         full_basis: bool | None = None
         gate: bool | None = None

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from ..adapter import SpectralModule, spectral_modules
+from ..adapter import Owners, spectral_modules
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
 from ..errors import LeftOutError, OptionError, SpectuneError, one_line
@@ -22,6 +22,7 @@ from .base_weight import keep_unpacked
 from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
+from .directions import refuse_unprepared
 from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
@@ -99,6 +100,7 @@ class SpectralTuner(NamedAdapters):
         self._model, self._bases = model, {}
         self._ranks = LayerRanks(config.rank_pattern, config.target_parameters)
         self._concessions = Concessions(config)
+        self._owners = Owners(module for _, name, module in spectral_modules(model) if name == adapter_name)
         try:
             with decomposing() as self._tick, ranks_of_modules(config, self._stacked):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -106,7 +108,7 @@ class SpectralTuner(NamedAdapters):
             take_back(model, adapter_name)
             raise
         finally:
-            del self._tick, self._bases, self._ranks, self._model
+            del self._tick, self._bases, self._ranks, self._owners, self._model
 
     def _check_target_module_exists(self, peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
         if self._chosen is None:
@@ -115,6 +117,7 @@ class SpectralTuner(NamedAdapters):
 
     def _prepare_model(self, peft_config: SpectralConfig, model: nn.Module) -> None:
         """Find all bases before the first layer is replaced: PEFT calls this when the config is complete."""
+        refuse_unprepared(peft_config)
         complete = _maybe_include_all_linear_layers(peft_config, model)
         keep_unpacked(model)
 
@@ -168,19 +171,18 @@ class SpectralTuner(NamedAdapters):
         basis: Spectrum | None,
     ) -> SpectralLayer:
         r = self._ranks.of(current_key)
-        owner = self._owner_of_shared(peft_config, adapter_name)
         if isinstance(target, SpectralLayer):
-            target.update_layer(adapter_name, peft_config, current_key, r, owner, basis)
+            target.update_layer(adapter_name, peft_config, current_key, r, self._owners, basis)
             if isinstance(target, SpectralAttentionLinear):
-                target.update_out_proj(adapter_name, peft_config, r, owner)
+                target.update_out_proj(adapter_name, peft_config, r, self._owners)
             return target
         refuse_output_of_attention(parent, target_name, current_key)
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = kind_of(innermost, current_key)
-        adapted = kind(target, adapter_name, peft_config, current_key, r, owner, basis)
+        adapted = kind(target, adapter_name, peft_config, current_key, r, self._owners, basis)
         adapted.weight_is_read, adapted.is_only_read = is_read(self._model, current_key)
         if isinstance(adapted, SpectralAttentionLinear):
-            adapted.adapt_out_proj(KINDS["linear"], adapter_name, peft_config, r, owner)
+            adapted.adapt_out_proj(KINDS["linear"], adapter_name, peft_config, r, self._owners)
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
@@ -191,12 +193,6 @@ class SpectralTuner(NamedAdapters):
             setattr(parent, child_name, new_module)  # PEFT would look for a `weight`, which not every layer has
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def _owner_of_shared(self, config: SpectralConfig, adapter_name: str) -> SpectralModule | None:
-        """Get the first adapted weight, which holds the tensors that all weights of an adapter share."""
-        if not config.build_method().shared_shapes():
-            return None
-        return next((module for _, name, module in spectral_modules(self.model) if name == adapter_name), None)
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:

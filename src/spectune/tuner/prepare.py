@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ from torch import nn
 from ..adapter import in_eval_mode
 from ..adapter.saved import LayerRanks
 from ..errors import OptionError, WeightError
-from ..records import Weight
+from ..methods import Method
+from ..records import Spectrum, Weight
 from ..spectrum import DataSpectra, Moments, processes
 from .base_weight import backend_of, layout_of
-from .bases import plain_weight
+from .bases import find_bases, find_basis, plain_weight
+from .budget import refuse_given_sizes, within_budget
 from .config import SpectralConfig
 from .from_file import chosen_layers
 from .model import SpectralTuner
+from .number_scores import NumberScores
 
 AnyBatch = Mapping[str, Any]
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -45,6 +49,11 @@ def prepare(
     O x O and I x I, or sketches of 2 R + 16 columns where a side is over 1,024. No weight is changed, and quantised
     weights stay quantised. In a distributed run each process brings its own batches and all get the same directions.
 
+    svft `pattern="chosen"` also takes its places from the examples, whatever the directions are: those where the mean
+    square of U^T G_k V is largest. `budget` shares trained numbers out over the layers by the gradients of these
+    numbers, and says in a table (on stderr) what each kind of layer got. With directions of data both take a second
+    pass, so `batches` must then be a list.
+
     `batches` hold keyword arguments of the model, with labels; `loss(model, batch)` is for models that do not return
     one. `on_batch` is called with the number of batches seen. `config.directions` says what is collected:
 
@@ -56,32 +65,101 @@ def prepare(
     - weight_x_activation: the best approximation of W x over the inputs: U from the SVD of W C^(1/2), C = sum x x^T,
       then the SVD of U^T W (CorDA, arXiv 2406.05223).
 
-    Raises `OptionError` for directions="weight", no batches, a model without a loss, and layers that are not linear or
-    that no batch went through.
+    Raises `OptionError` for a config that needs no examples, no batches, a model without a loss, and layers that are
+    not linear or that no batch went through.
     """
-    if config.directions == "weight":
+    if not config.needs_examples:
         raise OptionError(
             "directions='weight' needs no examples. Name directions of data, or attach the adapter at once."
         )
+    if config.budget is not None:
+        refuse_given_sizes(config)
+    prepared = copy.copy(config)
+    prepared.spectra = None
+    method, scored = config.build_method(), config.budget is not None or config.build_method().needs_examples()
     layers = _layers(model, config)
     ranks = LayerRanks(config.rank_pattern)
-    moments = {name: _moments(name, layer, config, ranks.of(name)) for name, layer in layers.items()}
-    count = 0
-    with _watched(model, layers, moments) as mask:
-        for count, batch in enumerate(batches, 1):
-            placed = {name: _on_device(value, model) for name, value in batch.items()}
-            mask[:] = [placed.get("attention_mask")]
-            _backward(model, placed, loss)
-            if on_batch is not None:
-                on_batch(count)
-    if processes() > 1:
-        for seen in moments.values():
-            seen.add_up()
-    _refuse_unseen(moments)
-    spectra = {name: seen.spectrum(Weight(name, _matrix(layers[name], name))) for name, seen in moments.items()}
-    prepared = copy.copy(config)
-    prepared.spectra = DataSpectra(config.directions, spectra, count)
+    examples = _Pass(model, layers, batches, loss, on_batch)
+    if config.directions == "weight":
+        spectra = _bases_of_weights(layers, prepared, ranks)
+    else:
+        if scored:
+            asks = f"budget={config.budget}" if config.budget is not None else f"pattern={config.pattern!r}"
+            examples.refuse_single_use(f"{asks} with directions={config.directions!r}")
+        moments = {name: _moments(name, layer, config, ranks.of(name)) for name, layer in layers.items()}
+        examples.through(moments)
+        spectra = {name: seen.spectrum(Weight(name, _matrix(layers[name], name))) for name, seen in moments.items()}
+    if scored:
+        methods = {name: config.method_for(name, ranks.of(name), *basis.shape[:2]) for name, basis in spectra.items()}
+        scores = {
+            name: NumberScores(config.budget_by, methods[name].candidates(), basis) for name, basis in spectra.items()
+        }
+        examples.through(scores)
+        totals = {name: seen.totals() for name, seen in scores.items()}
+        if config.budget is not None:
+            prepared, methods = within_budget(prepared, methods, spectra, totals)
+        spectra = {name: methods[name].chosen(basis, totals[name]) for name, basis in spectra.items()}
+        spectra = {name: _leading(basis, methods[name]) for name, basis in spectra.items()}
+    if config.directions == "weight" and not method.needs_examples():
+        spectra = {}  # found again when the adapter is attached, as when it is loaded
+    prepared.spectra = DataSpectra(config.directions, spectra, examples.count)
     return prepared
+
+
+def _leading(basis: Spectrum, method: Method) -> Spectrum:
+    """Get the directions of a basis that a method of a smaller size works in."""
+    R, _ = method.basis(*basis.shape[:2])
+    if basis.shape[2] == R:
+        return basis
+    U_OR, S_R, Vh_RI = basis.U_OR[:, :R].contiguous(), basis.S_R[:R].clone(), basis.Vh_RI[:R].clone()
+    return replace(basis, U_OR=U_OR, S_R=S_R, Vh_RI=Vh_RI, columns=basis.columns[:R])
+
+
+class _Pass:
+    """The batches, gone through as often as needed, with the layers reporting."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Iterable[AnyBatch],
+        loss: LossFunction | None,
+        on_batch: Callable[[int], Any] | None,
+    ) -> None:
+        self.model, self.layers, self.batches, self.loss, self.on_batch = model, layers, batches, loss, on_batch
+        self.count = 0
+        """Batches of one pass."""
+
+    def refuse_single_use(self, reason: str) -> None:
+        """Raise `OptionError` for batches that can be read only once."""
+        if isinstance(self.batches, Iterator):
+            raise OptionError(f"batches: {reason} reads them twice, and this iterator ends after once. Pass a list.")
+
+    def through(self, seen: Mapping[str, Moments] | Mapping[str, NumberScores]) -> None:
+        """Add what each layer sees of all batches, on all processes."""
+        before, count = self.count, 0
+        with _watched(self.model, self.layers, seen) as mask:
+            for count, batch in enumerate(self.batches, 1):
+                placed = {name: _on_device(value, self.model) for name, value in batch.items()}
+                mask[:] = [placed.get("attention_mask")]
+                _backward(self.model, placed, self.loss)
+                if self.on_batch is not None:
+                    self.on_batch(before + count)
+        self.count = count
+        if processes() > 1:
+            for one in seen.values():
+                one.add_up()
+        _refuse_unseen(seen)
+
+
+def _bases_of_weights(layers: Mapping[str, Any], config: SpectralConfig, ranks: LayerRanks) -> dict[str, Spectrum]:
+    """Get the weights' own directions; quantised weights are dequantised one at a time."""
+    plain = (Weight(name, _matrix(layer, name)) for name, layer in layers.items() if backend_of(layer) is None)
+    found = find_bases(plain, config, ranks, lambda name: None)
+    for name in layers.keys() - found.keys():
+        W_OI = _matrix(layers[name], name)
+        found[name] = find_basis(name, W_OI, config.method_for(name, ranks.of(name), *W_OI.shape), config)
+    return {name: found[name] for name in layers}
 
 
 def _layers(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
@@ -122,14 +200,14 @@ def _matrix(layer: Any, name: str) -> torch.Tensor:
 
 @contextmanager
 def _watched(
-    model: nn.Module, layers: Mapping[str, nn.Module], moments: Mapping[str, Moments]
+    model: nn.Module, layers: Mapping[str, nn.Module], seen: Mapping[str, Moments] | Mapping[str, NumberScores]
 ) -> Iterator[list[torch.Tensor | None]]:
     """Have the layers report while the block runs; the list that it gets holds the attention mask of the batch."""
     mask: list[torch.Tensor | None] = [None]
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(_reporter(moments[name], mask), with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(_reporter(seen[name], mask), with_kwargs=True).remove)
         stack.enter_context(in_eval_mode(model))
         try:
             model.requires_grad_(False)  # no gradient of a weight is ever made by autograd
@@ -139,7 +217,7 @@ def _watched(
                 parameter.requires_grad_(value)
 
 
-def _reporter(seen: Moments, mask: list[torch.Tensor | None]) -> Callable[..., Any]:
+def _reporter(seen: Moments | NumberScores, mask: list[torch.Tensor | None]) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor | None:
         if not torch.is_grad_enabled():  # the first pass of gradient checkpointing
             return None
@@ -174,7 +252,7 @@ def _on_device(value: Any, model: nn.Module) -> Any:
     return value.to(next(model.parameters()).device) if isinstance(value, torch.Tensor) else value
 
 
-def _refuse_unseen(moments: Mapping[str, Moments]) -> None:
+def _refuse_unseen(moments: Mapping[str, Moments] | Mapping[str, NumberScores]) -> None:
     unseen = [name for name, seen in moments.items() if not seen.tokens]
     if len(unseen) == len(moments):
         raise OptionError("batches: there are none, or the loss does not depend on the layers. Pass some examples.")
