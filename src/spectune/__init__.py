@@ -1,18 +1,20 @@
 """Spectune: fine-tune pretrained models in the singular space of their own weights.
 
 `import spectune` registers the method with PEFT. It costs milliseconds: nothing heavy is imported
-before it is used. Where PEFT is not imported yet, the registration waits for that moment.
+before it is used. Where PEFT is not imported yet, the registration waits for that moment. An installed spectune is
+registered without this import, too.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
-import sys
-from typing import TYPE_CHECKING, Any
 
+import _spectune_autoload
+
+TYPE_CHECKING = False  # importing typing would take longer than everything here
 if TYPE_CHECKING:
+    from typing import Any
+
     from .adapter import attach_dynamics as attach_dynamics
     from .bank import AdapterBank as AdapterBank
     from .errors import SpectuneError as SpectuneError
@@ -59,39 +61,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _RegisterWithPeft(importlib.abc.MetaPathFinder):
-    """Runs the registration right after somebody imports `peft`, once.
-
-    PEFT has no plugin discovery, and importing it here would make `spectune --help` wait for torch.
-    """
-
-    asking = False
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        # Libraries also ask for the spec without importing, to see whether peft is installed.
-        if fullname != "peft" or self.asking:
-            return None
-        self.asking = True
-        try:
-            spec = importlib.util.find_spec("peft")
-        finally:
-            self.asking = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: Any) -> None:
-                execute(module)
-                _register()
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-def _register() -> None:
-    importlib.import_module(".tuner", __name__)
-
-
-if "peft" in sys.modules:
-    _register()
-elif not any(isinstance(finder, _RegisterWithPeft) for finder in sys.meta_path):
-    sys.meta_path.insert(0, _RegisterWithPeft())
+_spectune_autoload.install()

@@ -53,4 +53,4 @@ def test_registering_twice_does_nothing() -> None:
     from spectune.tuner import peft_type, register
 
     register.register()
-    assert peft_type.extend_peft_type() is peft_type.PEFT_TYPE
+    assert peft_type.extend(type(peft_type.PEFT_TYPE)) is peft_type.PEFT_TYPE

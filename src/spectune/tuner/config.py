@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
-from ..adapter.saved import FORMAT_VERSION, refuse_absurd, refuse_newer
+from ..adapter.saved import FORMAT_VERSION, refuse_absurd
 from ..checkpoint import TENSOR_FILE, read_adapter_folder
-from ..errors import OptionError, UnknownOptionError, nearest, one_line
+from ..errors import OptionError, nearest, one_line
 from ..methods import METHODS, Method, build_method
 from ..spectrum import DataSpectra
 from .budget import check_budget
-from .config_types import check_own_size, check_plain_types, check_rank_pattern, check_types
+from .config_types import (
+    check_own_size,
+    check_plain_types,
+    check_rank_pattern,
+    check_types,
+    described,
+    with_checked_keywords,
+)
 from .directions import check_directions
+from .how_to_load import REQUIRES, say_how_to_load
 from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
 from .peft_type import PEFT_TYPE
@@ -250,7 +256,12 @@ class SpectralConfig(MethodOptions, PeftConfig):
             if isinstance(value, set):
                 values[name] = sorted(value)
         del values["svd"]["cache_dir"]  # a place on this machine is nothing to send with a file
-        return values
+        return values | REQUIRES
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json; it and the README.md beside it say which package loads the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        say_how_to_load(Path(save_directory), self.method)
 
 
 def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:
@@ -265,35 +276,5 @@ def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:
         )
 
 
-def _with_checked_keywords(init: Any) -> Any:
-    """Wrap a dataclass __init__ so that a wrong keyword lists its near misses, and a newer file is refused.
-
-    The words "got an unexpected keyword argument" are what PEFT looks for before it drops unknown keys.
-    """
-    known = [f.name for f in fields(SpectralConfig)]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        refuse_newer(kwargs.get("format_version", FORMAT_VERSION))
-        for name in kwargs:
-            if name not in known:
-                raise UnknownOptionError(
-                    f"SpectralConfig got an unexpected keyword argument {name!r}. {nearest(name, known)}"
-                )
-        init(self, *args, **kwargs)
-
-    return checked
-
-
-def _described(config: type) -> str:
-    """Get the docstring of a config with a line for each field that PEFT's own configs have not."""
-    foreign = {field.name for field in fields(PeftConfig)}
-    lines = [f"    {own.name}: {own.metadata['help']}" for own in fields(config) if own.name not in foreign]
-    return (
-        f"{inspect.cleandoc(config.__doc__ or '')}\n\nFields, and which methods use them (with their defaults):\n"
-        + ("\n".join(lines))
-    )
-
-
-SpectralConfig.__doc__ = _described(SpectralConfig)
-SpectralConfig.__init__ = _with_checked_keywords(SpectralConfig.__init__)  # type: ignore[method-assign]
+SpectralConfig.__doc__ = described(SpectralConfig)
+SpectralConfig.__init__ = with_checked_keywords(SpectralConfig)  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +11,13 @@ from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from ..errors import OptionError, WeightError, one_line
+from peft.config import PeftConfig
+
+from ..adapter.saved import FORMAT_VERSION, refuse_newer
+from ..errors import OptionError, UnknownOptionError, WeightError, nearest, one_line
 from ..methods import Method
 from ..spectrum import DataSpectra
+from .how_to_load import REQUIRES
 from .origin import Origin
 
 # Allowed types in the fields that are used first. JSON has no sets.
@@ -124,3 +130,35 @@ def check_own_size(method: Method, size: int, rows_O: int, cols_I: int, layer: s
             f"{layer}: rank_pattern gives this layer basis_rank={size}, but a {rows_O}x{cols_I} weight has "
             f"{min(rows_O, cols_I)} directions. Lower it."
         )
+
+
+def with_checked_keywords(config: Any) -> Any:
+    """Get a dataclass's __init__ in which a wrong keyword lists its near misses, and a newer file is refused.
+
+    The words "got an unexpected keyword argument" are what PEFT looks for before it drops unknown keys.
+    """
+    init, known = config.__init__, [f.name for f in fields(config)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_newer(kwargs.get("format_version", FORMAT_VERSION))
+        for name in REQUIRES:  # a word to people in the file, not an option
+            kwargs.pop(name, None)
+        for name in kwargs:
+            if name not in known:
+                raise UnknownOptionError(
+                    f"SpectralConfig got an unexpected keyword argument {name!r}. {nearest(name, known)}"
+                )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def described(config: type) -> str:
+    """Get the docstring of a config with a line for each field that PEFT's own configs have not."""
+    foreign = {field.name for field in fields(PeftConfig)}
+    lines = [f"    {own.name}: {own.metadata['help']}" for own in fields(config) if own.name not in foreign]
+    return (
+        f"{inspect.cleandoc(config.__doc__ or '')}\n\nFields, and which methods use them (with their defaults):\n"
+        + ("\n".join(lines))
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from .config import SpectralConfig, came_with_a_file
@@ -34,5 +34,6 @@ class SpectralConfigFromFile(SpectralConfig, metaclass=_Reader):
 
 def register() -> None:
     """Enter config and tuner into PEFT's tables; a second call does nothing."""
-    if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
+        PEFT_TYPE_TO_CONFIG_MAPPING.pop(PEFT_TYPE, None)  # the entry that has waited for this
         register_peft_method(name=METHOD, config_cls=SpectralConfigFromFile, model_cls=SpectralTuner)
