@@ -15,6 +15,7 @@ from spectune.errors import AdapterError, OptionError, WeightError
 
 from ..models import MODELS
 from .conftest import train
+from .test_kinds import quantised
 from .test_prepare import Two, batches, gradients
 
 PLACES = 7
@@ -78,6 +79,34 @@ def test_directions_of_data_need_batches_that_can_be_read_twice() -> None:
     prepare(Two(), config("weight"), iter(batches()))
     with pytest.raises(OptionError, match="reads them twice, and this iterator ends after once. Pass a list"):
         prepare(Two(), config("gradient"), iter(batches()))
+
+
+def test_a_quantised_base_gives_places_in_its_own_directions() -> None:
+    model = quantised("bnb-4bit")
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    square = lambda model, batch: model(batch["x"]).square().sum()  # noqa: E731
+    found = prepare(model, config(target_modules=["0"]), [{"x": x}], loss=square)
+    (module,) = [module for _, _, module in spectral_modules(get_peft_model(model, found))]
+    x_NI = x.to(module.S_R)
+    g_NO = _gradient_at(model, x)
+    fisher_PQ = (module.U_OR.mT @ g_NO.mT @ x_NI @ module.Vh_RI.mT).square()
+    wanted = fisher_PQ.flatten().argsort(descending=True)[:PLACES].sort().values
+    assert torch.equal(module.frozen["rows"] * 5 + module.frozen["cols"], wanted.to(torch.int32))
+
+
+def _gradient_at(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Get the gradient of the summed squares with respect to the output of the first layer."""
+    seen: list[torch.Tensor] = []
+
+    def report(_: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.detach().requires_grad_(True)
+        output.register_hook(seen.append)
+        return output.clone()
+
+    handle = model.get_submodule("0").register_forward_hook(report)
+    model(x).square().sum().backward()
+    handle.remove()
+    return seen[0]
 
 
 def test_more_places_than_a_core_has_are_refused() -> None:
