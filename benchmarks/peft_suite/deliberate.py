@@ -7,6 +7,9 @@ import re
 REASONS: dict[str, str] = {
     r"safe_serialization=False": "Pickled adapters are neither written nor read: unpickling a file runs its code.",
     r"trained on another base weight": "The file's sketch says that the adapter belongs to another base.",
+    r"spectral_r needs 2 or more of the directions": (
+        "A weight with one row or column has one singular direction, and nothing to rotate it with."
+    ),
     r"test_mixed_adapter_batches_mha_raises": "Refused as PEFT does; the test looks for the name of LoRA's own class.",
 }
 

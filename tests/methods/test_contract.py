@@ -110,3 +110,17 @@ def test_a_size_trains_what_its_offer_counts(method: Method, spectrum: Spectrum)
     for size in range(method.least_size, len(costs) + 1):
         assert method.sized(size).trainable_count(rows_O, cols_I) == int(costs[:size].sum())
     assert float(gains.sum()) == pytest.approx(sum(float(score.sum()) for score in scores.values()), rel=1e-5)
+
+
+def test_an_update_is_also_found_in_half_precision(method: Method, spectrum: Spectrum) -> None:
+    """`model.half()` turns everything to half, and a merge asks for the update then."""
+    trained, frozen = trained_numbers(method, spectrum), method.frozen(spectrum)
+    exact = dense(method.delta(spectrum, trained, frozen))
+    for dtype in (torch.float16, torch.bfloat16):
+        halves = [
+            {n: t.to(dtype) if t.is_floating_point() else t for n, t in part.items()} for part in (trained, frozen)
+        ]
+        found = dense(method.delta(spectrum.to(dtype=dtype), *halves))
+        assert found.dtype == dtype
+        # bfloat16 keeps 8 binary digits; a few roundings of 0.4% each.
+        assert torch.linalg.vector_norm(found.to(DTYPE) - exact) < 0.05 * torch.linalg.vector_norm(exact)

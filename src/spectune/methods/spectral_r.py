@@ -89,7 +89,8 @@ class SpectralR(Tied):
         """Get (R_U, R_V), both R x R orthogonal with determinant one."""
         # 1 - X in two operations, from a table of where each number of the triangle goes. inv_ex and not solve: 1 - X
         # of a skew X always has an inverse, and asking a GPU whether it found one would wait for it, in every layer.
-        skew_2C = torch.stack([trained["skew_U"], trained["skew_Vh"]])
+        # No inverse exists in half precision, which a model turned to half as a whole asks for.
+        skew_2C = in_single_precision(torch.stack([trained["skew_U"], trained["skew_Vh"]]))
         signs_RR, eye_RR = (frozen[name].to(skew_2C.dtype) for name in ("signs", "eye"))
         if strength != 1.0:
             skew_2C = skew_2C * strength
@@ -100,13 +101,18 @@ class SpectralR(Tied):
 
     def delta(self, spectrum: Spectrum, trained: Tensors, frozen: Tensors, strength: float = 1.0) -> Delta:
         R_U, R_V = self.rotations(trained, frozen, strength)
-        S_R = spectrum.S_R
+        S_R = spectrum.S_R.to(R_U.dtype)
         scaled_R = S_R * (1 + strength * trained["scale"]) if self.train_singular_values else S_R
         core_RR = torch.addmm(torch.diag(S_R), R_U * scaled_R, R_V.T, beta=-1)
-        return Delta(spectrum.U_OR, core_RR, spectrum.Vh_RI)
+        return Delta(spectrum.U_OR, core_RR.to(spectrum.S_R.dtype), spectrum.Vh_RI)
 
     def exact_rank(self, rows_O: int, cols_I: int) -> int:
         return min(self.r, rows_O, cols_I)
+
+
+def in_single_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """Get a tensor with at least 32 bits for each number."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def skew_places(rows_C: torch.Tensor, cols_C: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
