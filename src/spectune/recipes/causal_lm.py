@@ -173,7 +173,8 @@ class CausalLM(Recipe):
             "packing": data.packing,
             "remove_unused_columns": True,
         }
-        return looped(SFTTrainer)(
+        numbers = [(p, p.data) for p in model.parameters() if p.requires_grad]
+        trainer = looped(SFTTrainer)(
             model=model,
             args=checked_arguments(SFTConfig, arguments | more),
             # Tokens and labels are made here, so that `check` and evaluation use the same ones as training.
@@ -183,6 +184,9 @@ class CausalLM(Recipe):
             callbacks=list(callbacks),
             plan=plan,
         )
+        for parameter, kept in numbers:  # trl rounds an adapter beside a quantised base to bfloat16
+            parameter.data = kept.to(parameter.device)
+        return trainer
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         asked = self.config.evaluation

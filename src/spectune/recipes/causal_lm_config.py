@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..training.config import DataSection, PathOrName, RunConfig, Section
+from ..training.config import DataSection, PathOrName, Section
 from .conversations import Format
+from .quantization import QuantizedRunConfig
 
 
 class ConversationData(DataSection):
@@ -68,7 +69,7 @@ class LMEvaluation(Section):
     lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
 
 
-class CausalLMConfig(RunConfig):
+class CausalLMConfig(QuantizedRunConfig):
     """A run of the recipe causal_lm."""
 
     data: ConversationData

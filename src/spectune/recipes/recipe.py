@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..checkpoint import load_auto
 from ..checkpoint.task_file import Task, read_task
@@ -20,6 +20,7 @@ from ..training.arguments import checked_arguments, loop_arguments
 from ..training.config import RunConfig
 from ..training.loop import Loss, Plan, looped
 from ..tuner import load_attached
+from .quantization import quantized_loading
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,10 @@ def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: An
     """Get a pretrained model of transformers' Auto classes; `OptionError` if it cannot be loaded."""
     source = weights or config.model
     options |= {} if weights or config.revision is None else {"revision": config.revision}
+    quantized = {} if weights or kind is AutoConfig else quantized_loading(config)
+    if quantized and getattr(pretrained(AutoConfig, config, None), "quantization_config", None):
+        raise OptionError(f"quantization: {source} is stored quantised already. Use quantization: none.")
+    options |= quantized
     try:
         model: PreTrainedModel = load_auto(kind, source, dtype=getattr(torch, config.dtype), **options)
     except SpectuneError:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ..training.config import DataSection, RunConfig, Section
+from ..training.config import DataSection, Section
+from .quantization import QuantizedRunConfig
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TextEvaluation(Section):
     )
 
 
-class TextClassificationConfig(RunConfig):
+class TextClassificationConfig(QuantizedRunConfig):
     """A run of the recipe text_classification."""
 
     data: TextData

@@ -22,8 +22,9 @@ from .base_weight import backend_of, layout_of
 from .bases import basis_request
 from .config import SpectralConfig
 
-# |dequantised - stored| / |stored|. Four bits are off by 0.1, three by 0.2, another model's weights by 1.4.
-LARGEST_ROUNDING = 0.5
+# |dequantised - stored| / |stored|. Four bits are off by 0.1 (nf4 with nested scales by 0.6 on a 32 x 32 weight, the
+# worst seen), the weights of another model by 1.4. Chosen between.
+LARGEST_ROUNDING = 0.9
 # The frames between here and the call of get_peft_model.
 ABOVE_PEFT = 7
 
