@@ -16,6 +16,7 @@ from spectune.recipes import parse_config
 from spectune.recipes.table import recipe_class
 from spectune.runs import dry_run, load_run, measure, run
 from spectune.runs.building import build
+from spectune.runs.examples_first import A_BATCH, _Batches
 
 from ..recipes import tiny
 
@@ -84,6 +85,18 @@ def test_a_run_finds_directions_of_its_examples_trains_in_them_and_is_read_back(
     assert {module.source for module in modules} == {"gradient"} and all(bool(m.M.any()) for m in modules)
     for split, figures in measure(recipe, model).items():
         assert result.metrics[split] == pytest.approx(figures, rel=1e-4)
+
+
+def test_the_pass_takes_texts_of_like_length_in_one_batch_and_the_same_again(tmp_path: Path) -> None:
+    values = tiny.text_run(tmp_path, adapter=OF_TEXT, **HEAD_FIRST)
+    words = [f'{{"text": "{"good " * (1 + 5 * i % 7)}", "label": "{i % 2}"}}\n' for i in range(40)]
+    Path(values["data"]["train"]).write_text("".join(words))
+    recipe = recipe_class(values["recipe"])(parse_config(values))
+    lengths = [batch["attention_mask"].sum(1) for batch in _Batches(recipe)]
+    assert max(len(part) for part in lengths) <= A_BATCH and sum(len(part) for part in lengths) == 40
+    together = torch.cat(lengths)
+    assert torch.equal(together, together.sort().values) and len(together.unique()) > 3
+    assert all(torch.equal(a, b["attention_mask"].sum(1)) for a, b in zip(lengths, _Batches(recipe), strict=True))
 
 
 @pytest.mark.parametrize(

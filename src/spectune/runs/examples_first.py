@@ -15,8 +15,11 @@ from ..recipes.recipe import Recipe
 from ..training.processes import join
 from ..tuner import SpectralConfig, prepare
 
-# Examples of the pass that finds directions of the data: 16 batches of 32. Chosen.
-EXAMPLES = 512
+# Examples of the pass that finds directions of the data, and of one batch of it. Of the gradient's energy on unseen
+# rows the directions of 256 examples hold one or two points less than those of 512, and those of batches of 16 a little
+# more than those of 32 (docs/data-spectra.md).
+EXAMPLES = 256
+A_BATCH = 16
 # More examples hardly change a head of some thousand numbers, and their features are held in memory. Chosen.
 MOST_FOR_A_HEAD = 8192
 # The squared norm of the head's weight counts this much, whichever does best on validation examples. Chosen.
@@ -41,18 +44,26 @@ def directions_of_examples(recipe: Recipe, model: nn.Module, config: Any, has_ne
 
 
 class _Batches:
-    """Batches of this process's share of the drawn examples; the same again in a second pass."""
+    """Batches of this process's share of the drawn examples; the same again in a second pass.
+
+    Texts of like length stand in one batch, so that nearly nothing is padding.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, processes = recipe, join()
         self.rows = recipe.plain_rows("train")
         drawn = random.Random(recipe.config.seed).sample(range(len(self.rows)), min(EXAMPLES, len(self.rows)))
-        self.mine = drawn[processes.process_index :: processes.num_processes]
+        self.mine = _by_length(self.rows, drawn[processes.process_index :: processes.num_processes])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        size = self.recipe.config.training.batch_size
+        size = min(A_BATCH, self.recipe.config.training.batch_size)
         for start in range(0, len(self.mine), size):
             yield self.recipe.collate([self.rows[i] for i in self.mine[start : start + size]])
+
+
+def _by_length(rows: Any, places: list[int]) -> list[int]:
+    """Get the places of texts by their numbers of tokens; those of pictures, which would have to be read, as given."""
+    return sorted(places, key=lambda i: len(rows[i]["input_ids"])) if isinstance(rows, list) else places
 
 
 def fit_head(recipe: Recipe, model: nn.Module, heads: list[str]) -> None:
@@ -107,8 +118,7 @@ def _left_out(model: nn.Module, path: str) -> Iterator[None]:
 def _features(recipe: Recipe, model: nn.Module, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = recipe.plain_rows(split), 2 * recipe.config.training.batch_size
     drawn = random.Random(recipe.config.seed).sample(range(len(rows)), min(MOST_FOR_A_HEAD, len(rows)))
-    if isinstance(rows, list):  # tokens, which are not read from pictures
-        drawn.sort(key=lambda i: len(rows[i]["input_ids"]))  # batches of one length
+    drawn = _by_length(rows, drawn)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     features, targets = [], []

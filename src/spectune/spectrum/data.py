@@ -49,11 +49,15 @@ class SecondMoment:
         self.sum += rows_NA.mT @ (rows_NA if self.probe is None else rows_NA @ self.probe)
 
     def eigen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Get the eigenvalues, descending, and the eigenvectors as columns, in float64."""
-        sum_AA = self.sum.double()
+        """Get the eigenvalues, descending, and the eigenvectors as columns, in float64.
+
+        A whole moment is solved in the float32 that it was summed in: its rounding is that of the sum, in half the
+        time.
+        """
         if self.probe is None:
-            values, vectors = torch.linalg.eigh((sum_AA + sum_AA.mT) / 2)
-            return values.flip(0), vectors.flip(1)
+            values, vectors = torch.linalg.eigh((self.sum + self.sum.mT) / 2)
+            return values.flip(0).double(), vectors.flip(1).double()
+        sum_AA = self.sum.double()
         probe = self.probe.double()
         # A small multiple of the identity keeps Omega^T Y positive, and is taken off again.
         shift = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(sum_AA)
