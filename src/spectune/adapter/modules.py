@@ -15,7 +15,7 @@ from ..errors import OptionError
 from ..methods.contract import Method
 from ..records import Delta, SparseCore, Spectrum
 from .dynamics import Dynamics, follow
-from .kept_basis import KeptBasis, in_own_dtype
+from .kept_basis import BASIS, KeptBasis, in_own_dtype
 from .offloading import at_hand
 
 
@@ -120,6 +120,25 @@ class SpectralModule(KeptBasis):
                 f"Exclude the layer or use another optimizer."
             )
         return size
+
+    @property
+    def has_settled_basis(self) -> bool:
+        """Whether the basis is here and whole: not on the meta device until a file comes, and not sharded."""
+        kept = [self._kept(name) for name in (*BASIS, *self.frozen_names)]
+        return not any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in kept)
+
+    def take_basis(self, other: SpectralModule) -> None:
+        """Replace this basis, its sketch and the method's frozen tensors by copies of another module's."""
+        if not self.has_settled_basis:
+            return  # a file brings them
+        with at_hand(other):
+            device, basis = self._kept("S_R").device, other.spectrum
+            self.columns, self.quality, self.source = basis.columns, basis.quality, basis.source
+            for name in (*BASIS, *other.frozen_names):
+                self._keep(name, other._kept(name).detach().to(device, copy=True))
+            self._buffers["sketch"] = self._settled_on = other.sketch.detach().to(device, copy=True)
+            self.embed_basis("sketch" in other._non_persistent_buffers_set)
+        self._forget()
 
     def hold(self) -> Callable[[], None]:
         """Get a function that restores the present state, with trained numbers in their present tensors."""

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
-from ..adapter import Owners, spectral_modules
+from ..adapter import Owners, SpectralModule, spectral_modules
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX
 from ..errors import LeftOutError, OptionError, SpectuneError, one_line
@@ -36,6 +36,7 @@ from .pickled import refuse_pickling
 from .progress import decomposing
 from .take_back import take_back
 from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
+from .twins import hand_over, own_copy, twins
 
 
 class SpectralTuner(NamedAdapters):
@@ -47,6 +48,7 @@ class SpectralTuner(NamedAdapters):
     """The layers that the patterns of a stranger's config choose, while they are adapted."""
     _model: nn.Module
     _bases: dict[str, Spectrum]
+    _twins: dict[str, SpectralModule]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -98,17 +100,19 @@ class SpectralTuner(NamedAdapters):
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._model, self._bases = model, {}
+        self._twins = twins(model, adapter_name, self.peft_config)
         self._ranks = LayerRanks(config.rank_pattern, config.target_parameters)
         self._concessions = Concessions(config)
         self._owners = Owners(module for _, name, module in spectral_modules(model) if name == adapter_name)
         try:
             with decomposing() as self._tick, ranks_of_modules(config, self._stacked):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            hand_over(model, adapter_name, self._twins)
         except SpectuneError:
             take_back(model, adapter_name)
             raise
         finally:
-            del self._tick, self._bases, self._ranks, self._owners, self._model
+            del self._tick, self._bases, self._twins, self._ranks, self._owners, self._model
 
     def _check_target_module_exists(self, peft_config: SpectralConfig, key: str) -> Any:  # type: ignore[override]
         if self._chosen is None:
@@ -122,11 +126,13 @@ class SpectralTuner(NamedAdapters):
         keep_unpacked(model)
 
         def targets(path: str) -> Any:
-            return self._check_target_module_exists(complete, path)
+            return path not in self._twins and self._check_target_module_exists(complete, path)
 
-        layers = [*weights_of_layers(model, targets), *self._experts(model)]
-        self._bases = find_bases(layers, complete, self._ranks, self._tick)
+        experts = [weight for weight in self._experts(model) if weight.name not in self._twins]
+        self._bases = find_bases([*weights_of_layers(model, targets), *experts], complete, self._ranks, self._tick)
         self._bases |= bases_of_quantised(model, targets, complete, self._ranks)
+        if not complete.basis_is_in_file:
+            self._bases |= {name: own_copy(twin) for name, twin in self._twins.items()}
 
     def _experts(self, model: nn.Module) -> Iterator[Weight]:
         return (weight for target in self._stacked for weight in target.weights(model))
