@@ -13,16 +13,12 @@ from torch import nn
 from ..errors import AdapterError
 from ..methods.contract import Method
 from ..records import Spectrum
-from ..spectrum import align, sketch, sketch_tolerance, sketch_width
+from ..spectrum import FOREIGN_GAIN, align, gain_off, sketch, sketch_tolerance, sketch_width
 from .offloading import at_hand
 
 # |W Vh^T - U S| of an embedded basis, as a fraction of a foreign basis of that size (|W|_F sqrt(R / K)): rounding the
 # base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
 FOREIGN_RESIDUAL = 0.03
-# |u^T W v - S|, root mean square over directions of data, as a fraction of W's root mean square entry: rounding the
-# base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
-FOREIGN_GAIN = 0.1
-
 BASIS = ("U_OR", "S_R", "Vh_RI")
 # A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
 # little memory. A wider one is rounded in each forward, which next to the products with it is nothing. Chosen.
@@ -261,14 +257,12 @@ class KeptBasis(nn.Module):
     def _refuse_other_gains(self, W_OI: torch.Tensor, loaded: Spectrum) -> None:
         """Raise `AdapterError` unless this weight has along directions of data what the adapter's own had."""
         with in_own_dtype(W_OI):
-            gains_R = (loaded.U_OR * (W_OI @ loaded.Vh_RI.mT)).sum(0)
-        off = torch.linalg.vector_norm(gains_R - loaded.S_R) / len(gains_R) ** 0.5
-        typical = torch.linalg.vector_norm(W_OI) / W_OI.numel() ** 0.5
-        if not float(off) <= FOREIGN_GAIN * float(typical):
+            off = gain_off(W_OI, loaded)
+        if not off <= FOREIGN_GAIN:
             raise AdapterError(
                 f"{self.name}: the adapter was trained on another base weight: along its directions this one differs "
-                f"by {float(off / typical):.0%} of a typical entry, at most {FOREIGN_GAIN:.0%} is rounding. Load it on "
-                f"the base model that it was trained on."
+                f"by {off:.0%} of a typical entry, at most {FOREIGN_GAIN:.0%} is rounding. Load it on the base model "
+                f"that it was trained on."
             )
 
     def _complete_frozen(self) -> None:

@@ -45,6 +45,7 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
         self._model = model
+        self._basis_id = getattr(getattr(model, "peft_config", {}).get(adapter_name), "basis_id", None)
         self._seats = Seats()
         self._layers: dict[str, BankedLayer] = {}
         self._free: deque[int] = deque()
@@ -62,7 +63,7 @@ class AdapterBank:
 
     def load(self, name: str, folder: str | Path) -> None:
         """Make a saved adapter resident; one with the same name is replaced. `AdapterError` if it does not fit."""
-        self.put(name, cores_of(folder, self.modules))
+        self.put(name, cores_of(folder, self.modules, self._basis_id))
 
     @property
     def modules(self) -> dict[str, SpectralModule]:

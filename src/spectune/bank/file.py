@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from ..adapter import BASIS, SpectralModule, in_own_dtype
 from ..adapter.rows import numbers_of
 from ..adapter.saved import LayerRanks, refuse_misfits
-from ..checkpoint import PEFT_PREFIX, TENSOR_FILE, AdapterFolder, read_adapter_folder
+from ..checkpoint import PEFT_PREFIX, TENSOR_FILE, read_adapter_folder
 from ..errors import AdapterError
 from ..records import Delta, SparseCore, Spectrum
 from ..spectrum import align, sketch_tolerance
@@ -25,15 +26,19 @@ SAME_SKETCH = 1e-5
 LOST_SHARE = 4e-4
 
 
-def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str, torch.Tensor]:
+def cores_of(
+    folder: str | Path, modules: dict[str, SpectralModule], basis_id: str | None = None
+) -> dict[str, torch.Tensor]:
     """Get layer -> the numbers of the saved adapter's core in the bank's basis; `AdapterError` if it does not fit.
 
     The adapter must have the bank's method, options and layers. Its sketch says in which basis it was trained: the
-    same (the core is used as it is), the same but rotated (the core is rotated), or that of another weight.
+    same (the core is used as it is), the same but rotated (the core is rotated), or that of another weight. `basis_id`
+    is the shared basis file of the bank: adapters that share it are their cores.
     """
     saved = read_adapter_folder(folder).require("SPECTUNE")
     config = SpectralConfig.from_pretrained(str(folder))
-    tensors = _by_layer(saved)
+    same = basis_id is not None and config.basis_id == basis_id
+    tensors = _by_layer(saved.path, saved.file.names if same else saved.names)
     if tensors.keys() != modules.keys():
         different = sorted(tensors.keys() ^ modules.keys())
         raise AdapterError(
@@ -42,6 +47,8 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
         )
     try:
         brought = load_file(saved.path / TENSOR_FILE)  # at once: reading tensor by tensor opens the file for each
+        if config.basis_id is not None and not same:
+            brought |= {name: saved.tensor(name) for name in saved.names if name not in brought}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{folder}: cannot read the tensors: {error}. Copy the file again.") from error
     cores, ranks = {}, LayerRanks(config.rank_pattern, config.target_parameters)
@@ -51,17 +58,17 @@ def cores_of(folder: str | Path, modules: dict[str, SpectralModule]) -> dict[str
             raise AdapterError(
                 f"{folder}: {layer}: the bank has {module.method}, the file has {method}. Make another bank."
             )
-        cores[layer] = _core(module, {name: brought[key] for name, key in tensors[layer].items()})
+        cores[layer] = _core(module, {name: brought[key] for name, key in tensors[layer].items()}, same)
     return cores
 
 
-def _by_layer(saved: AdapterFolder) -> dict[str, dict[str, str]]:
+def _by_layer(folder: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
-    for key in saved.names:
+    for key in names:
         layer, middle, name = key.removeprefix(PEFT_PREFIX).rpartition(MIDDLE)
         if not middle:
             raise AdapterError(
-                f"{saved.path}: the file also holds {key!r} (modules_to_save or biases), which cannot differ between "
+                f"{folder}: the file also holds {key!r} (modules_to_save or biases), which cannot differ between "
                 "the rows of one batch. Load it with load_adapter."
             )
         found.setdefault(layer, {})[name] = key
@@ -69,10 +76,10 @@ def _by_layer(saved: AdapterFolder) -> dict[str, dict[str, str]]:
 
 
 @torch.no_grad()
-def _core(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _core(module: SpectralModule, tensors: dict[str, torch.Tensor], same_basis: bool) -> torch.Tensor:
     rows_O, cols_I, _ = module.spectrum.shape
     refuse_misfits(module.method, module.name, (rows_O, cols_I), tensors, None)
-    _refuse_other_names(module, tensors)
+    _refuse_other_names(module, tensors, same_basis)
     device, dtype = module.S_R.device, module.dtype
     for name in _places_in_file(module):
         here = module.frozen[name].cpu().long()
@@ -80,7 +87,7 @@ def _core(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> torch.Ten
             raise AdapterError(f"{module.name}: the file's pattern differs from the bank's. Load it with load_adapter.")
     trained = {name: tensors[name].to(device, dtype) for name in module.trained_names}
     with in_own_dtype(module.S_R):
-        basis = _basis_of_file(module, tensors)
+        basis = None if same_basis else _basis_of_file(module, tensors)
         delta = module.method.delta(basis or module.spectrum, trained, module.frozen)
         return numbers_of(delta.core) if basis is None else _turned(module, basis, delta)
 
@@ -89,10 +96,10 @@ def _places_in_file(module: SpectralModule) -> list[str]:
     return [name for name in module.frozen_names if module.method.saves_frozen()]
 
 
-def _refuse_other_names(module: SpectralModule, tensors: dict[str, torch.Tensor]) -> None:
+def _refuse_other_names(module: SpectralModule, tensors: dict[str, torch.Tensor], same_basis: bool) -> None:
     """Raise `AdapterError` for a tensor that is missing, unexpected, or of the wrong kind of number."""
     places = _places_in_file(module)
-    basis = BASIS if "U_OR" in tensors else ("sketch",)
+    basis = () if same_basis else BASIS if "U_OR" in tensors else ("sketch",)
     expected = {*module.trained_names, *places, *basis}
     for name in sorted(expected ^ tensors.keys()):
         fault = "has no tensor" if name in expected else "has an unexpected tensor"

@@ -11,6 +11,13 @@ from .base import Base as Base
 from .base import base_at_hand as base_at_hand
 from .base import find_base as find_base
 from .base import model_at_hand as model_at_hand
+from .basis_file import BASIS_KIND as BASIS_KIND
+from .basis_file import basis_beside as basis_beside
+from .basis_file import basis_identity as basis_identity
+from .basis_file import basis_name as basis_name
+from .basis_file import no_basis as no_basis
+from .basis_file import open_basis as open_basis
+from .basis_file import shared_identity as shared_identity
 from .claim import hold_folder as hold_folder
 from .claim import refuse_links as refuse_links
 from .fingerprint import fingerprint as fingerprint

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import AdapterError
+from .basis_file import basis_beside, checked_tensors, no_basis, shared_identity
 from .reader import read_json
 from .run_folder import adapter_in
 from .tensor_file import TensorFile
@@ -20,13 +22,18 @@ TENSOR_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 # Configs of adapters and models have a few kilobytes. Chosen, not measured.
 CONFIG_LIMIT = 2**20
+# Tensors of a basis that a file may keep in bfloat16, if that is what they are rounded to.
+HALVED = (".U_OR", ".Vh_RI")
 # An adapter has ten tensors at most for one part of a model (basis, sketch, pattern, numbers). Chosen above it.
 MOST_PER_PART = 32
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A saved adapter: its config, and the names and shapes of its tensors."""
+    """A saved adapter: its config, and the names and shapes of its tensors.
+
+    The directions of an adapter that shares a basis file are its tensors too, as if they were in its own file.
+    """
 
     path: Path
     config: dict[str, Any] = field(repr=False)
@@ -46,25 +53,51 @@ class AdapterFolder:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of its tensors, sorted."""
-        return self.file.names
+        return tuple(sorted(self.shapes))
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape, without reading the tensors."""
-        return self.file.shapes
+        own = self.file.shapes
+        if self.basis is None:
+            return own
+        layers = {name.rpartition(".")[0] for name in own}
+        return {n: shape for n, shape in self.basis.shapes.items() if n.rpartition(".")[0] in layers} | own
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor; `AdapterError` names similar tensors if this one is missing."""
-        return self.file.tensor(name)
+        """Read one tensor; `AdapterError` names similar tensors if this one is missing.
+
+        Directions that are kept in bfloat16 come in float32, in which they are used.
+        """
+        shared = name not in self.file.shapes and name in self.shapes
+        found = self._shared[name] if shared else self.file.tensor(name)
+        return found.float() if name.endswith(HALVED) and found.dtype == torch.bfloat16 else found
+
+    @cached_property
+    def basis(self) -> TensorFile | None:
+        """The basis file that this adapter shares, or None; `AdapterError` if it is not beside the adapter."""
+        identity = shared_identity(self.config)
+        if identity is None:
+            return None
+        found = basis_beside(self.path, identity)
+        if found is None:
+            raise no_basis(self.path, identity)
+        return found
+
+    @cached_property
+    def _shared(self) -> dict[str, torch.Tensor]:
+        identity = shared_identity(self.config)
+        assert self.basis is not None and identity is not None
+        return checked_tensors(self.basis, identity)
 
     def refuse_surplus(self, parts: int, base: object) -> None:
         """Raise `AdapterError` for far more tensors than a base with `parts` modules or tensors can have places for.
 
         Other packages walk through, and print, every tensor that has no place.
         """
-        if len(self.shapes) > MOST_PER_PART * max(parts, 1):
+        if len(self.file.shapes) > MOST_PER_PART * max(parts, 1):
             raise AdapterError(
-                f"{self.path}: its {len(self.shapes):,} tensors are too many for the {parts:,} parts of {base}. "
+                f"{self.path}: its {len(self.file.shapes):,} tensors are too many for the {parts:,} parts of {base}. "
                 f"Load the adapter on the base that it was trained on."
             )
 

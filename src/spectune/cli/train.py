@@ -84,4 +84,6 @@ def train(
         print(json.dumps(result.model_dump(mode="json", exclude=long) | {"folder": result.folder}, indent=2))
         return
     print_metrics(result.metrics, console)
+    if result.directions:
+        console.print(f"directions: {result.directions}", markup=False, soft_wrap=True)
     console.print(f"{result.trainable:,} numbers trained; the run is in {folder}", soft_wrap=True)

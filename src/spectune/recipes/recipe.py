@@ -82,7 +82,8 @@ class Recipe:
         """Get the tuned model of a finished run, from its base and its folder."""
         if self.config.adapter_options is None:
             return self.build_model(tuned)
-        return load_attached(self.build_model(), tuned)
+        basis = self.config.adapter_options.get("basis")
+        return load_attached(self.build_model(), tuned, basis=basis)
 
     def parts(self, model: nn.Module) -> dict[str, int]:
         """Get part -> trained numbers, if the adapter has several parts; each is a folder or file of that name."""

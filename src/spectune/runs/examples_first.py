@@ -13,7 +13,8 @@ from torch import nn
 from ..errors import OptionError
 from ..recipes.recipe import Recipe
 from ..training.processes import join
-from ..tuner import SpectralConfig, prepare
+from ..tuner import SpectralConfig
+from .remembered_pass import remembered
 
 # Examples of the pass that finds directions of the data, and of one batch of it. Of the gradient's energy on unseen
 # rows the directions of 256 examples hold one or two points less than those of 512, and those of batches of 16 a little
@@ -31,6 +32,7 @@ KEPT_ASIDE = 10
 def directions_of_examples(recipe: Recipe, model: nn.Module, config: Any, has_new_head: bool) -> Any:
     """Get the adapter's config with the directions that training examples choose, where it asks for such.
 
+    They are read if the config names a basis file, or if its cache has them for this model, these examples and options.
     Each process of a distributed run takes its share of the examples.
     """
     if not isinstance(config, SpectralConfig) or not config.needs_examples:
@@ -40,7 +42,7 @@ def directions_of_examples(recipe: Recipe, model: nn.Module, config: Any, has_ne
             f"adapter.{config.needs_examples}: the gradients of a new random head say nothing. Set "
             f"training.head_first: true."
         )
-    return prepare(model, config, _Batches(recipe), loss=recipe.loss)
+    return remembered(recipe, model, config, list(_Batches(recipe)))
 
 
 class _Batches:

@@ -124,6 +124,8 @@ class RunResult(Record):
     learning_rate: float
     trainable: int
     """Numbers of the adapter (or of the whole model), without the head."""
+    directions: Text = ""
+    """Directions of data and where they come from: a pass, a cache, a file. Empty for those of the weight."""
     parts: dict[str, int] = Field(default_factory=dict)
     """Part -> numbers of it, where the adapter has several parts."""
     head: int = 0

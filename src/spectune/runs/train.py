@@ -31,6 +31,7 @@ from .look import look
 from .measuring import measured, refuse_unmeasured
 from .overwrite import FirstStep, replace_run
 from .provenance import machine, versions
+from .remembered_pass import directions_said
 from .result import Drawing, RunResult
 
 
@@ -130,6 +131,7 @@ class _Fitted:
     watch: Watch
     counts: dict[str, int]
     parts: dict[str, int]
+    directions: str
     size: int | None
     peak: int | None
     device: str
@@ -170,6 +172,7 @@ def _train(
         validation_losses=fitted.watch.validation,
         learning_rate=learning_rate(config),
         trainable=fitted.counts["trainable"],
+        directions=fitted.directions,
         parts=fitted.parts,
         head=fitted.counts["head"],
         total=fitted.counts["total"],
@@ -215,6 +218,7 @@ def _fitted(recipe: Recipe, found: Run, watch: Watch, replace_old: Callable[[], 
         watch,
         counts,
         recipe.parts(model),
+        directions_said(model),
         size,
         *_memory(),
         diverged,

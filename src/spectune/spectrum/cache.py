@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import AdapterError, OptionError
 from ..records import Spectrum
 from .cache_folder import claim, entries_in, entries_of, halves_in, is_marked, make_shelf, refuse_foreign
+from .data_spectra import DataSpectra
 from .engine import Request, requested_places
 from .entry import Entry, Key, entry_name, is_outdone, read_entry, write_entry
 
@@ -78,6 +79,31 @@ class BasisCache:
             if old != path:
                 old.unlink(missing_ok=True)
         self._make_room(_size(path))
+
+    def find_data(self, question: str) -> DataSpectra | None:
+        """Get the directions of data that are stored for a question (64 hex digits), or None."""
+        for path in sorted(entries_of(self.folder, question)):
+            try:
+                found = DataSpectra.read(path)
+                if path.name != _data_name(question, found):
+                    raise AdapterError("its contents are not those that its name says")
+            except (AdapterError, OSError) as error:
+                if path.exists():
+                    _warn_once(path, str(error))
+                continue
+            with suppress(OSError):
+                os.utime(path)
+            return found
+        return None
+
+    def store_data(self, question: str, found: DataSpectra) -> None:
+        """Add directions of data under what they were found for; `OutputError` if it fails."""
+        if not self.writes or sum(tensor.nbytes for tensor in found.tensors.values()) > self.limit:
+            return
+        self.claim()
+        path = self.folder / question[:2] / _data_name(question, found)
+        make_shelf(path.parent)
+        self._make_room(_size(found.save(path)))
 
     def entries(self) -> Iterator[Entry]:
         """Get all entries, the least recently used first; damaged files are skipped with a warning."""
@@ -166,6 +192,10 @@ def parse_bytes(words: str) -> int:
         raise OptionError(
             f"{words!r} is not a size. Give bytes, or a number with a unit such as MB, GB, MiB or GiB."
         ) from None
+
+
+def _data_name(question: str, found: DataSpectra) -> str:
+    return f"{question}-{found.identity[:12]}.safetensors"
 
 
 def _used(path: Path) -> float:

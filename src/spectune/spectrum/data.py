@@ -7,13 +7,13 @@ respect to its outputs; G = g^T x is then the gradient of the weight. `Moments` 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from ..records import Quality, Spectrum, Weight
+from .data_spectra import unorthogonal
 from .distributed import processes
 
 DIRECTIONS = {
@@ -123,7 +123,7 @@ class Moments:
         U_OR, V_IR, kept = self._sides(W_OI)
         S_R = (U_OR * (W_OI @ V_IR)).sum(0)
         V_IR = V_IR * torch.where(S_R < 0, -1.0, 1.0)
-        off = max(_unorthogonal(U_OR), _unorthogonal(V_IR))
+        off = max(unorthogonal(U_OR), unorthogonal(V_IR))
         quality = Quality(solver=self.directions, residual=1 - kept, orthogonality=off, gap=0.0)
         found = Spectrum(
             U_OR.float().contiguous(),
@@ -152,36 +152,9 @@ class Moments:
         return U_OJ[:, :R] @ X_RR, Yh_RI.mT, _share(S_J.square(), R)
 
 
-class DataSpectra(Mapping[str, Spectrum]):
-    """Layer -> its directions, as `spectune.prepare` found them in the data; copies of a config share them."""
-
-    def __init__(self, directions: str, spectra: Mapping[str, Spectrum], batches: int) -> None:
-        self.directions, self.batches = directions, batches
-        self._spectra = dict(spectra)
-
-    def __getitem__(self, layer: str) -> Spectrum:
-        return self._spectra[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._spectra)
-
-    def __len__(self) -> int:
-        return len(self._spectra)
-
-    def __deepcopy__(self, memo: Any) -> DataSpectra:
-        return self
-
-    def __repr__(self) -> str:
-        return f"DataSpectra({self.directions!r}, {len(self)} layers, {self.batches} batches)"
-
-
 def _share(values_J: torch.Tensor, R: int) -> float:
     total = float(values_J.sum())
     return float(values_J[:R].sum()) / total if total > 0 else 0.0
-
-
-def _unorthogonal(Q_AR: torch.Tensor) -> float:
-    return float((Q_AR.mT @ Q_AR - torch.eye(Q_AR.shape[1], dtype=Q_AR.dtype, device=Q_AR.device)).abs().max())
 
 
 def _sent_by_the_first(found: Spectrum) -> Spectrum:

@@ -18,6 +18,29 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Ask whether this is the process that writes files for all."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def all_have(it: bool) -> bool:
+    """Ask whether every process of the distributed run has it; all must ask."""
+    if processes() == 1:
+        return it
+    answers: list[Any] = [None] * processes()
+    dist.all_gather_object(answers, it)
+    return all(answers)
+
+
+def as_the_first(it: Any) -> Any:
+    """Get what the first process has of it; all must ask."""
+    if processes() == 1:
+        return it
+    sent = [it]
+    dist.broadcast_object_list(sent, src=0)
+    return sent[0]
+
+
 def share_out(
     weights: Sequence[Weight], request: Request, solve: Callable[[Sequence[Weight]], list[Spectrum]]
 ) -> list[Spectrum]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..algebra import fix_signs
-from ..checkpoint import TensorFile, fingerprint, save_tensors
+from ..checkpoint import BASIS_KIND, TensorFile, fingerprint, save_tensors
 from ..errors import AdapterError
 from ..records import Quality, Spectrum, Weight
 from .engine import Request, gap_at, residual_of
@@ -72,10 +72,19 @@ class Entry:
     def open(cls, path: Path) -> Entry:
         """Read one file; `AdapterError`, KeyError or ValueError for a damaged one."""
         file, status = TensorFile.open(path), path.stat()
+        if file.metadata.get("kind") == BASIS_KIND:
+            return cls._of_data(path, file)
         noted = _noted(file)
         (rows_O, R), (_, cols_I) = file.shapes["U_OR"], file.shapes["Vh_RI"]
         solver, tolerance = noted["solver"], float(noted["tolerance"])
         return cls(path, noted["name"], (rows_O, cols_I), R, solver, tolerance, status.st_size, status.st_mtime)
+
+    @classmethod
+    def _of_data(cls, path: Path, file: TensorFile) -> Entry:
+        lefts, rights = ([s for n, s in file.shapes.items() if n.endswith(end)] for end in (".U_OR", ".Vh_RI"))
+        name, directions, status = f"{len(lefts)} layers (largest sides)", file.metadata["directions"], path.stat()
+        shape = max(rows_O for rows_O, _ in lefts), max(cols_I for _, cols_I in rights)
+        return cls(path, name, shape, max(R for _, R in lefts), directions, 0.0, status.st_size, status.st_mtime)
 
 
 def entry_name(key: Key, spectrum: Spectrum, request: Request) -> str:

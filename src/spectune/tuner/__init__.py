@@ -11,7 +11,10 @@ from .foreign_file import bounded_config as bounded_config
 from .kinds import SpectralLinear as SpectralLinear
 from .layer import SpectralLayer as SpectralLayer
 from .model import SpectralTuner as SpectralTuner
+from .prepare import layers_of as layers_of
 from .prepare import prepare as prepare
+from .prepare import share as share
+from .prepare import wanted as wanted
 from .svd_options import SVDOptions as SVDOptions
 
 register.register()

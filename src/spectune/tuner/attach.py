@@ -25,11 +25,17 @@ def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def load_attached(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
-    """Get the model with a saved adapter of any PEFT method; its config may be a stranger's, and is checked first."""
+def load_attached(
+    model: nn.Module, folder: str | Path, is_trainable: bool = False, basis: str | None = None
+) -> PeftModel:
+    """Get the model with a saved adapter of any PEFT method; its config may be a stranger's, and is checked first.
+
+    `basis` is the file with the directions that a spectral adapter shares, unless it is beside the adapter.
+    """
     config = bounded_config(folder, model)
     if isinstance(config, SpectralConfig):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        own = None if basis is None else SpectralConfig.from_pretrained(str(folder), basis=basis)
+        return PeftModel.from_pretrained(model, str(folder), config=own, is_trainable=is_trainable)
     return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
 
 

@@ -92,9 +92,9 @@ def basis_request(path: str, W_OI: torch.Tensor, config: SpectralConfig, ranks: 
 
 def find_basis(name: str, W_OI: torch.Tensor, method: Method, config: SpectralConfig) -> Spectrum:
     """Get the basis of a single weight."""
-    if config.basis_is_prepared:
-        return data_basis(config.directions, config.spectra, name)
     rank, columns = method.basis(*W_OI.shape)
+    if config.basis_is_prepared:
+        return data_basis(config, name, W_OI.detach(), rank)
     svd = config.svd_options
     request = Request(rank, columns, svd.solver, svd.tolerance, svd.seed)
     (spectrum,) = obtain([Weight(name, W_OI.detach())], request, open_cache(svd.cache_dir))

@@ -23,7 +23,7 @@ from .config_types import (
     described,
     with_checked_keywords,
 )
-from .directions import check_directions
+from .directions import check_basis, check_directions
 from .how_to_load import REQUIRES, say_how_to_load
 from .method_options import METHOD_OPTIONS, MethodOptions
 from .origin import Origin
@@ -60,6 +60,16 @@ class SpectralConfig(MethodOptions, PeftConfig):
     budget_by: str = field(
         default="fisher",
         metadata={"help": "The score of a number: fisher, E[g^2] over batches, or gradient, E[g]^2."},
+    )
+    basis: str | None = field(
+        default=None,
+        metadata={
+            "help": "File with directions of data that many adapters share, so that each saves only its own numbers. "
+            "Not part of the config's file."
+        },
+    )
+    basis_id: str | None = field(
+        default=None, metadata={"help": "Identity of the shared basis; set when the file is read, do not set it."}
     )
     singular_decay: float = field(
         default=0.0,
@@ -175,7 +185,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
     @property
     def needs_examples(self) -> str:
         """The option for which a new adapter needs `spectune.prepare`, with its value; empty if there is none."""
-        if self.directions != "weight":
+        if self.directions != "weight" and self.basis is None and self.basis_id is None:
             return f"directions={self.directions!r}"
         if self.build_method().needs_examples():
             return f"pattern={self.pattern!r}"
@@ -218,6 +228,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
                 words = [str(word) for word in known]
                 raise OptionError(f"{option}={value!r} does not exist. {nearest(str(value), words)}")
         check_directions(self.directions, METHODS[self.method], self.save_basis)
+        check_basis(self, self.build_method())
         check_rank_pattern(self.build_method(), self.rank_pattern)
         check_budget(self, self.build_method())
         if self.target_parameters and self.bias == "spectune_only":
@@ -238,7 +249,7 @@ class SpectralConfig(MethodOptions, PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> SpectralConfig:  # type: ignore[override]
         """Read the config of a saved adapter; a local folder's tensor file is checked before any work."""
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        folder, basis = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), kwargs.pop("basis", None)
         # A pickle too: PEFT would fall back to it, read_adapter_folder refuses it.
         brings_tensors = any((folder / name).exists() for name in (TENSOR_FILE, "adapter_model.bin"))
         if brings_tensors:
@@ -246,12 +257,13 @@ class SpectralConfig(MethodOptions, PeftConfig):
         config: SpectralConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if isinstance(config, SpectralConfig):  # PEFT makes what the file says
             came_with_a_file(config, Origin(str(pretrained_model_name_or_path), folder if brings_tensors else None))
+            config.basis = basis
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """Get the config as JSON can hold it; sets are sorted, so that equal configs are equal files."""
         values = asdict(self)
-        del values["origin"], values["spectra"]
+        del values["origin"], values["spectra"], values["basis"]
         for name, value in values.items():
             if isinstance(value, set):
                 values[name] = sorted(value)
@@ -265,8 +277,15 @@ class SpectralConfig(MethodOptions, PeftConfig):
 
 
 def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:
-    """Note where a config was read, and take from it what a file may not choose: a folder to write in."""
+    """Note where a config was read, and take from it what a file may not choose: places to read and to write."""
     config.origin = origin
+    if config.basis is not None:
+        file, config.basis = config.basis, None
+        warnings.warn(
+            f"adapter_config.json: basis={file[:200]!r} is ignored, since a file may not choose another one to read. "
+            f"Give it yourself: SpectralConfig.from_pretrained(…, basis=FILE).",
+            stacklevel=2,
+        )
     if (named := config.svd_options.cache_dir) is not None:
         config.svd_options.cache_dir = None
         warnings.warn(

@@ -37,6 +37,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "rank_pattern": (dict,),
     "save_basis": (str,),
     "grad_norm": (str, type(None)),
+    "basis": (str, type(None)),
+    "basis_id": (str, type(None)),
     "bias": (str,),
     "spectra": (DataSpectra, type(None)),
     "origin": (Origin, type(None)),

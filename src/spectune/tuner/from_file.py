@@ -129,7 +129,7 @@ def refuse_unbacked(config: SpectralConfig, model: nn.Module, chosen: frozenset[
         return
     read = read_adapter_folder(origin.folder)
     read.refuse_surplus(sum(1 for _ in model.modules()) + len(experts), type(model).__name__)
-    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in read.shapes.items()}
+    saved = {name.removeprefix(PEFT_PREFIX): shape for name, shape in read.file.shapes.items()}
     left = Counter((key.rpartition(".")[2], shape) for key, shape in saved.items() if f".{ADAPTERS_ATTRIBUTE}." in key)
     made = list(
         _made(
@@ -165,7 +165,7 @@ def _made(
         if (group := group_of(method, layer)) not in groups:
             shapes |= method.shared_shapes(rows_O, cols_I)
             groups.add(group)
-        if rank and (config.save_basis == "always" or config.directions != "weight"):
+        if rank and (config.save_basis == "always" or (config.directions != "weight" and config.basis_is_in_file)):
             shapes |= {"U_OR": (rows_O, rank), "S_R": (rank,), "Vh_RI": (rank, cols_I)}
         for name, shape in shapes.items():
             yield layer, name, shape

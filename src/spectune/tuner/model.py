@@ -22,7 +22,7 @@ from .base_weight import keep_unpacked
 from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
-from .directions import refuse_unprepared
+from .directions import bring_spectra, refuse_unprepared
 from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
 from .from_file import out_of_peft_s_sight, refuse_unbacked
@@ -33,7 +33,8 @@ from .named_adapters import NamedAdapters
 from .own_code import is_read
 from .parameters import chosen_parameters, ranks_of_modules, say_what_all_linear_leaves_out
 from .pickled import refuse_pickling
-from .progress import decomposing
+from .progress import ticking
+from .shared_basis import basis_apart, with_basis
 from .take_back import take_back
 from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
 from .twins import hand_over, own_copy, twins
@@ -54,6 +55,7 @@ class SpectralTuner(NamedAdapters):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         config = self.peft_config[adapter_name]
+        bring_spectra(config)
         refuse_unmatched_targets(config, model)
         refuse_name_of_a_part(adapter_name, model)
         say_what_all_linear_leaves_out(config, model)
@@ -105,7 +107,7 @@ class SpectralTuner(NamedAdapters):
         self._concessions = Concessions(config)
         self._owners = Owners(module for _, name, module in spectral_modules(model) if name == adapter_name)
         try:
-            with decomposing() as self._tick, ranks_of_modules(config, self._stacked):
+            with ticking("decomposed {} weights") as self._tick, ranks_of_modules(config, self._stacked):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             hand_over(model, adapter_name, self._twins)
         except SpectuneError:
@@ -211,7 +213,12 @@ class SpectralTuner(NamedAdapters):
             for layer, adapter, module in spectral_modules(model)
             for name in module.found_names
         }
-        return {name: tensor for name, tensor in tensors.items() if name not in found_again}
+        shared, halved = basis_apart(model, kwargs["config"])
+        return {
+            name: tensor.to(torch.bfloat16) if name in halved else tensor
+            for name, tensor in tensors.items()
+            if name not in found_again | shared
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -219,6 +226,7 @@ class SpectralTuner(NamedAdapters):
     ) -> dict[str, torch.Tensor]:
         """Check the file against the model, tensor by tensor, before anything is loaded."""
         refuse_non_finite(state_dict)
+        state_dict = with_basis(model, config, adapter_name, state_dict)
         in_file = {key.removeprefix(PEFT_PREFIX) for key in state_dict}
         for layer_name, name, module in spectral_modules(model):
             if name == adapter_name:

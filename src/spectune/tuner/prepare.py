@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..adapter.saved import LayerRanks
 from ..errors import OptionError, WeightError
 from ..methods import Method
 from ..records import Spectrum, Weight
-from ..spectrum import DataSpectra, Moments, processes
+from ..spectrum import DataSpectra, Moments, is_first, processes
 from .base_weight import backend_of, layout_of
 from .bases import find_bases, find_basis, plain_weight
 from .budget import refuse_given_sizes, within_budget
@@ -25,6 +26,7 @@ from .config import SpectralConfig
 from .from_file import chosen_layers
 from .model import SpectralTuner
 from .number_scores import NumberScores
+from .progress import ticking
 
 AnyBatch = Mapping[str, Any]
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -36,12 +38,12 @@ def prepare(
     batches: Iterable[AnyBatch],
     *,
     loss: LossFunction | None = None,
-    on_batch: Callable[[int], Any] | None = None,
+    save: str | Path | None = None,
 ) -> SpectralConfig:
     """Get a copy of the config that holds the directions which these examples choose, ready for `get_peft_model`.
 
         config = SpectralConfig(method="svft", pattern="banded", basis_rank=64, directions="gradient")
-        config = spectune.prepare(model, config, batches)      # about 16 batches of 32 training examples
+        config = spectune.prepare(model, config, batches)      # about 16 batches of 16 training examples
         model = get_peft_model(model, config)
 
     One forward and backward pass a batch, in eval mode, through the model as it is: fit a new head first, since the
@@ -55,7 +57,8 @@ def prepare(
     pass, so `batches` must then be a list.
 
     `batches` hold keyword arguments of the model, with labels; `loss(model, batch)` is for models that do not return
-    one. `on_batch` is called with the number of batches seen. `config.directions` says what is collected:
+    one. `save` is a folder, or the name of a file: the directions become a basis file of their own there, and the
+    adapter's file will not hold them. `config.directions` says what is collected:
 
     - gradient: left singular vectors from sum_k G_k G_k^T, right from sum_k G_k^T G_k, G_k the gradient of the loss of
       batch k with respect to the weight (the factors of Shampoo, Gupta et al., arXiv 1802.09568).
@@ -68,6 +71,8 @@ def prepare(
     Raises `OptionError` for a config that needs no examples, no batches, a model without a loss, and layers that are
     not linear or that no batch went through.
     """
+    if config.basis is not None:
+        raise OptionError(f"basis={config.basis!r} holds directions already. Leave it out, or attach at once.")
     if not config.needs_examples:
         raise OptionError(
             "directions='weight' needs no examples. Name directions of data, or attach the adapter at once."
@@ -77,16 +82,18 @@ def prepare(
     prepared = copy.copy(config)
     prepared.spectra = None
     method, scored = config.build_method(), config.budget is not None or config.build_method().needs_examples()
-    layers = _layers(model, config)
+    if scored and save is not None:
+        raise OptionError(f"save={str(save)!r}: {config.needs_examples} belongs to one adapter. Leave save out.")
+    layers = layers_of(model, config)
     ranks = LayerRanks(config.rank_pattern)
-    examples = _Pass(model, layers, batches, loss, on_batch)
+    examples = _Pass(model, layers, batches, loss)
     if config.directions == "weight":
         spectra = _bases_of_weights(layers, prepared, ranks)
     else:
         if scored:
             asks = f"budget={config.budget}" if config.budget is not None else f"pattern={config.pattern!r}"
             examples.refuse_single_use(f"{asks} with directions={config.directions!r}")
-        moments = {name: _moments(name, layer, config, ranks.of(name)) for name, layer in layers.items()}
+        moments = {name: Moments(config.directions, name, *seen) for name, seen in wanted(layers, config).items()}
         examples.through(moments)
         spectra = {name: seen.spectrum(Weight(name, _matrix(layers[name], name))) for name, seen in moments.items()}
     if scored:
@@ -103,7 +110,16 @@ def prepare(
     if config.directions == "weight" and not method.needs_examples():
         spectra = {}  # found again when the adapter is attached, as when it is loaded
     prepared.spectra = DataSpectra(config.directions, spectra, examples.count)
+    if save is not None:
+        share(prepared, save)
     return prepared
+
+
+def share(config: SpectralConfig, path: str | Path) -> Path:
+    """Write the directions of a config as a basis file, which its adapters share from now on; get the file's path."""
+    assert config.spectra is not None
+    config.basis_id = config.spectra.identity
+    return config.spectra.save(path) if is_first() else Path(path)
 
 
 def _leading(basis: Spectrum, method: Method) -> Spectrum:
@@ -124,9 +140,8 @@ class _Pass:
         layers: Mapping[str, nn.Module],
         batches: Iterable[AnyBatch],
         loss: LossFunction | None,
-        on_batch: Callable[[int], Any] | None,
     ) -> None:
-        self.model, self.layers, self.batches, self.loss, self.on_batch = model, layers, batches, loss, on_batch
+        self.model, self.layers, self.batches, self.loss = model, layers, batches, loss
         self.count = 0
         """Batches of one pass."""
 
@@ -137,15 +152,14 @@ class _Pass:
 
     def through(self, seen: Mapping[str, Moments] | Mapping[str, NumberScores]) -> None:
         """Add what each layer sees of all batches, on all processes."""
-        before, count = self.count, 0
-        with _watched(self.model, self.layers, seen) as mask:
-            for count, batch in enumerate(self.batches, 1):
+        self.count = 0
+        with _watched(self.model, self.layers, seen) as mask, ticking("{} batches of examples passed") as tick:
+            for batch in self.batches:
                 placed = {name: _on_device(value, self.model) for name, value in batch.items()}
                 mask[:] = [placed.get("attention_mask")]
                 _backward(self.model, placed, self.loss)
-                if self.on_batch is not None:
-                    self.on_batch(before + count)
-        self.count = count
+                self.count += 1
+                tick("")
         if processes() > 1:
             for one in seen.values():
                 one.add_up()
@@ -162,7 +176,7 @@ def _bases_of_weights(layers: Mapping[str, Any], config: SpectralConfig, ranks: 
     return {name: found[name] for name in layers}
 
 
-def _layers(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
+def layers_of(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
     """Get path -> the base's own layer, for each layer that the config targets."""
     tuner = SpectralTuner.__new__(SpectralTuner)
     complete = tuner._prepare_adapter_config(copy.copy(config), SpectralTuner.get_model_config(model))
@@ -182,11 +196,15 @@ def _layers(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
     return found
 
 
-def _moments(name: str, layer: Any, config: SpectralConfig, r: int | None) -> Moments:
-    W_OI = _matrix(layer, name)
-    shape = (W_OI.shape[0], W_OI.shape[1])
-    rank, _ = config.method_for(name, r, *shape).basis(*shape)
-    return Moments(config.directions, name, shape, rank, W_OI.device)
+def wanted(layers: Mapping[str, Any], config: SpectralConfig) -> dict[str, tuple[tuple[int, int], int, torch.device]]:
+    """Get layer -> (shape of its weight, number of directions, device)."""
+    ranks, found = LayerRanks(config.rank_pattern), {}
+    for name, layer in layers.items():
+        W_OI = _matrix(layer, name)
+        shape = (W_OI.shape[0], W_OI.shape[1])
+        rank, _ = config.method_for(name, ranks.of(name), *shape).basis(*shape)
+        found[name] = shape, rank, W_OI.device
+    return found
 
 
 def _matrix(layer: Any, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a terminal shows while the weights of a large model are decomposed."""
+"""What a terminal shows while the weights of a large model are decomposed, or examples pass through it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ SILENT_SECONDS = 2.0
 
 
 @contextmanager
-def decomposing() -> Iterator[Callable[[str], None]]:
-    """Get what must be called with each layer's name; a bar appears on a terminal when it takes a while."""
+def ticking(words: str) -> Iterator[Callable[[str], None]]:
+    """Get what must be called for each piece of work, with its name; a bar appears on a terminal if it takes a while.
+
+    `words` say what is done, with "{}" for the number of pieces.
+    """
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("decomposed {task.completed} weights"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn(words.replace("{}", "{task.completed}")), TimeElapsedColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True)
     job = bar.add_task("", total=None)

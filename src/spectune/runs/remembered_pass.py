@@ -1,0 +1,70 @@
+"""The pass over a run's examples, and the cache that spares it the next run with the same model and examples."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import BASIS_KIND, fingerprint
+from ..recipes.recipe import Recipe
+from ..spectrum import DataSpectra, all_have, as_the_first, is_first, open_cache, processes
+from ..tuner import SpectralConfig, layers_of, prepare, wanted
+
+# What of a run's configuration does not change the pass, or is known by its result: the model and the batches.
+OTHERWISE_KNOWN = ("adapter", "data", "evaluation", "model", "revision", "seed", "training")
+
+
+def remembered(
+    recipe: Recipe, model: nn.Module, config: SpectralConfig, batches: list[dict[str, torch.Tensor]]
+) -> SpectralConfig:
+    """Get the config with the directions that the batches choose: from the cache of `svd.cache_dir`, or by a pass.
+
+    As with the bases of weights, nothing is stored unless the config names a cache. What examples choose beyond
+    directions (places, sizes) is chosen anew in each run.
+    """
+    more = config.budget is not None or config.build_method().needs_examples()
+    cache = None if more else open_cache(config.svd_options.cache_dir)
+    question = as_the_first("" if cache is None else _question(recipe, model, config, batches))
+    found = None if cache is None else cache.find_data(question)
+    if all_have(found is not None):
+        assert found is not None
+        return with_spectra(config, found, "read from the cache")
+    started = time.perf_counter()
+    prepared = prepare(model, config, batches, loss=recipe.loss)
+    assert prepared.spectra is not None
+    examples = sum(len(next(iter(batch.values()))) for batch in batches)
+    prepared.spectra.said = f"found in {examples} examples, in {time.perf_counter() - started:.1f} s"
+    if cache is not None and is_first():
+        cache.store_data(question, prepared.spectra)
+    return prepared
+
+
+def with_spectra(config: SpectralConfig, found: DataSpectra, said: str) -> SpectralConfig:
+    """Get a copy of the config with these directions."""
+    prepared = copy.copy(config)
+    prepared.spectra, found.said = found, said
+    return prepared
+
+
+def directions_said(model: nn.Module) -> str:
+    """Get where the directions of a model's adapters come from, unless that is the weight."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    found = [config for config in configs.values() if getattr(config, "spectra", None) is not None]
+    return ", ".join(f"{config.directions} ({config.spectra.said})" for config in found)
+
+
+def _question(recipe: Recipe, model: nn.Module, config: SpectralConfig, batches: list[dict[str, torch.Tensor]]) -> str:
+    """Get the identity of everything that the directions depend on."""
+    known = [BASIS_KIND, type(recipe).__name__, type(model).__name__, config.directions, str(processes())]
+    known += [f"{name} {fingerprint(tensor)}" for name, tensor in model.state_dict().items()]
+    known += [f"{name} {fingerprint(tensor)}" for batch in batches for name, tensor in sorted(batch.items())]
+    known += [f"{name} {seen[:2]}" for name, seen in sorted(wanted(layers_of(model, config), config).items())]
+    rest = {name: value for name, value in recipe.config.plain().items() if name not in OTHERWISE_KNOWN}
+    return hashlib.sha256("\n".join([*known, json.dumps(rest, sort_keys=True)]).encode()).hexdigest()
