@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from spectune.sweeps.paired import gain_words
+
 
 def sweep_table(record: dict[str, Any]) -> str:
     """Get one table a task, the mean over the tasks, and what a reader must know."""
@@ -44,6 +46,31 @@ def _sweep_row(row: dict[str, Any]) -> str:
     span = "one seed" if row["seeds"] == 1 else f"{figures[1]} to {figures[2]}"
     cells = [row["method"], figures[0], span, rate, f"{row['trainable']:,}"]
     return "| " + " | ".join(cells) + " |"
+
+
+def paired_table(record: dict[str, Any]) -> str:
+    """Get one row a method: its figure and rate on each task, and its mean gain over the baseline."""
+    summary = record["summary"]
+    tasks, base = summary["tasks"], summary["baseline"]
+    gains = {gain["method"]: gain for gain in summary["gains"]}
+    lines = [
+        f"{len(record['runs'])} runs on {record['machine']['cpus']} CPU cores; accuracy on test in %, mean of "
+        f"{len(summary['seeds'])} seeds, with the rate; the gain is the mean over tasks of the paired differences to "
+        f"{base}, with its standard error over seeds, and its 95% bootstrap interval.",
+        "",
+        "| method | trained numbers | " + " | ".join(tasks) + f" | gain over {base} | 95% interval |",
+        "|---|---:|" + "---:|" * (len(tasks) + 2),
+    ]
+    for method in summary["methods"]:
+        rows = {row["task"]: row for row in summary["rows"] if row["method"] == method}
+        cells = [f"{100 * rows[task]['test']:.1f} ({rows[task]['rate']:g})" for task in tasks]
+        gain = gain_words(gains[method], 100) if method in gains else ("", "")
+        numbers = rows[tasks[0]]["trainable"]
+        lines.append("| " + " | ".join([method, f"{numbers:,}", *cells, *gain]) + " |")
+    lines += ["", "| method | " + " | ".join(f"gain on {task}" for task in tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    for method, gain in gains.items():
+        lines.append("| " + " | ".join([method, *(f"{100 * gain['by_task'][task]:+.1f}" for task in tasks)]) + " |")
+    return "\n".join(lines)
 
 
 def rates_table(record: dict[str, Any]) -> str:
