@@ -54,9 +54,9 @@ ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
 }
 
 
-def split_files(name: str, data: Path, work: Path) -> dict[str, Any]:
+def split_files(name: str, data: Path, work: Path, known: dict[str, Any] = GLUE) -> dict[str, Any]:
     """Get the data section of a GLUE task, its rows split into three files of the work folder."""
-    file, columns, tested, validated = GLUE[name]
+    file, columns, tested, validated = known[name]
     with gzip.open(data / f"{file}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = lines.readlines()
     random.Random(SPLIT_SEED).shuffle(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from ..errors import AdapterError, OptionError
 from ..records import Delta
 from .activations import Grams
 from .adapters import Adapter, common_base, open_adapters
+from .agreement import common_carried, common_config, without_heads
 from .behind import Inputs, fuse_behind
+from .choice import AUTO, choose_rule
 from .contract import Fusion, Part
 from .folder import Saved, save_lora, save_spectral
 from .overlap import LayerOverlap, OverlapReport, PairOverlap, compact, kept_strengths, pair_overlaps
 from .same_base import check_same_base
 from .spectral import pad
 from .table import build_fusion
-
-# The fields by which an adapter finds its layers, the same words in PEFT's LoRA and in ours.
-TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +100,8 @@ def fuse(
 ) -> Fused:
     """Get one adapter out of several saved ones, with a report of how much they overlap; `.save(folder)` writes it.
 
-    `adapters` are folders of spectral adapters or of PEFT LoRAs, trained on one base; `rule` is one of FUSIONS.
+    `adapters` are folders of spectral adapters or of PEFT LoRAs, trained on one base; `rule` is one of FUSIONS, or
+    auto, which chooses by what is given and says why (`report.why`).
     `weights` is one number each, or one for all; None is 1 for task_singular, else 1/N. With rule="spectral" and
     weights=1 every adapter keeps its tuned columns exactly when no two share one. `base` (named as for `find_base`;
     None: what the adapters name, if it is on this machine) proves that all belong to it; a file that keeps only a
@@ -116,17 +116,26 @@ def fuse(
     `AdapterError` names the layer and the reason: different bases, shapes, clashing columns (unless
     `allow_overlap=True`), methods that the rule does not accept. `OptionError` for options that the rule does not use.
     """
+    if not adapters:
+        raise OptionError("no adapters to fuse. Name at least one.")
     options = {"allow_overlap": allow_overlap, "eps": eps, "rank": rank}
-    chosen = build_fusion(rule, {name: value for name, value in options.items() if value is not None})
+    known = {name: value for name, value in options.items() if value is not None}
+    chosen, why = None if rule == AUTO else build_fusion(rule, known), ""
     opened = open_adapters(adapters)
-    shares = _weights(opened, 1.0 if weights is None and chosen.whole_weights else weights)
-    _check_activations(rule, opened, activations)
-    _check_examples(chosen, opened, model, examples, keep)
+    _check_counts(opened, activations, examples)
+    if chosen is not None:
+        _check_looks(chosen, model, examples, keep, activations)
     found = common_base(opened, base)
     adapted = [layer for adapter in opened for layer in adapter.layers]
     checkpoint = None if found is None else by_live_names(found.checkpoint, adapted)
     layers = _by_layer(opened, checkpoint, activations)
     foreign = max(check_same_base(parts) for parts in layers.values())
+    if chosen is None:
+        by_data = "match" if examples is not None else "gradient" if activations is not None else None
+        rule, why = choose_rule(layers, by_data)
+        chosen = build_fusion(rule, known)
+        _check_looks(chosen, model, examples, keep, activations)
+    shares = _weights(opened, 1.0 if weights is None and chosen.whole_weights else weights)
     if model is not None and examples is not None:
         own = {adapter.name: batches for adapter, batches in zip(opened, examples, strict=True)}
         fused = fuse_behind(chosen, model, layers, shares, own, keep or (), on_layers)
@@ -134,18 +143,16 @@ def fuse(
         fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}
     if rule == "spectral":
         fused = _on_equal_columns(fused, checkpoint)
-    report = _report(chosen, opened, shares, layers, fused, _proof(opened, found, foreign))
+    report = replace(_report(chosen, opened, shares, layers, fused, _proof(opened, found, foreign)), why=why)
     read = [adapter.folder.path for adapter in opened] + ([] if found is None else [found.path])
     sources = tuple(path.absolute() for path in read)
-    config, carried = _common_config(opened, layers, found), {} if heads_apart else _common_carried(opened)
+    config, carried = common_config(opened, layers, found), {} if heads_apart else common_carried(opened)
     if heads_apart:
-        config["modules_to_save"] = None
+        config |= without_heads(config)
     return Fused(report, fused, config, carried, sources)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:
-    if not adapters:
-        raise OptionError("no adapters to fuse. Name at least one.")
     if weights is None:
         weights = 1 / len(adapters)
     given = [float(weights)] * len(adapters) if isinstance(weights, (int, float)) else [float(w) for w in weights]
@@ -154,41 +161,39 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | Non
     return {adapter.name: weight for adapter, weight in zip(adapters, given, strict=True)}
 
 
-def _check_activations(
-    rule: str, adapters: Sequence[Adapter], activations: Sequence[Mapping[str, torch.Tensor]] | None
+def _check_counts(
+    adapters: Sequence[Adapter],
+    activations: Sequence[Mapping[str, torch.Tensor]] | None,
+    examples: Sequence[Sequence[Inputs]] | None,
 ) -> None:
-    if activations is None:
-        return
-    if rule != "gradient":
-        raise OptionError(f"activations: rule {rule!r} does not use them. Leave them out, or use rule='gradient'.")
-    if len(activations) != len(adapters):
+    if activations is not None and len(activations) != len(adapters):
         raise OptionError(
             f"activations: {len(activations)} were given for {len(adapters)} adapters. Give one for each adapter."
         )
-
-
-def _check_examples(
-    rule: Fusion,
-    adapters: Sequence[Adapter],
-    model: nn.Module | None,
-    examples: Sequence[Sequence[Inputs]] | None,
-    keep: Sequence[Inputs] | None,
-) -> None:
-    if not rule.behind:
-        if model is not None or examples is not None or keep is not None:
-            raise OptionError(
-                f"model, examples and keep: rule {rule.name!r} does not use them. Leave them out, or use rule='match'."
-            )
-        return
-    if model is None or examples is None:
-        raise OptionError(
-            f"rule {rule.name!r} looks at what the merged model does with each adapter's examples. Pass model=the base "
-            f"and examples=[batches of each adapter], or --examples on the command line."
-        )
-    if len(examples) != len(adapters) or not all(len(batches) for batches in examples):
+    if examples is not None and (len(examples) != len(adapters) or not all(len(batches) for batches in examples)):
         raise OptionError(
             f"examples: {len(examples)} lists of batches were given for {len(adapters)} adapters. Give one for each, "
             f"none of them empty."
+        )
+
+
+def _check_looks(
+    rule: Fusion,
+    model: nn.Module | None,
+    examples: Sequence[Sequence[Inputs]] | None,
+    keep: Sequence[Inputs] | None,
+    activations: Sequence[Mapping[str, torch.Tensor]] | None,
+) -> None:
+    if activations is not None and rule.name != "gradient":
+        raise OptionError(f"activations: rule {rule.name!r} does not use them. Leave them out, or use rule='gradient'.")
+    if not rule.behind and (model is not None or examples is not None or keep is not None):
+        raise OptionError(
+            f"model, examples and keep: rule {rule.name!r} does not use them. Leave them out, or use rule='match'."
+        )
+    if rule.behind and (model is None or examples is None):
+        raise OptionError(
+            f"rule {rule.name!r} looks at what the merged model does with each adapter's examples. Pass model=the base "
+            f"and examples=[batches of each adapter], or --examples on the command line."
         )
 
 
@@ -259,35 +264,3 @@ def _proof(adapters: Sequence[Adapter], base: Base | None, foreign: float) -> st
     if len(loras) == len(adapters):
         return "names and shapes agree; a LoRA has nothing else to compare"
     return f"the saved directions fit one base (misfit {foreign:.2g}; unrelated weights give 1){said}"
-
-
-def _common_config(adapters: Sequence[Adapter], layers: dict[str, list[Part]], base: Base | None) -> dict[str, Any]:
-    """Get what the result's config takes from those of the adapters."""
-    configs = [adapter.folder.config for adapter in adapters]
-    named = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
-    common = {"base_model_name_or_path": named or (base.name if base is not None else None)}
-    for key in ("task_type", "auto_mapping", "revision", "modules_to_save", "inference_mode", "format_version"):
-        values = [config.get(key) for config in configs]
-        common[key] = values[0] if all(value == values[0] for value in values) else None
-    targets = [{key: config.get(key) for key in TARGETS} for config in configs]
-    everywhere = all(len(parts) == len(adapters) for parts in layers.values())
-    if everywhere and all(target == targets[0] for target in targets):
-        common |= targets[0]
-    return common
-
-
-def _common_carried(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
-    carried = [adapter.carried for adapter in adapters]
-    for adapter, tensors in zip(adapters[1:], carried[1:], strict=True):
-        different = [
-            name
-            for name in sorted(carried[0].keys() | tensors.keys())
-            if name not in tensors or name not in carried[0] or not torch.equal(tensors[name], carried[0][name])
-        ]
-        if different:
-            raise AdapterError(
-                f"{different[0]}: trained in full, but not the same in {adapters[0].name} and {adapter.name}; no rule "
-                "fuses whole modules. Leave them out with heads_apart (--heads-apart), or train all adapters with the "
-                "same ones."
-            )
-    return carried[0]

@@ -98,6 +98,8 @@ class OverlapReport:
     layers: tuple[LayerOverlap, ...]
     kept: dict[str, float]
     """Adapter -> its remaining strength over all layers together."""
+    why: str = ""
+    """Why rule="auto" took this rule."""
 
     def to_json(self) -> dict[str, Any]:
         """Get everything in plain numbers and words."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoint import write_atomically
 from ..fusion import OverlapReport, PairOverlap
+from ..runs import Kept
 from .frame import fill
 from .svg import WIDTH, drawing, text
 
@@ -40,15 +41,15 @@ MEASURES: dict[str, tuple[str, Measure]] = {
 }
 
 
-def write_overlap_page(report: OverlapReport, path: str | Path) -> None:
-    """Write the overlap report as a self-contained HTML page, all or nothing.
+def write_overlap_page(report: OverlapReport, path: str | Path, tasks: Sequence[Kept] = ()) -> None:
+    """Write the overlap report as a self-contained HTML page, all or nothing; with what each task keeps, if measured.
 
     `MissingExtraError` without jinja2, `OutputError` where the file cannot be written.
     """
-    write_atomically(path, render_overlap(report))
+    write_atomically(path, render_overlap(report, tasks))
 
 
-def render_overlap(report: OverlapReport) -> str:
+def render_overlap(report: OverlapReport, tasks: Sequence[Kept] = ()) -> str:
     """Get the page as text; everything that comes from the report is escaped."""
     maps = []
     if report.pairs:
@@ -63,7 +64,26 @@ def render_overlap(report: OverlapReport) -> str:
         letters=letters(report),
         shared=sorted({(pair.first, pair.second) for pair in report.pairs if pair.shared_columns}),
         rank=max(layer.rank for layer in report.layers),
+        task_heads=task_heads(tasks),
+        tasks=task_rows(tasks),
     )
+
+
+def task_heads(tasks: Sequence[Kept]) -> list[str]:
+    """Get the columns of the table of what each task keeps."""
+    return ["merge", "kept, mean", *(f"{task.run.name} ({task.split} {task.metric})" for task in tasks)]
+
+
+def task_rows(tasks: Sequence[Kept]) -> list[list[str]]:
+    """Get a row for each merge: the mean share that is kept, then each task's figure and share."""
+    if not tasks:
+        return []
+    rows = [["each one's own", "100.0%", *(f"{task.own:.4f}" for task in tasks)]]
+    for merge in tasks[0].after:
+        shares = [task.share(merge) for task in tasks]
+        cells = [f"{task.after[merge]:.4f} ({share:.1%})" for task, share in zip(tasks, shares, strict=True)]
+        rows.append([merge, f"{sum(shares) / len(shares):.1%}", *cells])
+    return rows
 
 
 def letters(report: OverlapReport) -> dict[str, str]:

@@ -22,7 +22,7 @@ def load_run(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe,
     `overrides` may change only what is evaluated (`evaluation.x=…`).
     """
     run = Run.open(folder)
-    recipe = _recipe(run, overrides)
+    recipe = recipe_of(run, overrides)
     return recipe, reloaded(recipe, run)
 
 
@@ -48,12 +48,13 @@ def load_base(folder: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe
 
     A new head has the random numbers of the run's seed. `overrides` as for `load_run`.
     """
-    recipe = _recipe(Run.open(folder), overrides)
+    recipe = recipe_of(Run.open(folder), overrides)
     set_seed(recipe.config.seed)
     return recipe, _ready(recipe.build_model())
 
 
-def _recipe(run: Run, overrides: Iterable[str]) -> Recipe:
+def recipe_of(run: Run, overrides: Iterable[str] = ()) -> Recipe:
+    """Get the recipe of a run's folder, without any model."""
     quiet_libraries()
     config = run.config(overrides)
     return recipe_class(config.recipe)(config)

@@ -1,0 +1,231 @@
+"""Five tasks on one sentence encoder, trained apart and merged into one body, each with its own head: what is kept.
+
+    python benchmarks/merging.py --data FOLDER --work FOLDER [--seeds 0 1 2]
+
+SST-2, CoLA, MRPC, STS-B (each .jsonl.gz in FOLDER with GLUE's columns) and the demo's 24 languages; 2,000 training rows
+each, two epochs, a LoRA of rank 8 on the attention's four weights of all-MiniLM-L6-v2, at the rate that was the best
+of three for LoRA on the languages (benchmarks/results/demo.json). Rules that look at examples get training rows,
+without labels. The score is accuracy (Spearman's correlation for STS-B); what counts is its share of the adapter's own.
+"refitted head" is the untouched body with a head fitted on the training rows: what a merge has to beat. Goes on when
+started again. Writes benchmarks/results/merging.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_spectra import GLUE, split_files
+from fusion_arms import cached, refuse_other_settings, spread
+from peft import PeftModel
+from provenance import provenance
+
+from spectune.checkpoint import write_atomically
+from spectune.demo import base_folder, write_languages
+from spectune.fusion import FUSIONS, collect_grams, fuse
+from spectune.recipes import parse_config
+from spectune.runs import examples_of, load_run, load_with, run
+
+RESULTS = Path(__file__).parent / "results" / "merging.json"
+TARGETS = ["query", "key", "value", "attention.output.dense"]
+RATE = 2e-3
+TASKS = ("sst2", "cola", "mrpc", "stsb", "languages")
+STSB = {"stsb": ("stsb_train", {"glue": "stsb"}, 1200, 400)}
+LIMIT = {"train": 2000, "validation": 400, "test": 1000}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    data: Path
+    work: Path
+    epochs: float
+
+    def config(self, task: str, seed: int, adapter: Any, training: dict[str, Any]) -> Any:
+        """Get the configuration of one run."""
+        files = self.work / "data"
+        files.mkdir(exist_ok=True)
+        if task == "languages":
+            data: dict[str, Any] = {split: str(path) for split, path in write_languages(files).items()}
+            data |= {"max_tokens": 48}
+        else:
+            data = split_files(task, self.data, files, GLUE | STSB)
+        values = {
+            "recipe": "text_classification",
+            "model": str(base_folder()),
+            "pooling": "mean",
+            "seed": seed,
+            "data": data | {"limit": LIMIT},
+            "adapter": adapter,
+            "training": {"batch_size": 32, "head_first": True, **training},
+            "evaluation": {"metrics": ["spearman" if task == "stsb" else "accuracy"]},
+        }
+        return parse_config(values, task)
+
+    def folder(self, task: str, seed: int) -> Path:
+        return self.work / f"{task}-{seed}"
+
+    def adapter(self, task: str, seed: int) -> tuple[Any, Path]:
+        """Get the run that trains an adapter."""
+        lora = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": TARGETS}
+        training = {"epochs": self.epochs, "learning_rate": RATE, "head_learning_rate": 1e-3}
+        return self.config(task, seed, lora, training), self.folder(task, seed)
+
+    def head(self, task: str, seed: int) -> tuple[Any, Path]:
+        """Get the run that fits a head on the untouched body."""
+        # One step too small to change anything: a run has at least one.
+        tiny = {"steps": 1, "head_learning_rate": 1e-12}
+        return self.config(task, seed, "head", tiny), self.work / f"{task}-head-{seed}"
+
+
+def score(figures: dict[str, float]) -> float:
+    """Get the one figure of a task."""
+    return next(iter(figures.values()))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to merge: a rule with its options, or a weighted merge of PEFT."""
+
+    rule: str
+    options: dict[str, Any]
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.rule
+
+
+ARMS = (
+    Arm("average", {}),
+    Arm("average", {"weights": 1.0}, "sum"),
+    Arm("ties", {"weights": [1.0] * 5, "density": 0.2}, "PEFT ties"),
+    Arm("svd", {"weights": [0.2] * 5, "svd_rank": 8}, "PEFT svd, rank 8"),
+    Arm("task_singular", {}),
+    Arm("gradient", {}),
+    Arm("sequential", {}),
+    Arm("match", {}),
+    Arm("match", {"rank": 8}, "match, rank 8"),
+)
+
+
+def merged(arm: Arm, bench: Bench, seed: int) -> dict[str, Any]:
+    """Merge the adapters of one seed and get what each task scores with its own head."""
+    folders, output = [bench.folder(task, seed) for task in TASKS], bench.work / f"merged-{arm.name}-{seed}"
+    started = time.perf_counter()
+    if arm.name.startswith("PEFT"):
+        rank = merge_by_peft(arm, bench, seed, output)
+    else:
+        fused = fuse(
+            folders, rule=arm.rule, base=base_folder(), heads_apart=True, **arm.options, **looked(arm, folders)
+        )
+        rank = fused.save(output, overwrite=True).max_rank
+    seconds = time.perf_counter() - started
+    return {"rank": rank, "seconds": seconds, "scores": tested(folders, output)}
+
+
+def looked(arm: Arm, folders: Sequence[Path]) -> dict[str, Any]:
+    """Get the examples for the rules that look at some."""
+    if arm.rule == "gradient":
+        return {"activations": [collect_grams(load_run(folder)[1], examples_of(folder)) for folder in folders]}
+    if not FUSIONS[arm.rule].behind:
+        return {}
+    return {"model": load_with(folders[0], None)[1], "examples": [examples_of(folder) for folder in folders]}
+
+
+def tested(folders: Sequence[Path], adapter: Path | None) -> dict[str, float]:
+    """Get the test score of each task with this adapter on the body."""
+    found = {}
+    for task, folder in zip(TASKS, folders, strict=True):
+        recipe, model = load_with(folder, adapter)
+        found[task] = score(recipe.evaluate(model, "test"))
+    return found
+
+
+def merge_by_peft(arm: Arm, bench: Bench, seed: int, output: Path) -> int:
+    """Let PEFT's `add_weighted_adapter` merge the adapters, their heads left out; get the rank of the result."""
+    model: Any = load_with(bench.folder(TASKS[0], seed), None)[1]
+    for task in TASKS:
+        bare = bench.work / f"bare-{task}-{seed}"
+        fuse([bench.folder(task, seed)], rule="average", weights=1.0, heads_apart=True).save(bare, overwrite=True)
+        if task == TASKS[0]:
+            model = PeftModel.from_pretrained(model, str(bare), adapter_name=task)
+        else:
+            model.load_adapter(str(bare), adapter_name=task)
+    model.add_weighted_adapter(list(TASKS), adapter_name="merged", combination_type=arm.rule, **arm.options)
+    shutil.rmtree(output, ignore_errors=True)
+    model.save_pretrained(str(bench.work / "peft"), selected_adapters=["merged"])
+    (bench.work / "peft" / "merged").rename(output)
+    return int(model.peft_config["merged"].r)
+
+
+def measure(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Get one row for each seed, running what has not been run."""
+    rows = []
+    for seed in seeds:
+        own = {task: score(run(*bench.adapter(task, seed), resume=True).metrics["test"]) for task in TASKS}
+        heads = {task: score(run(*bench.head(task, seed), resume=True).metrics["test"]) for task in TASKS}
+        arms = {"refitted head": {"rank": 0, "seconds": 0.0, "scores": heads}}
+        for arm in ARMS:
+            arms[arm.name] = cached(bench.work / f"{arm.name}-{seed}", partial(merged, arm, bench, seed))
+        rows.append({"seed": seed, "own": own, "arms": arms})
+    return rows
+
+
+def shares(row: dict[str, Any], arm: str) -> list[float]:
+    """Get what each task keeps of its adapter's own score."""
+    return [after / row["own"][task] for task, after in row["arms"][arm]["scores"].items()]
+
+
+def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Get arm -> mean and lowest share, over tasks and seeds."""
+    found = {}
+    for arm in rows[0]["arms"]:
+        kept = [shares(row, arm) for row in rows]
+        means = [statistics.mean(one) for one in kept]
+        found[arm] = {
+            "mean": spread(means),
+            "worst": spread([min(one) for one in kept]),
+            "rank": max(row["arms"][arm]["rank"] for row in rows),
+            "seconds": statistics.median(row["arms"][arm]["seconds"] for row in rows),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(asked.work, {"epochs": asked.epochs})
+    rows = measure(Bench(asked.data, asked.work, asked.epochs), asked.seeds)
+    record = {
+        "what": "five tasks merged",
+        **provenance(),
+        "epochs": asked.epochs,
+        "rate": RATE,
+        "kept": table(rows),
+        "rows": rows,
+    }
+    write_atomically(asked.results, json.dumps(record, indent=1) + "\n")
+    for arm, figures in record["kept"].items():
+        print(f"{arm:20} mean {figures['mean']['mean']:.1%} worst {figures['worst']['mean']:.1%}")
+
+
+if __name__ == "__main__":
+    main()

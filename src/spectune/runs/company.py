@@ -1,0 +1,80 @@
+"""Runs in company: examples of their tasks for a merge, and what each task keeps of its score after one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import AdapterError, DataError
+from ..recipes.recipe import Recipe
+from ..tuner import load_attached
+from .folder import Run
+from .load import load_run, recipe_of
+
+# Examples of each run that rules look at, drawn with this seed. Chosen.
+EXAMPLES, SEED = 256, 0
+# Metrics of which less is better.
+LOSSES = ("loss", "perplexity")
+UNTOUCHED = "untouched body"
+
+
+def examples_of(run: str | Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
+    """Get batches of a run's training examples without labels, drawn by a fixed seed."""
+    recipe = recipe_of(Run.open(run))
+    rows, size = recipe.plain_rows("train"), recipe.config.training.batch_size
+    drawn = random.Random(SEED).sample(range(len(rows)), min(count, len(rows)))
+    drawn.sort(key=lambda i: len(rows[i].get("input_ids", ())))  # less padding
+    batches = [recipe.collate([rows[i] for i in drawn[at : at + size]]) for at in range(0, len(drawn), size)]
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+def load_with(run: str | Path, adapter: str | Path | None) -> tuple[Recipe, nn.Module]:
+    """Get a run's recipe and its base with the run's own head and another adapter (None: without any)."""
+    recipe, loaded = load_run(run)
+    tuned: Any = loaded
+    if not hasattr(tuned, "unload"):
+        raise AdapterError(
+            f"{run}: this run did not train one adapter, so no merge can be measured on it. Leave it out."
+        )
+    body: nn.Module = tuned.unload()
+    return recipe, (body if adapter is None else load_attached(body, adapter)).eval()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one run's task scores: with the run's own adapter, on the untouched body, and after each merge."""
+
+    run: Path
+    metric: str
+    split: str
+    own: float
+    after: dict[str, float] = field(default_factory=dict)
+    """Merge -> figure."""
+
+    @classmethod
+    def of(cls, run: str | Path) -> Kept:
+        """Get the task with the first metric that the run recorded, on its test examples if it has any."""
+        recorded = Run.open(run).result.metrics
+        split = next((split for split in ("test", "validation") if split in recorded), None)
+        if split is None:
+            raise DataError(f"{run}: the run has no held-out examples to measure a merge on. Leave it out.")
+        metric, own = next(iter(recorded[split].items()))
+        found = cls(Path(run), metric, split, own)
+        found.measure(UNTOUCHED, None)
+        return found
+
+    def measure(self, merge: str, adapter: str | Path | None) -> float:
+        """Measure the task after a merge, and get the share that is kept."""
+        recipe, model = load_with(self.run, adapter)
+        self.after[merge] = recipe.evaluate(model, self.split)[self.metric]
+        return self.share(merge)
+
+    def share(self, merge: str) -> float:
+        """Get what is left of the run's own figure; of a loss, own by merged."""
+        parts = self.after[merge], self.own
+        over, under = reversed(parts) if self.metric in LOSSES else parts
+        return over / under if under else 0.0

@@ -1,0 +1,99 @@
+"""`spectune fuse` on the folders of runs: their examples, what their tasks keep, and the rules compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from spectune.cli.app import app
+from spectune.errors import OptionError
+from spectune.recipes import parse_config
+from spectune.runs import Kept
+from spectune.runs import run as train
+
+from ..recipes.tiny import bert
+
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["query", "value"]}
+SPECTRAL = {"method": "spectral_a", "r": 2, "target_modules": ["query", "value"]}
+
+
+def finished(folder: Path, name: str, adapter: dict[str, Any], model: str, words: tuple[str, str]) -> Path:
+    rows = [{"text": f"w{i % 7} {words[i % 2]} w{i % 5}", "label": words[i % 2]} for i in range(24)]
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "recipe": "text_classification",
+        "model": model,
+        "adapter": adapter,
+        "data": {"train": str(file), "test": str(file)},
+        "training": {"steps": 12, "batch_size": 8, "learning_rate": 0.05, "head_learning_rate": 0.05},
+    }
+    train(parse_config(values), folder / name)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    model = bert(folder / "base")
+    return [
+        finished(folder, "one", LORA, model, ("good", "bad")),
+        finished(folder, "other", SPECTRAL, model, ("w30", "w31")),
+    ]
+
+
+def fuse(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["fuse", *map(str, words)])
+
+
+def looking(runs: list[Path]) -> list[str | Path]:
+    return [*runs, "--heads-apart", *(word for run in runs for word in ("--examples", run, "--evaluate", run))]
+
+
+def test_auto_matches_where_there_are_examples_and_every_task_is_measured(runs: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = fuse(*looking(runs), "--rule", "auto", "-o", tmp_path / "both", "--report", page, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["rule"] == "match" and "examples" in found["why"]
+    for run, task in zip(runs, found["tasks"], strict=True):
+        assert task["run"] == str(run) and set(task["after"]) == {"untouched body", "match"}
+        assert task["own"] > task["after"]["untouched body"] and task["kept"]["match"] > 0.9
+    assert "What each task keeps" in page.read_text() and "because there are examples" in page.read_text()
+
+
+def test_a_runs_own_adapter_alone_keeps_everything(runs: list[Path]) -> None:
+    for run in runs:
+        assert Kept.of(run).measure("itself", run / "adapter") == 1.0
+
+
+def test_all_compares_the_rules_and_says_which_do_not_fit(runs: list[Path]) -> None:
+    done = fuse(*looking(runs), "--rule", "all", "--rank", "3", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    fitting = {"average", "task_singular", "gradient", "sequential", "match"}
+    assert {report["rule"] for report in found["rules"]} == fitting
+    assert set(found["tasks"][0]["after"]) == {"untouched body", *fitting}
+    assert {layer["rank"] for report in found["rules"] if report["rule"] == "match" for layer in report["layers"]} == {
+        3
+    }
+    assert "orthogonal: left out, because" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rule", "all", "-o", "there"], "--rule all compares and writes nothing"),
+        (["--rule", "auto", "--keep", "base.txt"], "--keep needs --examples"),
+        (["--rule", "average", "--examples", "one", "--examples", "other"], "rule 'average' does not use them"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(runs: list[Path], tmp_path: Path, words: list[str], said: str) -> None:
+    (runs[0].parent / "base.txt").write_text("w1 w2\n")
+    placed = [str(runs[0].parent / word) if word in ("base.txt", "one", "other") else word for word in words]
+    done = fuse(*runs, *placed)
+    assert isinstance(done.exception, OptionError) and said in str(done.exception)
