@@ -1,6 +1,6 @@
 """Five tasks on one sentence encoder, trained apart and merged into one body, each with its own head: what is kept.
 
-    python benchmarks/merging.py --data FOLDER --work FOLDER [--seeds 0 1 2]
+    python benchmarks/merging.py --data FOLDER --work FOLDER [--seeds 0 1 2] [--tasks …]
 
 SST-2, CoLA, MRPC, STS-B (each .jsonl.gz in FOLDER with GLUE's columns) and the demo's 24 languages; 2,000 training rows
 each, two epochs, a LoRA of rank 8 on the attention's four weights of all-MiniLM-L6-v2, at the rate that was the best
@@ -50,6 +50,7 @@ class Bench:
     data: Path
     work: Path
     epochs: float
+    tasks: tuple[str, ...] = TASKS
 
     def config(self, task: str, seed: int, adapter: Any, training: dict[str, Any]) -> Any:
         """Get the configuration of one run."""
@@ -74,6 +75,10 @@ class Bench:
 
     def folder(self, task: str, seed: int) -> Path:
         return self.work / f"{task}-{seed}"
+
+    def place(self, name: str, seed: int) -> Path:
+        """Get the path for what is made of these tasks together."""
+        return self.work / "-".join([*self.tasks, f"{name}-{seed}"])
 
     def adapter(self, task: str, seed: int) -> tuple[Any, Path]:
         """Get the run that trains an adapter."""
@@ -109,8 +114,8 @@ class Arm:
 ARMS = (
     Arm("average", {}),
     Arm("average", {"weights": 1.0}, "sum"),
-    Arm("ties", {"weights": [1.0] * 5, "density": 0.2}, "PEFT ties"),
-    Arm("svd", {"weights": [0.2] * 5, "svd_rank": 8}, "PEFT svd, rank 8"),
+    Arm("ties", {"density": 0.2}, "PEFT ties"),
+    Arm("svd", {"svd_rank": 8}, "PEFT svd, rank 8"),
     Arm("task_singular", {}),
     Arm("gradient", {}),
     Arm("sequential", {}),
@@ -121,7 +126,7 @@ ARMS = (
 
 def merged(arm: Arm, bench: Bench, seed: int) -> dict[str, Any]:
     """Merge the adapters of one seed and get what each task scores with its own head."""
-    folders, output = [bench.folder(task, seed) for task in TASKS], bench.work / f"merged-{arm.name}-{seed}"
+    folders, output = [bench.folder(task, seed) for task in bench.tasks], bench.place(f"merged-{arm.name}", seed)
     started = time.perf_counter()
     if arm.name.startswith("PEFT"):
         rank = merge_by_peft(arm, bench, seed, output)
@@ -131,7 +136,7 @@ def merged(arm: Arm, bench: Bench, seed: int) -> dict[str, Any]:
         )
         rank = fused.save(output, overwrite=True).max_rank
     seconds = time.perf_counter() - started
-    return {"rank": rank, "seconds": seconds, "scores": tested(folders, output)}
+    return {"rank": rank, "seconds": seconds, "scores": tested(bench, folders, output)}
 
 
 def looked(arm: Arm, folders: Sequence[Path]) -> dict[str, Any]:
@@ -143,10 +148,10 @@ def looked(arm: Arm, folders: Sequence[Path]) -> dict[str, Any]:
     return {"model": load_with(folders[0], None)[1], "examples": [examples_of(folder) for folder in folders]}
 
 
-def tested(folders: Sequence[Path], adapter: Path | None) -> dict[str, float]:
+def tested(bench: Bench, folders: Sequence[Path], adapter: Path | None) -> dict[str, float]:
     """Get the test score of each task with this adapter on the body."""
     found = {}
-    for task, folder in zip(TASKS, folders, strict=True):
+    for task, folder in zip(bench.tasks, folders, strict=True):
         recipe, model = load_with(folder, adapter)
         found[task] = score(recipe.evaluate(model, "test"))
     return found
@@ -154,15 +159,16 @@ def tested(folders: Sequence[Path], adapter: Path | None) -> dict[str, float]:
 
 def merge_by_peft(arm: Arm, bench: Bench, seed: int, output: Path) -> int:
     """Let PEFT's `add_weighted_adapter` merge the adapters, their heads left out; get the rank of the result."""
-    model: Any = load_with(bench.folder(TASKS[0], seed), None)[1]
-    for task in TASKS:
+    model: Any = load_with(bench.folder(bench.tasks[0], seed), None)[1]
+    for task in bench.tasks:
         bare = bench.work / f"bare-{task}-{seed}"
         fuse([bench.folder(task, seed)], rule="average", weights=1.0, heads_apart=True).save(bare, overwrite=True)
-        if task == TASKS[0]:
+        if task == bench.tasks[0]:
             model = PeftModel.from_pretrained(model, str(bare), adapter_name=task)
         else:
             model.load_adapter(str(bare), adapter_name=task)
-    model.add_weighted_adapter(list(TASKS), adapter_name="merged", combination_type=arm.rule, **arm.options)
+    weights = [1.0 if arm.rule == "ties" else 1 / len(bench.tasks)] * len(bench.tasks)
+    model.add_weighted_adapter(list(bench.tasks), weights, "merged", combination_type=arm.rule, **arm.options)
     shutil.rmtree(output, ignore_errors=True)
     model.save_pretrained(str(bench.work / "peft"), selected_adapters=["merged"])
     (bench.work / "peft" / "merged").rename(output)
@@ -173,11 +179,11 @@ def measure(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Get one row for each seed, running what has not been run."""
     rows = []
     for seed in seeds:
-        own = {task: score(run(*bench.adapter(task, seed), resume=True).metrics["test"]) for task in TASKS}
-        heads = {task: score(run(*bench.head(task, seed), resume=True).metrics["test"]) for task in TASKS}
+        own = {task: score(run(*bench.adapter(task, seed), resume=True).metrics["test"]) for task in bench.tasks}
+        heads = {task: score(run(*bench.head(task, seed), resume=True).metrics["test"]) for task in bench.tasks}
         arms = {"refitted head": {"rank": 0, "seconds": 0.0, "scores": heads}}
         for arm in ARMS:
-            arms[arm.name] = cached(bench.work / f"{arm.name}-{seed}", partial(merged, arm, bench, seed))
+            arms[arm.name] = cached(bench.place(arm.name, seed), partial(merged, arm, bench, seed))
         rows.append({"seed": seed, "own": own, "arms": arms})
     return rows
 
@@ -207,15 +213,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     asked.work.mkdir(parents=True, exist_ok=True)
     refuse_other_settings(asked.work, {"epochs": asked.epochs})
-    rows = measure(Bench(asked.data, asked.work, asked.epochs), asked.seeds)
+    rows = measure(Bench(asked.data, asked.work, asked.epochs, tuple(asked.tasks)), asked.seeds)
     record = {
-        "what": "five tasks merged",
+        "what": "tasks trained apart and merged into one body",
         **provenance(),
         "epochs": asked.epochs,
         "rate": RATE,

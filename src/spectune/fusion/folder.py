@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..algebra import to_factors, truncate
+from ..algebra import to_factors
 from ..checkpoint import PEFT_PREFIX, fresh_folder, save_tensors, write_atomically
 from ..errors import AdapterError, ExportError
 from .adapters import MIDDLE
@@ -103,13 +103,14 @@ def save_lora(
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer, part in parts.items():
         _refuse_embedding(layer, part)
-        exact = max(len(compact(part.delta).S_P), 1)
+        whole = compact(part.delta)
+        exact = max(len(whole.S_P), 1)
         rank = min(exact, max_rank or exact)
-        B_OP, A_PI, share = truncate(*to_factors(part.delta), rank)
+        found_OP, found_PI, share = whole.factors(rank)
         lost[layer] = share if share > NOTHING else 0.0
-        B_OP, A_PI, ranks[layer] = B_OP.float(), A_PI.float(), rank
+        B_OP, A_PI, ranks[layer] = found_OP.float(), found_PI.float(), rank
         _refuse_non_finite(layer, B_OP, A_PI)
-        error = error if lost[layer] else max(error, _difference(part, B_OP.double(), A_PI.double()))
+        error = error if lost[layer] else max(error, _rounding(found_OP, found_PI, whole.size))
         factors[layer] = B_OP, A_PI
     for layer, (B_OP, A_PI) in factors.items():
         ranks[layer] = max(ranks.values()) if pad else ranks[layer]
@@ -153,6 +154,15 @@ def _difference(part: Part, B_OP: torch.Tensor, A_PI: torch.Tensor) -> float:
     left_OP, right_PI = to_factors(part.delta)
     size = _norm(left_OP, right_PI)
     return _norm(torch.cat([B_OP, -left_OP], dim=1), torch.cat([A_PI, right_PI])) / size if size else 0.0
+
+
+def _rounding(B_OP: torch.Tensor, A_PI: torch.Tensor, size: float) -> float:
+    """Get |b a - B A|_F / |B A|_F for b, a rounded to float32: (b - B) a + B (a - A), from Gram matrices."""
+    rounded_PI = A_PI.float().double()
+    left_OP = torch.cat([B_OP.float().double() - B_OP, B_OP], dim=1)
+    right_PI = torch.cat([rounded_PI, rounded_PI - A_PI])
+    square = float(((left_OP.mT @ left_OP) * (right_PI @ right_PI.mT)).sum())
+    return max(square, 0.0) ** 0.5 / size if size else 0.0
 
 
 def _norm(B_OP: torch.Tensor, A_PI: torch.Tensor) -> float:

@@ -245,8 +245,9 @@ def _report(
     sums = {adapter.name: [0.0, 0.0] for adapter in adapters}
     for layer, parts in layers.items():
         whole = compact(fused[layer].delta)
-        pairs += pair_overlaps(parts)
-        strengths = kept_strengths(parts, whole)
+        compacts = [compact(part.delta) for part in parts]
+        pairs += pair_overlaps(parts, compacts)
+        strengths = kept_strengths(parts, whole, compacts)
         for name, (shared, own) in strengths.items():
             sums[name][0] += shared
             sums[name][1] += own

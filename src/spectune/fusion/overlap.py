@@ -29,6 +29,12 @@ class Compact:
         """|dW|_F."""
         return float(torch.linalg.vector_norm(self.S_P))
 
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Get (B_OP, A_PI) of its best approximation of this rank, and |dW - B A|_F as a share of |dW|_F."""
+        root_P = self.S_P[:rank].sqrt()
+        lost = float(torch.linalg.vector_norm(self.S_P[rank:])) / (self.size or 1.0)
+        return self.X_OP[:, :rank] * root_P, root_P[:, None] * self.Yh_PI[:rank], lost
+
 
 def compact(delta: Delta) -> Compact:
     """Get the singular value decomposition of an update without building it; roundoff directions are left out."""
@@ -47,7 +53,7 @@ def inner(one: Compact, other: Compact) -> float:
     """Get <dW_1, dW_2> = sum of the products of their entries."""
     outputs_Pp = one.X_OP.mT @ other.X_OP
     inputs_Pp = one.Yh_PI @ other.Yh_PI.mT
-    return float(torch.einsum("p,pq,q,pq->", one.S_P, outputs_Pp, other.S_P, inputs_Pp))
+    return float((one.S_P[:, None] * outputs_Pp * inputs_Pp * other.S_P).sum())
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,9 @@ class OverlapReport:
         return asdict(self)
 
 
-def pair_overlaps(parts: Sequence[Part]) -> list[PairOverlap]:
-    """Get the overlap of every two adapters in one layer."""
-    compacts = [compact(part.delta) for part in parts]
+def pair_overlaps(parts: Sequence[Part], compacts: Sequence[Compact] | None = None) -> list[PairOverlap]:
+    """Get the overlap of every two adapters in one layer; `compacts` are those of the parts, if they are known."""
+    compacts = compacts or [compact(part.delta) for part in parts]
     pairs = combinations(zip(parts, compacts, strict=True), 2)
     return [_overlap(one, other, first, second) for (one, first), (other, second) in pairs]
 
@@ -117,17 +123,18 @@ def _overlap(one: Part, other: Part, first: Compact, second: Compact) -> PairOve
     outputs_Pp, inputs_Pp = first.X_OP.mT @ second.X_OP, first.Yh_PI @ second.Yh_PI.mT
     sizes = first.size * second.size or 1.0
     weigh_Pp = first.S_P[:, None] * second.S_P
+    product = float((weigh_Pp * outputs_Pp * inputs_Pp).sum())  # <dW_1, dW_2>
     return PairOverlap(
         one.layer,
         one.adapter,
         other.adapter,
         tuple(sorted(set(one.columns) & set(other.columns))),
-        inner(first, second) / sizes,
+        product / sizes,
         _smallest_angle(outputs_Pp),
         _smallest_angle(inputs_Pp),
         float(torch.linalg.vector_norm(weigh_Pp * outputs_Pp)) / sizes,
         float(torch.linalg.vector_norm(weigh_Pp * inputs_Pp)) / sizes,
-        _spectral_cross(one, other, math.sqrt(max(first.size**2 + second.size**2 + 2 * inner(first, second), 0.0))),
+        _spectral_cross(one, other, math.sqrt(max(first.size**2 + second.size**2 + 2 * product, 0.0))),
     )
 
 
@@ -171,7 +178,9 @@ def _along(part: Part, chosen: list[int], method: Method) -> dict[str, torch.Ten
     return found
 
 
-def kept_strengths(parts: Sequence[Part], fused: Compact) -> dict[str, tuple[float, float]]:
-    """Get adapter -> (<fused, dW_i>, |dW_i|^2) in one layer."""
-    compacts = {part.adapter: compact(part.delta) for part in parts}
-    return {name: (inner(fused, own), own.size**2) for name, own in compacts.items()}
+def kept_strengths(
+    parts: Sequence[Part], fused: Compact, compacts: Sequence[Compact] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Get adapter -> (<fused, dW_i>, |dW_i|^2) in one layer; `compacts` as for `pair_overlaps`."""
+    compacts = compacts or [compact(part.delta) for part in parts]
+    return {part.adapter: (inner(fused, own), own.size**2) for part, own in zip(parts, compacts, strict=True)}
