@@ -67,7 +67,7 @@ def paired_table(record: dict[str, Any]) -> str:
         gain = gain_words(gains[method], 100) if method in gains else ("", "")
         numbers = rows[tasks[0]]["trainable"]
         lines.append("| " + " | ".join([method, f"{numbers:,}", *cells, *gain]) + " |")
-    lines += ["", "| method | " + " | ".join(f"gain on {task}" for task in tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    lines += ["", "| gain | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
     for method, gain in gains.items():
         lines.append("| " + " | ".join([method, *(f"{100 * gain['by_task'][task]:+.1f}" for task in tasks)]) + " |")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def open_basis(path: str | Path) -> TensorFile:
     """Open a basis file; `AdapterError` for any other file."""
     file = TensorFile.open(path)
     if file.metadata.get("kind") != BASIS_KIND:
-        raise AdapterError(f"{path}: this is not a basis file. `spectune prepare RUN.yaml` makes one.")
+        raise AdapterError(f"{path}: this is not a basis file. Write one with spectune.prepare(…, save=FOLDER).")
     return file
 
 
