@@ -158,3 +158,10 @@ def test_options_that_do_not_go_with_a_basis_file_are_refused(more: dict[str, An
         config(**{"basis": "b.safetensors", **more})
     with pytest.raises(OptionError, match="holds directions already"):
         prepare(TINY.fresh(), config(basis="b.safetensors"), [with_labels()])
+
+
+def test_a_folder_to_save_in_is_made_and_a_file_is_named_as_asked(tmp_path: Path) -> None:
+    prepare(TINY.fresh(), config(), [with_labels()], save=tmp_path / "new" / "bases")
+    (found,) = (tmp_path / "new" / "bases").glob("basis-*.safetensors")
+    prepare(TINY.fresh(), config(), [with_labels()], save=tmp_path / "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_bytes() == found.read_bytes()

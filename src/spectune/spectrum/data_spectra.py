@@ -71,9 +71,13 @@ class DataSpectra(Mapping[str, Spectrum]):
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the basis file, whole or not at all, and get its path; into a folder, under its own name."""
+        """Write the basis file, whole or not at all, and get its path.
+
+        A path that ends in .safetensors is the file; any other is a folder, and the file gets its own name in it.
+        """
         path = Path(path)
-        path = path / basis_name(self.identity) if path.is_dir() else path
+        path = path if path.suffix == ".safetensors" else path / basis_name(self.identity)
+        path.parent.mkdir(parents=True, exist_ok=True)
         residuals = {layer: found.quality.residual for layer, found in self.items()}
         noted = {"kind": BASIS_KIND, "directions": self.directions, "batches": str(self.batches)}
         save_tensors(path, self.tensors, noted | {"residuals": json.dumps(residuals)})

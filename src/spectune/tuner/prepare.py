@@ -57,7 +57,7 @@ def prepare(
     pass, so `batches` must then be a list.
 
     `batches` hold keyword arguments of the model, with labels; `loss(model, batch)` is for models that do not return
-    one. `save` is a folder, or the name of a file: the directions become a basis file of their own there, and the
+    one. `save` is a folder, or a .safetensors file: the directions become a basis file of their own there, and the
     adapter's file will not hold them. `config.directions` says what is collected:
 
     - gradient: left singular vectors from sum_k G_k G_k^T, right from sum_k G_k^T G_k, G_k the gradient of the loss of
