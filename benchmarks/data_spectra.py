@@ -38,7 +38,7 @@ CORE = {"method": "svft", "pattern": "dense", "basis_rank": 78, "target_modules"
 # 18 weights of 384 x 384: LoRA r = 8 trains 110,592 numbers, a core of 78 x 78 109,512, r = 1 13,824, 27 x 27 13,122.
 # Over all 36 linear weights of the body a core of 55 x 55 trains 108,900; LoRA r = 1 41,472 and r = 3 124,416.
 ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "lora": (LORA, [3e-4, 1e-3, 3e-3]),
+    "lora": (LORA, [3e-4, 1e-3, 3e-3, 6e-3]),
     "lora_r1": (LORA | {"r": 1, "lora_alpha": 2}, [1e-3, 3e-3, 1e-2]),
     "lora_every": (LORA | {"r": 3, "lora_alpha": 6, "target_modules": EVERY}, [3e-3]),
     "dora": (LORA | {"use_dora": True}, [1e-3, 3e-3, 6e-3]),

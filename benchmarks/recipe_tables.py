@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from spectune.sweeps.paired import gain_words
-
 
 def sweep_table(record: dict[str, Any]) -> str:
     """Get one table a task, the mean over the tasks, and what a reader must know."""
@@ -64,7 +62,10 @@ def paired_table(record: dict[str, Any]) -> str:
     for method in summary["methods"]:
         rows = {row["task"]: row for row in summary["rows"] if row["method"] == method}
         cells = [f"{100 * rows[task]['test']:.1f} ({rows[task]['rate']:g})" for task in tasks]
-        gain = gain_words(gains[method], 100) if method in gains else ("", "")
+        gain = ["", ""]
+        if (found := gains.get(method)) is not None:
+            mean, error, low, high = (100 * found[key] for key in ("mean", "error", "low", "high"))
+            gain = [f"{mean:+.2f} ± {error:.2f}", f"{low:+.2f} to {high:+.2f}"]
         numbers = rows[tasks[0]]["trainable"]
         lines.append("| " + " | ".join([method, f"{numbers:,}", *cells, *gain]) + " |")
     lines += ["", "| gain | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
