@@ -21,7 +21,7 @@ from spectune.recipes.recipe import Shown
 from spectune.records import Weight
 from spectune.runs import Example, Metric
 from spectune.spectrum import BasisCache, Key, Request, decompose
-from spectune.tuner.progress import decomposing
+from spectune.tuner.progress import ticking
 
 from ..pages.records import bare_record
 from .test_foreign_code import command
@@ -77,7 +77,7 @@ def test_the_bar_of_attaching_shows_layers_as_they_are(monkeypatch: pytest.Monke
     terminal = rich.console.Console(file=place, width=200, force_terminal=True, color_system=None)
     monkeypatch.setattr("rich.console.Console", lambda **_: terminal)
     monkeypatch.setattr("spectune.tuner.progress.SILENT_SECONDS", -1.0)
-    with decomposing() as tick:
+    with ticking("decomposed {} weights") as tick:
         tick(STEERING + "[bold]x[/bold]")
     assert "owned\x07" not in place.getvalue() and "\u202e" not in place.getvalue()
     assert "[bold]x[/bold]" in place.getvalue()

@@ -26,6 +26,7 @@ LEANED_ON: list[tuple[str, str, tuple[str, ...], str]] = [
     ("peft", "set_peft_model_state_dict", ("model", "peft_model_state_dict", "adapter_name"), "tuner/attach.py: swap"),
     ("peft", "PEFT_TYPE_TO_CONFIG_MAPPING", (), "tuner/any_method.py: configs of PEFT's own methods"),
     ("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING", (), "tuner/register.py: is the method entered already?"),
+    ("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING", (), "tuner/register.py: is the tuner entered already?"),
     ("peft.config", "PeftConfig", (), "tuner/config.py: the base of SpectralConfig"),
     (
         "peft.config",

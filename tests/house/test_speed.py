@@ -36,7 +36,8 @@ def test_importing_spectune_alone_imports_nothing_heavy() -> None:
 
 def test_importing_spectune_imports_nothing_that_peft_does_not() -> None:
     both, peft = modules_after("import peft, spectune"), modules_after("import peft")
-    assert both - peft == {"spectune"}
+    # The start-up file of an installed spectune is one; a checkout on the path has none.
+    assert both - peft - {"_spectune_autoload"} == {"spectune"}
 
 
 def test_the_network_is_off_before_anything_reads_the_switch() -> None:

@@ -152,6 +152,11 @@ def test_options_that_do_not_go_with_a_budget_are_refused(form: str, more: dict[
         config(form, **more)
 
 
+def test_a_score_without_a_budget_is_refused() -> None:
+    with pytest.raises(OptionError, match="budget_by='gradient' shares out a budget, and there is none"):
+        SpectralConfig(method="spectral_a", budget_by="gradient")
+
+
 def test_without_examples_a_budget_is_refused() -> None:
     with pytest.raises(OptionError, match=r"budget=900 needs examples\. Call config = spectune\.prepare"):
         get_peft_model(LLAMA.fresh(), config("one_sided"))

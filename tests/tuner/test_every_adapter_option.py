@@ -34,8 +34,8 @@ Options = dict[str, Any]
 TARGETS = ["wide", "tall"]
 # PEFT's own part of every config: it stands there, and PEFT acts on it.
 OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
-# directions need examples: test_prepare.py.
-ELSEWHERE = {"method", "svd", "directions", "spectra", *OF_PEFT}
+# directions and a budget need examples (test_prepare.py, test_budget.py); a basis is a file (test_shared_basis.py).
+ELSEWHERE = {"method", "svd", "directions", "spectra", "budget", "budget_by", "basis", "basis_id", *OF_PEFT}
 OWN_OPTIONS = [field.name for field in dataclasses.fields(SpectralConfig) if field.name not in ELSEWHERE]
 OF_SVD = [field.name for field in dataclasses.fields(SVDOptions)]
 

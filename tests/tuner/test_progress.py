@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from spectune.tuner.progress import decomposing
+from spectune.tuner.progress import ticking
 
 from ..effort import PATIENCE
 
 CODE = """
 from spectune.tuner import progress
 progress.SILENT_SECONDS = {silent}
-with progress.decomposing() as tick:
+with progress.ticking('decomposed {{}} weights') as tick:
     for layer in ("layers.0.q", "layers.0.v"):
         tick(layer)
 """
@@ -46,6 +46,6 @@ def test_short_work_is_silent() -> None:
 
 
 def test_nothing_is_written_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    with decomposing() as tick:
+    with ticking("decomposed {} weights") as tick:
         tick("layers.0.q")
     assert capfd.readouterr() == ("", "")

@@ -35,6 +35,8 @@ def check_budget(config: SpectralConfig, method: Method) -> None:
     if config.budget_by not in SCORES:
         raise OptionError(f"budget_by={config.budget_by!r} does not exist. {nearest(config.budget_by, list(SCORES))}")
     if config.budget is None:
+        if config.budget_by != next(iter(SCORES)):
+            raise OptionError(f"budget_by={config.budget_by!r} shares out a budget, and there is none. Give budget=…")
         return
     if config.budget < 1:
         raise OptionError(f"budget={config.budget} must be at least 1.")
