@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from spectune import export_lora, merge_checkpoint
 from spectune.errors import OptionError
 from spectune.recipes import parse_config
 from spectune.recipes.recipe import pretrained
+from spectune.recipes.table import recipe_class
 from spectune.runs import run
+from spectune.runs.building import build
 from spectune.training.checkpoints import Interrupted
 
 from . import tiny
@@ -82,3 +85,39 @@ def test_a_checkpoint_that_is_quantised_is_not_quantised_again(tmp_path: Path) -
     again = config.model_copy(update={"model": str(tmp_path / "stored")})
     with pytest.raises(OptionError, match="is stored quantised already"):
         pretrained(AutoModelForCausalLM, again, None)
+
+
+def test_a_checkpoint_that_is_stored_quantised_trains_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = parse_config(run_of(tmp_path, "nf4"))
+    stored = pretrained(AutoModelForCausalLM, config, None)
+    stored.save_pretrained(tmp_path / "stored")
+    tiny.tokenizer().save_pretrained(tmp_path / "stored")
+    plain = config.model_copy(update={"model": str(tmp_path / "stored"), "quantization": "none"})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = run(plain, tmp_path / "run")
+    assert result.losses[-1] < result.losses[0]
+    assert any("not at hand in full precision" in str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize("adapter", ["LORA", "svft"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "fp8"])
+def test_a_classifier_with_a_fitted_head_trains_on_a_quantised_base(
+    tmp_path: Path, adapter: str, quantization: str
+) -> None:
+    """Fitting the head is an inference, after which bitsandbytes would give wrong gradients on a CPU."""
+    pytest.importorskip("torchao" if quantization == "fp8" else "bitsandbytes")
+    core = {"method": "svft", "pattern": "dense", "basis_rank": 4, "directions": "gradient"}
+    options = core if adapter == "svft" else {"peft_type": "LORA", "r": 2}
+    values = tiny.text_run(tmp_path, training={"head_first": True}) | {"quantization": quantization}
+    config = parse_config(values | {"adapter": options | {"target_modules": ["query", "value"]}})
+    model, _ = build(recipe_class(config.recipe)(config))
+    assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in model.modules() if is_nf4(m))
+    assert type(model.get_base_model().classifier.original_module) is torch.nn.Linear  # new, and not quantised
+    result = run(config, tmp_path / "run")
+    assert result.losses[-1] < result.losses[0]
+
+
+def is_nf4(module: Any) -> bool:
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None

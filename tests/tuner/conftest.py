@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from spectune import METHODS, SpectralConfig
+from spectune import METHODS, SpectralConfig, export_lora
 
 from ..models import MODELS, Tiny
 
@@ -53,3 +54,15 @@ def adapted(tiny: Tiny, method: str, **more: Any) -> PeftModel:
     model = get_peft_model(tiny.fresh(), config_for(tiny, method, **more))
     train(model)
     return model.eval()
+
+
+def assert_travels(tuned: Any, tiny: Tiny, folder: Path, tolerance: float = 1e-5) -> None:
+    """Save an adapter, and see that its file gives the same logits again, and as an exact LoRA."""
+    logits = tuned(**tiny.inputs()).logits
+    tuned.save_pretrained(folder / "adapter")
+    again = PeftModel.from_pretrained(tiny.fresh(), folder / "adapter").eval()
+    torch.testing.assert_close(again(**tiny.inputs()).logits, logits, rtol=0, atol=tolerance)
+    tiny.fresh().save_pretrained(folder / "base")
+    export_lora(folder / "adapter", folder / "lora", base_model=folder / "base")
+    as_lora = PeftModel.from_pretrained(tiny.fresh(), folder / "lora").eval()
+    torch.testing.assert_close(as_lora(**tiny.inputs()).logits, logits, atol=10 * tolerance, rtol=10 * tolerance)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from spectune import SpectralConfig, export_lora, prepare
+from spectune import SpectralConfig, prepare
 from spectune.adapter import spectral_modules
 from spectune.errors import OptionError
 from spectune.tuner.budget import allot
 
 from ..models import MODELS
-from .conftest import train
+from .conftest import assert_travels, train
 from .test_prepare import Two, batches, gradients
 
 LLAMA = MODELS["llama"]
@@ -66,16 +66,8 @@ def test_layers_get_sizes_of_their_own_which_the_file_keeps(
     assert "model.layers.*.self_attn.q_proj       2" in told
     assert len(set(counts(tuned))) > 1
 
-    inputs = LLAMA.inputs()
     train(tuned)
-    logits = tuned(**inputs).logits
-    tuned.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "adapter").eval()
-    torch.testing.assert_close(again(**inputs).logits, logits, rtol=0, atol=1e-4)
-    LLAMA.fresh().save_pretrained(tmp_path / "base")
-    export_lora(tmp_path / "adapter", tmp_path / "lora", base_model=tmp_path / "base")
-    as_lora = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "lora").eval()
-    torch.testing.assert_close(as_lora(**inputs).logits, logits, atol=1e-3, rtol=1e-3)
+    assert_travels(tuned, LLAMA, tmp_path, 1e-4)
 
 
 @pytest.mark.parametrize("by", ["fisher", "gradient"])

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
-from spectune import SpectralConfig, export_lora, prepare
+from spectune import SpectralConfig, prepare
 from spectune.adapter import spectral_modules
 from spectune.errors import AdapterError, OptionError, WeightError
 
 from ..models import MODELS
-from .conftest import train
+from .conftest import assert_travels, train
 from .test_kinds import quantised
 from .test_prepare import Two, batches, gradients
 
@@ -51,14 +51,7 @@ def test_such_an_adapter_starts_at_nothing_comes_back_from_its_file_and_is_an_ex
     tuned = get_peft_model(tiny.fresh(), found).eval()
     assert torch.equal(tuned(**inputs).logits, tiny.fresh()(**inputs).logits)
     train(tuned)
-    logits = tuned(**inputs).logits
-    tuned.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(tiny.fresh(), tmp_path / "adapter").eval()
-    torch.testing.assert_close(again(**inputs).logits, logits, rtol=0, atol=1e-5)
-    tiny.fresh().save_pretrained(tmp_path / "base")
-    export_lora(tmp_path / "adapter", tmp_path / "lora", base_model=tmp_path / "base")
-    as_lora = PeftModel.from_pretrained(tiny.fresh(), tmp_path / "lora").eval()
-    torch.testing.assert_close(as_lora(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+    assert_travels(tuned, tiny, tmp_path)
 
 
 def test_without_examples_it_is_refused_before_anything_is_changed() -> None:

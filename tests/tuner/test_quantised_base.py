@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from spectune import SpectralConfig, export_lora, merge_checkpoint
+from spectune import SpectralConfig, export_lora, merge_checkpoint, prepare
 from spectune.adapter import spectral_modules
 
 from .conftest import train
@@ -87,7 +87,8 @@ def test_without_its_files_the_dequantised_weight_serves_with_a_warning(base: Pa
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         adapted = get_peft_model(model, config())
-    assert any("4 of 4 quantised weights are not at hand in full precision" in str(w.message) for w in said)
+    (warned,) = [w for w in said if "4 of 4 quantised weights are not at hand in full precision" in str(w.message)]
+    assert warned.filename == __file__
     _, _, module = next(iter(spectral_modules(adapted)))
     dequantised = adapted.base_model.model.model.layers[0].self_attn.q_proj.original_matrix()
     S_R = torch.linalg.svdvals(dequantised)[:4]
@@ -120,3 +121,28 @@ def test_gradients_are_the_same_before_and_after_an_evaluation(base: Path) -> No
     with torch.no_grad():
         model.eval()(TOKENS)
     torch.testing.assert_close(gradients(), before, rtol=0, atol=1e-6)
+
+
+def test_directions_of_data_are_the_same_after_an_inference(base: Path) -> None:
+    def directions(used: bool) -> Any:
+        model = quantised(base, "nf4").eval()
+        if used:
+            with torch.no_grad():
+                model(TOKENS)
+        given = config(method="svft", pattern="dense", r=None, basis_rank=5, directions="gradient")
+        return prepare(model, given, [{"input_ids": TOKENS, "labels": TOKENS}]).spectra
+
+    fresh, used = directions(False), directions(True)
+    for layer, found in fresh.items():
+        cosines_R = torch.linalg.svdvals(found.U_OR.mT @ used[layer].U_OR)
+        assert float(cosines_R.min()) > 0.99  # the scales of an unpacked weight are bfloat16
+
+
+def test_places_are_chosen_in_the_directions_that_the_adapter_gets(base: Path) -> None:
+    given = config(method="svft", pattern="chosen", r=None, basis_rank=5, places=6)
+    found = prepare(quantised(base, "nf4"), given, [{"input_ids": TOKENS, "labels": TOKENS}])
+    assert found.spectra is not None
+    for layer, _, module in spectral_modules(get_peft_model(quantised(base, "nf4"), found)):
+        ranked = found.spectra[layer.removeprefix("base_model.model.")]
+        torch.testing.assert_close(module.U_OR, ranked.U_OR, rtol=0, atol=0)
+        assert (module.frozen["rows"] * 5 + module.frozen["cols"]).tolist() == sorted(ranked.places[:6].tolist())

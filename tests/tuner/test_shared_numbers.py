@@ -11,12 +11,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from spectune import AdapterBank, SpectralConfig, export_lora
+from spectune import AdapterBank, SpectralConfig
 from spectune.adapter import spectral_modules
 from spectune.errors import AdapterError, OptionError
 
 from ..models import MODELS
-from .conftest import train
+from .conftest import assert_travels, train
 
 LLAMA = MODELS["llama"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -46,17 +46,10 @@ def test_layers_of_a_kind_train_one_set_of_numbers_which_the_file_holds_once(for
     tuned(**inputs).logits.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in tuned.parameters() if p.requires_grad)
 
-    tuned.save_pretrained(tmp_path / "adapter")
+    assert_travels(tuned, LLAMA, tmp_path)
     held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "skew_U" if form == "spectral_r" else "shift" if form == "svdiff" else "M"
     assert sum(key.endswith(f".{name}") for key in held) == 3
-    logits = tuned(**inputs).logits
-    again = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "adapter").eval()
-    torch.testing.assert_close(again(**inputs).logits, logits, rtol=0, atol=1e-5)
-    LLAMA.fresh().save_pretrained(tmp_path / "base")
-    export_lora(tmp_path / "adapter", tmp_path / "lora", base_model=tmp_path / "base")
-    as_lora = PeftModel.from_pretrained(LLAMA.fresh(), tmp_path / "lora").eval()
-    torch.testing.assert_close(as_lora(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_kind_is_a_path_without_its_indices_and_not_a_name() -> None:

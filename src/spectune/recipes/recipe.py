@@ -19,7 +19,7 @@ from ..errors import DataError, OptionError, SpectuneError, one_line
 from ..training.arguments import checked_arguments, loop_arguments
 from ..training.config import RunConfig
 from ..training.loop import Loss, Plan, looped
-from ..tuner import load_attached
+from ..tuner import keep_unpacked, load_attached
 from .quantization import quantized_loading
 
 
@@ -254,6 +254,8 @@ def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: An
         raise
     except (OSError, ValueError) as error:
         raise OptionError(f"model: cannot load {source}: {one_line(error)}.") from error
+    if isinstance(model, nn.Module):
+        keep_unpacked(model)  # also for adapters of PEFT, and before a head is fitted
     return model
 
 

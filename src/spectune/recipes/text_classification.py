@@ -136,8 +136,7 @@ class TextClassification(Recipe):
         return [name for name in named if type(getattr(found, name)) in (int, float, type(None))]
 
     def head(self, model: nn.Module) -> list[str]:
-        # The names of the head in transformers' sequence and token classifiers.
-        names = [name for name in ("classifier", "score") if hasattr(model, name)]
+        names = [name for name in self.config.new_heads if hasattr(model, name)]
         if not names:
             raise OptionError(
                 f"model: {type(model).__name__} has no head named classifier or score. Choose another model."

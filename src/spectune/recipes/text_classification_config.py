@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,9 @@ class TextEvaluation(Section):
 
 class TextClassificationConfig(QuantizedRunConfig):
     """A run of the recipe text_classification."""
+
+    new_heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    """The names of the head in transformers' sequence and token classifiers."""
 
     data: TextData
     evaluation: TextEvaluation = TextEvaluation()

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import AdapterError, DataError
 from ..recipes.recipe import Recipe
 from ..tuner import load_attached
+from .examples_first import by_length
 from .folder import Run
 from .load import load_run, recipe_of
 
@@ -27,7 +28,7 @@ def examples_of(run: str | Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
     recipe = recipe_of(Run.open(run))
     rows, size = recipe.plain_rows("train"), recipe.config.training.batch_size
     drawn = random.Random(SEED).sample(range(len(rows)), min(count, len(rows)))
-    drawn.sort(key=lambda i: len(rows[i].get("input_ids", ())))  # less padding
+    drawn = by_length(rows, drawn)
     batches = [recipe.collate([rows[i] for i in drawn[at : at + size]]) for at in range(0, len(drawn), size)]
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 

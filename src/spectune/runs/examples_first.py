@@ -55,7 +55,7 @@ class _Batches:
         self.recipe, processes = recipe, join()
         self.rows = recipe.plain_rows("train")
         drawn = random.Random(recipe.config.seed).sample(range(len(self.rows)), min(EXAMPLES, len(self.rows)))
-        self.mine = _by_length(self.rows, drawn[processes.process_index :: processes.num_processes])
+        self.mine = by_length(self.rows, drawn[processes.process_index :: processes.num_processes])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         size = min(A_BATCH, self.recipe.config.training.batch_size)
@@ -63,7 +63,7 @@ class _Batches:
             yield self.recipe.collate([self.rows[i] for i in self.mine[start : start + size]])
 
 
-def _by_length(rows: Any, places: list[int]) -> list[int]:
+def by_length(rows: Any, places: list[int]) -> list[int]:
     """Get the places of texts by their numbers of tokens; those of pictures, which would have to be read, as given."""
     return sorted(places, key=lambda i: len(rows[i]["input_ids"])) if isinstance(rows, list) else places
 
@@ -120,7 +120,7 @@ def _left_out(model: nn.Module, path: str) -> Iterator[None]:
 def _features(recipe: Recipe, model: nn.Module, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = recipe.plain_rows(split), 2 * recipe.config.training.batch_size
     drawn = random.Random(recipe.config.seed).sample(range(len(rows)), min(MOST_FOR_A_HEAD, len(rows)))
-    drawn = _by_length(rows, drawn)
+    drawn = by_length(rows, drawn)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     features, targets = [], []

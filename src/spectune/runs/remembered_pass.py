@@ -30,7 +30,8 @@ def remembered(
     directions (places, sizes) is chosen anew in each run.
     """
     more = config.budget is not None or config.build_method().needs_examples()
-    cache = None if more else open_cache(config.svd_options.cache_dir)
+    named = config.svd_options.cache_dir  # without it nothing is stored, so nothing need be looked for
+    cache = None if more or named is None else open_cache(named)
     question = as_the_first("" if cache is None else _question(recipe, model, config, batches))
     found = None if cache is None else cache.find_data(question)
     if all_have(found is not None):

@@ -6,6 +6,7 @@ from .attach import attach as attach
 from .attach import load_attached as load_attached
 from .attach import load_beside as load_beside
 from .attach import swap_adapter as swap_adapter
+from .base_weight import keep_unpacked as keep_unpacked
 from .config import SpectralConfig as SpectralConfig
 from .foreign_file import bounded_config as bounded_config
 from .kinds import SpectralLinear as SpectralLinear
@@ -13,7 +14,6 @@ from .layer import SpectralLayer as SpectralLayer
 from .model import SpectralTuner as SpectralTuner
 from .prepare import layers_of as layers_of
 from .prepare import prepare as prepare
-from .prepare import share as share
 from .prepare import wanted as wanted
 from .svd_options import SVDOptions as SVDOptions
 

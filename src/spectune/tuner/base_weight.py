@@ -89,7 +89,7 @@ def backend_of(layer: nn.Module) -> QuantizationBackend | None:
 def keep_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference on a CPU, and unpack those that are.
 
-    It packs them at the first forward in eval mode (processors with AVX512-BF16, bitsandbytes 0.49), and does not see
+    It packs them at the first forward in eval mode (processors with AVX512-BF16, bitsandbytes 0.50), and does not see
     that they are packed when it dequantises or when it multiplies with a gradient: both give wrong numbers.
     """
     for layer in model.modules():

@@ -9,7 +9,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from ..adapter import kind_of_layer
 from ..checkpoint.patterns import rank_pattern
@@ -17,7 +16,7 @@ from ..errors import OptionError, nearest
 from ..methods import Method
 from ..methods.contract import Tensors
 from ..records import Spectrum
-from ..spectrum import processes
+from ..spectrum import is_first
 from .number_scores import SCORES
 
 if TYPE_CHECKING:
@@ -157,6 +156,6 @@ def within_budget(
     assert option is not None and config.budget is not None
     sizes = allot(config.budget, offers, method.least_size, "all directions" if most is None else f"{limit}={most}")
     numbers = {layer: int(offers[layer][1][:size].sum()) for layer, size in sizes.items()}
-    if processes() == 1 or dist.get_rank() == 0:
+    if is_first():
         print(table(config, sizes, numbers), file=sys.stderr)
     return with_sizes(config, sizes), {layer: methods[layer].sized(size) for layer, size in sizes.items()}

@@ -16,6 +16,7 @@ from torch import nn
 from ..adapter.saved import LayerRanks
 from ..checkpoint import Base, Checkpoint, model_at_hand
 from ..checkpoint.live_names import live_view
+from ..checkpoint.model_class import without_memory
 from ..records import Spectrum, Weight
 from ..spectrum import obtain, open_cache
 from .base_weight import backend_of, layout_of
@@ -26,11 +27,15 @@ from .config import SpectralConfig
 # worst seen), the weights of another model by 1.4. Chosen between.
 LARGEST_ROUNDING = 0.9
 # The frames between here and the call of get_peft_model.
-ABOVE_PEFT = 7
+ABOVE_PEFT = 9
 
 
 def bases_of_quantised(
-    model: nn.Module, targets: Callable[[str], Any], config: SpectralConfig, ranks: LayerRanks
+    model: nn.Module,
+    targets: Callable[[str], Any],
+    config: SpectralConfig,
+    ranks: LayerRanks,
+    tick: Callable[[str], None],
 ) -> dict[str, Spectrum]:
     """Get path -> basis of the targeted quantised layers whose weight is at hand in full precision.
 
@@ -38,16 +43,19 @@ def bases_of_quantised(
     that is not here gets the basis of its dequantised weight, with a warning where the model has a name.
     """
     layers = dict(_quantised(model, targets))
-    if not layers or config.basis_is_in_file or config.directions != "weight":
+    if not layers or config.basis_is_in_file or config.directions != "weight" or config.spectra:
         return {}
     base = _files_of(model)
-    stored = None if base is None else live_view(base.checkpoint, _empty_copy(model)).checkpoint
+    # Its names are those before quantisation and adapters.
+    named = None if base is None else without_memory(type(model), base.model_folder)
+    stored = None if base is None else live_view(base.checkpoint, named).checkpoint
     bases, cache = {}, open_cache(config.svd_options.cache_dir)
     for path, layer in layers.items():
         W_OI = None if stored is None else _full_weight(stored, path, layer)
         request = None if W_OI is None else basis_request(path, W_OI, config, ranks)
         if W_OI is not None and request is not None:
             (bases[path],) = obtain([Weight(path, W_OI)], request, cache, share=config.svd_options.share)
+            tick(path)
     name = _name(model)
     if name and (missing := len(layers) - len(bases)):
         warnings.warn(
@@ -73,13 +81,6 @@ def _name(model: nn.Module) -> str:
 def _files_of(model: nn.Module) -> Base | None:
     name = _name(model)
     return model_at_hand(name, getattr(model.config, "_commit_hash", None)) if name else None
-
-
-def _empty_copy(model: Any) -> nn.Module:
-    """Get a model of the same class without numbers: its names are those before quantisation and adapters."""
-    with torch.device("meta"):
-        copy: nn.Module = type(model)(model.config)
-    return copy
 
 
 def _full_weight(stored: Checkpoint, path: str, layer: nn.Module) -> torch.Tensor | None:

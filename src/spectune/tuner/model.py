@@ -132,7 +132,7 @@ class SpectralTuner(NamedAdapters):
 
         experts = [weight for weight in self._experts(model) if weight.name not in self._twins]
         self._bases = find_bases([*weights_of_layers(model, targets), *experts], complete, self._ranks, self._tick)
-        self._bases |= bases_of_quantised(model, targets, complete, self._ranks)
+        self._bases |= bases_of_quantised(model, targets, complete, self._ranks, self._tick)
         if not complete.basis_is_in_file:
             self._bases |= {name: own_copy(twin) for name, twin in self._twins.items()}
 

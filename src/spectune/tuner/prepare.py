@@ -19,11 +19,12 @@ from ..errors import OptionError, WeightError
 from ..methods import Method
 from ..records import Spectrum, Weight
 from ..spectrum import DataSpectra, Moments, is_first, processes
-from .base_weight import backend_of, layout_of
+from .base_weight import backend_of, keep_unpacked, layout_of
 from .bases import find_bases, find_basis, plain_weight
 from .budget import refuse_given_sizes, within_budget
 from .config import SpectralConfig
 from .from_file import chosen_layers
+from .full_precision import bases_of_quantised
 from .model import SpectralTuner
 from .number_scores import NumberScores
 from .progress import ticking
@@ -71,6 +72,23 @@ def prepare(
     Raises `OptionError` for a config that needs no examples, no batches, a model without a loss, and layers that are
     not linear or that no batch went through.
     """
+    _refuse(config, save)
+    keep_unpacked(model)
+    layers, examples = layers_of(model, config), _Pass(model, config, batches, loss)
+    prepared, spectra = copy.copy(config), _directions(examples, layers)
+    if _is_scored(config):
+        prepared, spectra = _scored(examples, layers, spectra)
+    if config.directions == "weight" and not config.build_method().needs_examples():
+        spectra = {}  # found again when the adapter is attached, as when it is loaded
+    prepared.spectra = DataSpectra(config.directions, spectra, examples.count)
+    if save is not None:
+        prepared.basis_id = prepared.spectra.identity
+        if is_first():
+            prepared.spectra.save(save)
+    return prepared
+
+
+def _refuse(config: SpectralConfig, save: str | Path | None) -> None:
     if config.basis is not None:
         raise OptionError(f"basis={config.basis!r} holds directions already. Leave it out, or attach at once.")
     if not config.needs_examples:
@@ -79,47 +97,41 @@ def prepare(
         )
     if config.budget is not None:
         refuse_given_sizes(config)
-    prepared = copy.copy(config)
-    prepared.spectra = None
-    method, scored = config.build_method(), config.budget is not None or config.build_method().needs_examples()
-    if scored and save is not None:
+    if _is_scored(config) and save is not None:
         raise OptionError(f"save={str(save)!r}: {config.needs_examples} belongs to one adapter. Leave save out.")
-    layers = layers_of(model, config)
-    ranks = LayerRanks(config.rank_pattern)
-    examples = _Pass(model, layers, batches, loss)
+
+
+def _is_scored(config: SpectralConfig) -> bool:
+    """Ask whether examples also say which numbers train."""
+    return config.budget is not None or config.build_method().needs_examples()
+
+
+def _directions(examples: _Pass, layers: Mapping[str, Any]) -> dict[str, Spectrum]:
+    """Get layer -> the directions that the config asks for: the weight's own, or by a pass."""
+    config = examples.config
     if config.directions == "weight":
-        spectra = _bases_of_weights(layers, prepared, ranks)
-    else:
-        if scored:
-            asks = f"budget={config.budget}" if config.budget is not None else f"pattern={config.pattern!r}"
-            examples.refuse_single_use(f"{asks} with directions={config.directions!r}")
-        moments = {name: Moments(config.directions, name, *seen) for name, seen in wanted(layers, config).items()}
-        examples.through(moments)
-        spectra = {name: seen.spectrum(Weight(name, _matrix(layers[name], name))) for name, seen in moments.items()}
-    if scored:
-        methods = {name: config.method_for(name, ranks.of(name), *basis.shape[:2]) for name, basis in spectra.items()}
-        scores = {
-            name: NumberScores(config.budget_by, methods[name].candidates(), basis) for name, basis in spectra.items()
-        }
-        examples.through(scores)
-        totals = {name: seen.totals() for name, seen in scores.items()}
-        if config.budget is not None:
-            prepared, methods = within_budget(prepared, methods, spectra, totals)
-        spectra = {name: methods[name].chosen(basis, totals[name]) for name, basis in spectra.items()}
-        spectra = {name: _leading(basis, methods[name]) for name, basis in spectra.items()}
-    if config.directions == "weight" and not method.needs_examples():
-        spectra = {}  # found again when the adapter is attached, as when it is loaded
-    prepared.spectra = DataSpectra(config.directions, spectra, examples.count)
-    if save is not None:
-        share(prepared, save)
-    return prepared
+        return _bases_of_weights(examples.model, layers, config)
+    if _is_scored(config):
+        asks = f"budget={config.budget}" if config.budget is not None else f"pattern={config.pattern!r}"
+        examples.refuse_single_use(f"{asks} with directions={config.directions!r}")
+    moments = {name: Moments(config.directions, name, *seen) for name, seen in wanted(layers, config).items()}
+    examples.through(moments, layers)
+    return {name: seen.spectrum(Weight(name, _matrix(layers[name], name))) for name, seen in moments.items()}
 
 
-def share(config: SpectralConfig, path: str | Path) -> Path:
-    """Write the directions of a config as a basis file, which its adapters share from now on; get the file's path."""
-    assert config.spectra is not None
-    config.basis_id = config.spectra.identity
-    return config.spectra.save(path) if is_first() else Path(path)
+def _scored(
+    examples: _Pass, layers: Mapping[str, Any], spectra: dict[str, Spectrum]
+) -> tuple[SpectralConfig, dict[str, Spectrum]]:
+    """Get the config with each layer's size, and the directions with the places, that a pass chooses."""
+    config, ranks = copy.copy(examples.config), LayerRanks(examples.config.rank_pattern)
+    methods = {name: config.method_for(name, ranks.of(name), *basis.shape[:2]) for name, basis in spectra.items()}
+    scores = {name: NumberScores(config.budget_by, methods[name].candidates(), one) for name, one in spectra.items()}
+    examples.through(scores, layers)
+    totals = {name: seen.totals() for name, seen in scores.items()}
+    if config.budget is not None:
+        config, methods = within_budget(config, methods, spectra, totals)
+    chosen = {name: methods[name].chosen(basis, totals[name]) for name, basis in spectra.items()}
+    return config, {name: _leading(basis, methods[name]) for name, basis in chosen.items()}
 
 
 def _leading(basis: Spectrum, method: Method) -> Spectrum:
@@ -137,11 +149,11 @@ class _Pass:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        config: SpectralConfig,
         batches: Iterable[AnyBatch],
         loss: LossFunction | None,
     ) -> None:
-        self.model, self.layers, self.batches, self.loss = model, layers, batches, loss
+        self.model, self.config, self.batches, self.loss = model, config, batches, loss
         self.count = 0
         """Batches of one pass."""
 
@@ -150,10 +162,12 @@ class _Pass:
         if isinstance(self.batches, Iterator):
             raise OptionError(f"batches: {reason} reads them twice, and this iterator ends after once. Pass a list.")
 
-    def through(self, seen: Mapping[str, Moments] | Mapping[str, NumberScores]) -> None:
+    def through(
+        self, seen: Mapping[str, Moments] | Mapping[str, NumberScores], layers: Mapping[str, nn.Module]
+    ) -> None:
         """Add what each layer sees of all batches, on all processes."""
         self.count = 0
-        with _watched(self.model, self.layers, seen) as mask, ticking("{} batches of examples passed") as tick:
+        with _watched(self.model, layers, seen) as mask, ticking("{} batches of examples passed") as tick:
             for batch in self.batches:
                 placed = {name: _on_device(value, self.model) for name, value in batch.items()}
                 mask[:] = [placed.get("attention_mask")]
@@ -166,13 +180,17 @@ class _Pass:
         _refuse_unseen(seen)
 
 
-def _bases_of_weights(layers: Mapping[str, Any], config: SpectralConfig, ranks: LayerRanks) -> dict[str, Spectrum]:
-    """Get the weights' own directions; quantised weights are dequantised one at a time."""
-    plain = (Weight(name, _matrix(layer, name)) for name, layer in layers.items() if backend_of(layer) is None)
-    found = find_bases(plain, config, ranks, lambda name: None)
-    for name in layers.keys() - found.keys():
+def _bases_of_weights(model: nn.Module, layers: Mapping[str, Any], config: SpectralConfig) -> dict[str, Spectrum]:
+    """Get the weights' own directions, the very ones that the adapter finds when it is attached."""
+    plain, ranks = copy.copy(config), LayerRanks(config.rank_pattern)
+    plain.spectra = None
+    with ticking("decomposed {} weights") as tick:
+        weights = (Weight(name, _matrix(layer, name)) for name, layer in layers.items() if backend_of(layer) is None)
+        found = find_bases(weights, plain, ranks, tick)
+        found |= bases_of_quantised(model, layers.__contains__, plain, ranks, tick)
+    for name in layers.keys() - found.keys():  # dequantised, one at a time
         W_OI = _matrix(layers[name], name)
-        found[name] = find_basis(name, W_OI, config.method_for(name, ranks.of(name), *W_OI.shape), config)
+        found[name] = find_basis(name, W_OI, config.method_for(name, ranks.of(name), *W_OI.shape), plain)
     return {name: found[name] for name in layers}
 
 
