@@ -7,6 +7,14 @@ from typing import Any
 
 from ..errors import DataError, MissingExtraError, nearest
 
+# Metrics that are better when smaller, also as a part of lm-eval's names (word_perplexity, bits_per_byte).
+SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+
+
+def better_is_smaller(metric: str) -> bool:
+    """Ask whether a metric is better when smaller."""
+    return metric.rpartition("/")[2].split(",")[0].endswith(SMALLER_IS_BETTER)
+
 
 def _sklearn() -> Any:
     try:

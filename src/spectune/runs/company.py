@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError, DataError
+from ..recipes.metrics import better_is_smaller
 from ..recipes.recipe import Recipe
 from ..tuner import load_attached
 from .examples_first import by_length
@@ -18,8 +19,6 @@ from .load import load_run, recipe_of
 
 # Examples of each run that rules look at, drawn with this seed. Chosen.
 EXAMPLES, SEED = 256, 0
-# Metrics of which less is better.
-LOSSES = ("loss", "perplexity")
 UNTOUCHED = "untouched body"
 
 
@@ -77,5 +76,5 @@ class Kept:
     def share(self, merge: str) -> float:
         """Get what is left of the run's own figure; of a loss, own by merged."""
         parts = self.after[merge], self.own
-        over, under = reversed(parts) if self.metric in LOSSES else parts
+        over, under = reversed(parts) if better_is_smaller(self.metric) else parts
         return over / under if under else 0.0

@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from .config import better_is_smaller, metric_of
+from ..recipes.metrics import better_is_smaller
+from .config import metric_of
 from .record import SweepRecord
 
 

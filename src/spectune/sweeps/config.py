@@ -17,8 +17,6 @@ from ..training.yaml_file import read_yaml
 
 # Names become folders.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-# Metrics that are better when smaller, also as a part of lm-eval's names (word_perplexity, bits_per_byte).
-SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 
 
 Grid = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -227,8 +225,3 @@ def metric_of(figures: Mapping[str, Mapping[str, float]], splits: Sequence[str],
             return str(name), found[str(name)]
     known = [metric for split in splits for metric in figures.get(split, {})]
     raise OptionError(f"metric {name!r}: is not measured on {splits[0]}. {nearest(str(name), known)}")
-
-
-def better_is_smaller(metric: str) -> bool:
-    """Ask whether a metric is better when smaller."""
-    return metric.rpartition("/")[2].split(",")[0].endswith(SMALLER_IS_BETTER)

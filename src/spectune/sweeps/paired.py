@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import SweepConfig, better_is_smaller, metric_of
+from ..recipes.metrics import better_is_smaller
+from .config import SweepConfig, metric_of
 from .record import SweepRecord
 
 # Resamples of the bootstrap (Efron 1979): the ends of a 95% interval move by about a twentieth of its width.

@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..recipes.metrics import better_is_smaller
 from .choice import chosen_rate, validation_means
-from .config import SweepConfig, better_is_smaller, metric_of
+from .config import SweepConfig, metric_of
 from .paired import gain_words, gains
 from .record import SweepRecord
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 
 from ..adapter import kind_of_layer
 from ..checkpoint.patterns import rank_pattern
-from ..errors import OptionError, nearest
+from ..errors import OptionError, nearest, printable
 from ..methods import Method
 from ..methods.contract import Tensors
 from ..records import Spectrum
@@ -119,26 +118,26 @@ def with_sizes(config: SpectralConfig, sizes: Mapping[str, int]) -> SpectralConf
     return sized
 
 
-def table(config: SpectralConfig, sizes: Mapping[str, int], numbers: Mapping[str, int]) -> str:
-    """Get what each kind of layer got, as text."""
+def _print_sizes(config: SpectralConfig, sizes: Mapping[str, int], numbers: Mapping[str, int]) -> None:
+    """Print, on stderr, what each kind of layer got."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     kinds: dict[str, list[str]] = {}
     for layer in sizes:
         kinds.setdefault(kind_of_layer(layer), []).append(layer)
-    option = config.build_method().size_option()
-    rows: list[tuple[str, ...]] = [("kind", "layers", f"{option}: least", "median", "most", "numbers")]
+    head = f"budget={config.budget:,} by {config.budget_by}: {sum(numbers.values()):,} numbers in {len(sizes)} layers"
+    option, table = config.build_method().size_option(), Table("kind")
+    for name in ("layers", f"{option}: least", "median", "most", "numbers"):
+        table.add_column(name, justify="right")
     for kind, layers in kinds.items():
         got = [sizes[layer] for layer in layers]
         figures = (len(got), min(got), median(got), max(got), sum(numbers[layer] for layer in layers))
-        rows.append((kind, *(f"{figure:,g}" if isinstance(figure, float) else f"{figure:,}" for figure in figures)))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    head = f"budget={config.budget:,} by {config.budget_by}: {sum(numbers.values()):,} numbers in {len(sizes)} layers"
-    return "\n".join([head, *lines])
+        table.add_row(Text(printable(kind)), *(f"{figure:,.15g}" for figure in figures))
+    console = Console(stderr=True)
+    console.print(head, soft_wrap=True)
+    console.print(table)
 
 
 def within_budget(
@@ -157,5 +156,5 @@ def within_budget(
     sizes = allot(config.budget, offers, method.least_size, "all directions" if most is None else f"{limit}={most}")
     numbers = {layer: int(offers[layer][1][:size].sum()) for layer, size in sizes.items()}
     if is_first():
-        print(table(config, sizes, numbers), file=sys.stderr)
+        _print_sizes(config, sizes, numbers)
     return with_sizes(config, sizes), {layer: methods[layer].sized(size) for layer, size in sizes.items()}
