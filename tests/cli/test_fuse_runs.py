@@ -97,3 +97,8 @@ def test_what_would_not_be_used_is_refused(runs: list[Path], tmp_path: Path, wor
     placed = [str(runs[0].parent / word) if word in ("base.txt", "one", "other") else word for word in words]
     done = fuse(*runs, *placed)
     assert isinstance(done.exception, OptionError) and said in str(done.exception)
+
+
+def test_what_is_kept_of_a_loss_is_own_by_merged() -> None:
+    assert Kept(Path("run"), "accuracy", "test", 0.8, {"match": 0.6}).share("match") == pytest.approx(0.75)
+    assert Kept(Path("run"), "loss", "test", 1.5, {"match": 2.0}).share("match") == pytest.approx(0.75)

@@ -32,6 +32,15 @@ def test_a_second_run_reads_what_the_first_has_collected_and_another_collects_it
     assert {entry.solver for entry in BasisCache(tmp_path / "cache").entries()} == {"gradient"}
 
 
+def test_another_model_under_the_same_name_is_gone_through_again(tmp_path: Path) -> None:
+    values = tiny.text_run(tmp_path, adapter=OF_TEXT | {"svd": {"cache_dir": str(tmp_path / "cache")}}, **HEAD_FIRST)
+    built(values)
+    file = Path(values["model"]) / "model.safetensors"
+    tensors, noted = load_file(file), TensorFile.open(file).metadata
+    save_file({name: tensor * 1.25 if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}, file, noted)
+    assert "found in" in directions_said(built(values)[1])
+
+
 def test_a_damaged_entry_is_collected_again(tmp_path: Path) -> None:
     values = tiny.text_run(tmp_path, adapter=OF_TEXT | {"svd": {"cache_dir": str(tmp_path / "cache")}}, **HEAD_FIRST)
     built(values)

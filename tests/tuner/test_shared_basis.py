@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spectune import AdapterBank, SpectralConfig, export_lora, prepare
+from spectune.checkpoint import read_adapter_folder
 from spectune.errors import AdapterError, OptionError
 from spectune.spectrum import DataSpectra
 
@@ -139,6 +140,8 @@ def test_a_wrong_basis_file_is_refused(tmp_path: Path, basis: Path) -> None:
     TINY.fresh().save_pretrained(tmp_path / "base")
     with pytest.raises(AdapterError, match="shares another basis"):
         export_lora(tmp_path / "adapter", tmp_path / "lora", base_model=tmp_path / "base")
+    with pytest.raises(AdapterError, match="shares another basis"):  # the road of fuse, inspect and merging
+        read_adapter_folder(tmp_path / "adapter").tensor(first)
     damaged(basis, lambda tensors: tensors[first].mul_(2))
     with pytest.raises(AdapterError, match="are not orthonormal"):
         DataSpectra.read(basis)
