@@ -156,6 +156,12 @@ def test_every_run_has_its_json_and_a_failed_one_costs_only_itself(
     again = list[str]()
     more = run_sweep(sweep, out, provenance=origin, on_run=lambda *said: again.append(said[2]))
     assert set(again) == {"task--bad--0.001--0"} and more[:5] == found[:5]  # only what failed is tried again
+    path = out / "records" / "task--full--0.001--1.json"
+    older = json.loads(path.read_text())
+    del older["config"]["data"]["max_tokens"], older["config"]["training"]["workers"]
+    path.write_text(json.dumps(older))  # as a version without these two options wrote it
+    assert len(run_sweep(sweep, out, provenance=origin)) == len(found)
+    path.write_text(read.model_dump_json())
     asked["run"]["training"]["steps"] = 3
     with pytest.raises(OutputError, match="another configuration: training.steps was 2, is 3. Give the same"):
         run_sweep(parse_sweep(asked), out, provenance={})

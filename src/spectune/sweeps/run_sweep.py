@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from ..checkpoint import hold_folder, write_atomically
 from ..checkpoint.run_folder import ADAPTER, MODEL
-from ..errors import OutputError
+from ..errors import OutputError, SpectuneError
+from ..recipes import parse_config
 from ..runs.folder import CHECKPOINTS, differences
 from ..runs.result import RESULT_FILE, RunResult
 from ..training.rates import method_of
@@ -168,16 +169,17 @@ class _Running:
     def _old(self, cell: Cell) -> SweepRecord | None:
         path = self.folder / RECORDS / f"{cell.name}.json"
         old = read_record(path) if path.is_file() else None
-        if old is not None and not old.ok and old.config != cell.config.plain():
+        changes = [] if old is None else differences(_as_now(old.config), cell.config.plain())
+        if old is not None and not old.ok and changes:
             shutil.rmtree(self.folder / RUNS / cell.name, ignore_errors=True)  # the mistake was corrected
-        elif old is not None and old.config != cell.config.plain():
-            different = ", ".join(differences(old.config, cell.config.plain())[:3])
+        elif changes:
+            different = ", ".join(changes[:3])
             raise OutputError(
                 f"{path}: this run has another configuration: {different}. Give the same sweep, or choose another "
                 f"folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
-        if old is not None and old.diverged and old.config == cell.config.plain():
+        if old is not None and old.diverged and not changes:
             return old  # it would diverge again
         return old if old is not None and old.ok and not old.error and not lacks else None
 
@@ -253,6 +255,14 @@ def _finished(
         general_loss=answer.get("general_loss"),
         general_loss_base=answer.get("general_loss_base"),
     )
+
+
+def _as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Get a record's configuration with the defaults of options that an older version did not have."""
+    try:
+        return parse_config(config).plain()
+    except SpectuneError:
+        return config
 
 
 def _same_base(record: SweepRecord, cell: Cell) -> bool:
