@@ -75,7 +75,8 @@ def test_all_compares_the_rules_and_says_which_do_not_fit(runs: list[Path]) -> N
     done = fuse(*looking(runs), "--rule", "all", "--rank", "3", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    fitting = {"average", "task_singular", "gradient", "sequential", "match"}
+    without_data = {"average", "task_singular", "isotropic", "core", "aligned_ties", "calibrated"}
+    fitting = without_data | {"gradient", "sequential", "match"}
     assert {report["rule"] for report in found["rules"]} == fitting
     assert set(found["tasks"][0]["after"]) == {"untouched body", *fitting}
     assert {layer["rank"] for report in found["rules"] if report["rule"] == "match" for layer in report["layers"]} == {

@@ -36,6 +36,26 @@ CASES: dict[str, tuple[Fusion, Callable[[], list[Part]]]] = {
         build_fusion("task_singular", {}),
         lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
     ),
+    "isotropic": (
+        build_fusion("isotropic", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
+    ),
+    "isotropic-common": (
+        build_fusion("isotropic", {"common": 0.6}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
+    ),
+    "core": (
+        build_fusion("core", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
+    ),
+    "aligned_ties": (
+        build_fusion("aligned_ties", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
+    ),
+    "calibrated": (
+        build_fusion("calibrated", {}),
+        lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), orthogonal_part("c", 1, 3)],
+    ),
     "sequential": (
         build_fusion("sequential", {}),
         lambda: [spectral_part("a", (0, 1), 1), lora_part("b", 5, 2), lora_part("c", 2, 3)],
@@ -80,6 +100,16 @@ def test_weights_scale_the_update_where_the_rule_is_linear(case: str) -> None:
     thrice = dense(rule.fuse(parts(), [3 * weight for weight in weights]).delta)
     same = torch.allclose(thrice, 3 * once, rtol=1e-9, atol=1e-9)
     assert same == rule.is_linear()
+
+
+@pytest.mark.parametrize("case", ["calibrated", "match", "sequential", "gradient", "average"])
+def test_a_copy_of_an_adapter_beside_it_is_the_adapter(case: str) -> None:
+    rule, parts = CASES[case]
+    part = parts()[1]
+    weight = 1.0 if rule.whole_weights else 0.5
+    torch.testing.assert_close(
+        dense(rule.fuse([part, part], [weight] * 2).delta), dense(part.delta), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_an_option_that_a_rule_does_not_use_is_refused() -> None:

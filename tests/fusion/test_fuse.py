@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import spectune
 from spectune import export_lora, fuse, merge_checkpoint
 from spectune.algebra import dense
-from spectune.checkpoint import open_checkpoint
+from spectune.checkpoint import LoraFile, open_checkpoint
 from spectune.errors import AdapterError, ExportError, OptionError, OutputError, SpectuneError
+from spectune.records import Delta
 
 from ..models import MODELS, output
 from .parts import base_folder, load_base, lora, save_adapter, spectral
@@ -341,3 +342,22 @@ def test_convolutions_are_written_with_their_kernels(tmp_path: Path) -> None:
     assert not torch.allclose(found, base(x), atol=1e-2)
     fuse([tmp_path / "a", tmp_path / "c"], weights=1, base=base_path).save(tmp_path / "ac")
     PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ac")
+
+
+def test_loras_are_read_layer_by_layer_and_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [save_adapter(tmp_path, name, lora(3), seed) for seed, name in enumerate("ab")]
+    told, read = list[tuple[int, int]](), list[tuple[int, str]]()
+    delta = LoraFile.delta
+
+    def reading(self: LoraFile, layer: str, dtype: torch.dtype = torch.float32) -> Delta:
+        read.append((len(told), layer))
+        return delta(self, layer, dtype)
+
+    monkeypatch.setattr(LoraFile, "delta", reading)
+    fused = fuse(folders, rule="task_singular", on_layers=lambda done, layers: told.append((done, layers)))
+    layers = list(fused.parts)
+    assert told == [(place, len(layers)) for place in range(1, len(layers) + 1)]
+    # Once to check that the shapes agree, before anything is told; then each layer in its turn, and then no more.
+    merging = [layer for when, layer in read[2 * len(layers) :]]
+    assert merging == [layer for layer in layers for _ in folders]
+    assert [when for when, _ in read[2 * len(layers) :]] == [place for place in range(len(layers)) for _ in folders]

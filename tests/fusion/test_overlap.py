@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from spectune.algebra import dense
-from spectune.fusion.overlap import compact, inner, kept_strengths, pair_overlaps
+from spectune.fusion.compact import compact, inner
+from spectune.fusion.overlap import kept_strengths, pair_overlaps
 from spectune.fusion.spectral import Spectral
 from spectune.records import Delta
 

@@ -21,13 +21,13 @@ def fuse(
     rule: Annotated[
         str,
         typer.Option(
-            help="spectral, average, task_singular, gradient, sequential, match or orthogonal; auto chooses and says "
-            "why, all compares."
+            help="spectral, average, task_singular, isotropic, core, aligned_ties, calibrated, gradient, sequential, "
+            "match or orthogonal; auto chooses and says why, all compares."
         ),
     ] = "spectral",
     weights: Annotated[
         str | None,
-        typer.Option(help="One number for all, or one for each: 1 or 0.5,0.3,0.2; default: 1/N (task_singular: 1)."),
+        typer.Option(help="One number for all, or one for each: 1 or 0.5,0.3,0.2; default: 1/N, or 1 (see docs)."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty. Default: report only.")
@@ -52,6 +52,12 @@ def fuse(
         float | None, typer.Option(help="Pull towards no change (gradient) or the mean (sequential, match).")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the result (match); default: the ranks' sum.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of each update's numbers that stays (core, aligned_ties).")
+    ] = None,
+    common: Annotated[
+        float | None, typer.Option(help="Share of the directions that are the sum's (isotropic); default: 1.")
+    ] = None,
     evaluate: Annotated[
         list[Path] | None, typer.Option(help="A run whose task is measured before and after the merge; repeatable.")
     ] = None,
@@ -72,6 +78,7 @@ def fuse(
     from ..runs import Kept
     from .fuse_examples import ALL, Looks
     from .fuse_tasks import evaluate_tasks, fuse_by_all, show_all
+    from .progress import Stages
     from .terminal import Console
 
     if output is None and (as_lora or max_rank is not None or allow_lossy or not pad):
@@ -83,12 +90,17 @@ def fuse(
     looks = Looks(adapters, examples or [], keep, base)
     looks.refuse_idle(rule)
     tasks, progress = [Kept.of(run) for run in evaluate or []], Console(stderr=True)
-    options = {"allow_overlap": allow_overlap or None, "eps": eps, "rank": rank}
+    options = {"allow_overlap": allow_overlap or None, "eps": eps, "rank": rank, "density": density, "common": common}
 
     def by(name: str) -> Fused:
         known = options if rule != ALL else {key: options[key] for key in FUSIONS[name].options() if key in options}
-        more: dict[str, Any] = {**known, **looks.for_rule(name)}
-        return fuse_adapters(adapters, rule=name, weights=_weights(weights), base=base, heads_apart=heads_apart, **more)
+        more: dict[str, Any] = {**known, **looks.for_rule(name), "weights": _weights(weights), "base": base}
+        if "on_layers" in more:
+            return fuse_adapters(adapters, rule=name, heads_apart=heads_apart, **more)
+        with Stages(progress) as stages:
+            step = stages.begin(f"{name}, layers", 0)
+            more["on_layers"] = lambda done, layers: step(done, layers, None)
+            return fuse_adapters(adapters, rule=name, heads_apart=heads_apart, **more)
 
     reports = []
     for fused in fuse_by_all(by, bool(examples), progress) if rule == ALL else iter([by(rule)]):

@@ -50,7 +50,7 @@ class Stages(Progress):
         bar = self.add_task(name, total=steps, said="")
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
-            self.update(bar, completed=step, said="" if loss is None else f"loss {loss:.3f}")
+            self.update(bar, completed=step, total=steps, said="" if loss is None else f"loss {loss:.3f}")
 
         return on_step
 

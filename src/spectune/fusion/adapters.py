@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,12 @@ class Adapter:
         layers = tensors_by_layer(self.folder)
         return next((layer for layer, names in layers.items() if "U_OR" not in names), None)
 
-    def parts(self, base: Checkpoint | None) -> Iterator[Part]:
-        """Get the update of every layer, computed on the base and checked against it if the base is given."""
+    def parts(self, base: Checkpoint | None) -> Mapping[str, Part]:
+        """Get layer -> its update, computed on the base and checked against it if the base is given."""
         try:
-            yield from self._lora_parts(base) if self.lora is not None else self._spectral_parts(base)
+            if self.lora is not None:
+                return _LoraParts(self.name, self.folder, self.lora, base)
+            return {part.layer: part for part in self._spectral_parts(base)}
         except SpectuneError as error:
             raise AdapterError(f"{self.folder.path}: {error}") from error
 
@@ -129,16 +131,33 @@ class Adapter:
             fill_module(module, tensors)
             yield layer, module
 
-    def _lora_parts(self, base: Checkpoint | None) -> Iterator[Part]:
-        assert self.lora is not None
-        transposed = bool(self.folder.config.get("fan_in_fan_out"))
-        for layer, place in self.lora.layers.items():
+
+class _LoraParts(Mapping[str, Part]):
+    """Layer -> the update of a LoRA, read from its file when it is asked for."""
+
+    def __init__(self, name: str, folder: AdapterFolder, lora: LoraFile, base: Checkpoint | None) -> None:
+        self.name, self.lora = name, lora
+        self.transposed = bool(folder.config.get("fan_in_fan_out"))
+        for layer, place in lora.layers.items():
             if "lora_embedding" in place.A_name:
                 raise AdapterError(f"{layer}: a LoRA of an embedding cannot be fused. Train without it, or merge it.")
-            kernel, delta = self.lora.file.shapes[place.A_name][2:], self.lora.delta(layer, torch.float64)
             if base is not None:
-                _refuse_other_shape(layer, delta.shape, base)
-            yield Part(self.name, layer, delta, stored=Stored(transposed, kernel))
+                rows_O, cols_I = lora.file.shapes[place.B_name][0], math.prod(lora.file.shapes[place.A_name][1:])
+                _refuse_other_shape(layer, (rows_O, cols_I), base)
+
+    def __getitem__(self, layer: str) -> Part:
+        kernel = self.lora.file.shapes[self.lora.layers[layer].A_name][2:]
+        delta = self.lora.delta(layer, torch.float64)
+        return Part(self.name, layer, delta, stored=Stored(self.transposed, kernel))
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.lora.layers  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lora.layers)
+
+    def __len__(self) -> int:
+        return len(self.lora.layers)
 
 
 def _refuse_other_shape(layer: str, shape: tuple[int, int], base: Checkpoint) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..checkpoint import Base
 from ..errors import AdapterError
 from .adapters import Adapter
-from .contract import Part
+from .layers import Layers
 
 # The fields by which an adapter finds its layers, the same words in PEFT's LoRA and in ours.
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -18,7 +18,7 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def common_config(adapters: Sequence[Adapter], layers: dict[str, list[Part]], base: Base | None) -> dict[str, Any]:
+def common_config(adapters: Sequence[Adapter], layers: Layers, base: Base | None) -> dict[str, Any]:
     """Get what the result's config takes from those of the adapters."""
     configs = [adapter.folder.config for adapter in adapters]
     named = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
@@ -27,8 +27,7 @@ def common_config(adapters: Sequence[Adapter], layers: dict[str, list[Part]], ba
         values = [config.get(key) for config in configs]
         common[key] = values[0] if all(value == values[0] for value in values) else None
     targets = [{key: config.get(key) for key in TARGETS} for config in configs]
-    everywhere = all(len(parts) == len(adapters) for parts in layers.values())
-    if everywhere and all(target == targets[0] for target in targets):
+    if layers.everywhere and all(target == targets[0] for target in targets):
         common |= targets[0]
     return common
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from .compact import inner
 from .contract import Part
-from .overlap import compact, inner
 
 AUTO = "auto"
 # Updates with a larger mean cosine are versions of one another (checkpoints of one run), which should not be added up.
@@ -35,6 +35,6 @@ def mean_cosine(layers: Mapping[str, Sequence[Part]]) -> float:
     """Get the mean cosine of two updates, weighted by their sizes; 0 where no two meet in a layer."""
     shared = sizes = 0.0
     for parts in layers.values():
-        for one, other in combinations([compact(part.delta) for part in parts], 2):
+        for one, other in combinations([part.compact for part in parts], 2):
             shared, sizes = shared + inner(one, other), sizes + one.size * other.size
     return shared / sizes if sizes else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..algebra import to_factors
 from ..methods import Method
 from ..records import Delta, Spectrum
+from .compact import Compact, compact
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Part:
     def columns(self) -> tuple[int, ...]:
         """The singular columns that were tuned; empty for methods without any."""
         return self.basis.columns if self.basis is not None else ()
+
+    @cached_property
+    def compact(self) -> Compact:
+        """The singular value decomposition of the update."""
+        return compact(self.delta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +100,10 @@ def stacked(parts: Sequence[Part], weights: Sequence[float]) -> tuple[torch.Tens
 def of_factors(parts: Sequence[Part], B_OP: torch.Tensor, A_PI: torch.Tensor) -> Part:
     """Get the fused part of a layer with the update B A."""
     return Part("fused", parts[0].layer, Delta(B_OP, B_OP.new_ones(A_PI.shape[0]), A_PI), stored=parts[0].stored)
+
+
+def of_compact(parts: Sequence[Part], found: Compact) -> Part:
+    """Get the fused part of a layer from its singular value decomposition, which is then not computed again."""
+    part = Part("fused", parts[0].layer, Delta(found.X_OP, found.S_P, found.Yh_PI), stored=parts[0].stored)
+    vars(part)["compact"] = found  # where cached_property looks
+    return part

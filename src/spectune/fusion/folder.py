@@ -18,7 +18,6 @@ from ..checkpoint import PEFT_PREFIX, fresh_folder, save_tensors, write_atomical
 from ..errors import AdapterError, ExportError
 from .adapters import MIDDLE
 from .contract import Part
-from .overlap import compact
 from .spectral import method_on, richest
 
 # Below this share nothing is lost but float64's roundoff.
@@ -103,7 +102,7 @@ def save_lora(
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for layer, part in parts.items():
         _refuse_embedding(layer, part)
-        whole = compact(part.delta)
+        whole = part.compact
         exact = max(len(whole.S_P), 1)
         rank = min(exact, max_rank or exact)
         found_OP, found_PI, share = whole.factors(rank)
@@ -157,12 +156,14 @@ def _difference(part: Part, B_OP: torch.Tensor, A_PI: torch.Tensor) -> float:
 
 
 def _rounding(B_OP: torch.Tensor, A_PI: torch.Tensor, size: float) -> float:
-    """Get |b a - B A|_F / |B A|_F for b, a rounded to float32: (b - B) a + B (a - A), from Gram matrices."""
-    rounded_PI = A_PI.float().double()
-    left_OP = torch.cat([B_OP.float().double() - B_OP, B_OP], dim=1)
-    right_PI = torch.cat([rounded_PI, rounded_PI - A_PI])
-    square = float(((left_OP.mT @ left_OP) * (right_PI @ right_PI.mT)).sum())
-    return max(square, 0.0) ** 0.5 / size if size else 0.0
+    """Get a bound of |b a - B A|_F / |B A|_F for b, a rounded to float32.
+
+    B = X S^(1/2) and A = S^(1/2) Y with orthonormal X and Y, so |(b - B) A| and |B (a - A)| are the norms of the
+    roundings with their columns and rows scaled; (b - B) (a - A) is of second order and left out.
+    """
+    root_P = torch.linalg.vector_norm(A_PI, dim=1)
+    left, right = (B_OP.float() - B_OP) * root_P, root_P[:, None] * (A_PI.float() - A_PI)
+    return float(torch.linalg.vector_norm(left) + torch.linalg.vector_norm(right)) / size if size else 0.0
 
 
 def _norm(B_OP: torch.Tensor, A_PI: torch.Tensor) -> float:

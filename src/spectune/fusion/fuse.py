@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from ..adapter.base_names import base_tensor, by_live_names
 from ..checkpoint import Base, Checkpoint, refuse_to_replace
 from ..errors import AdapterError, OptionError
 from ..records import Delta
-from .activations import Grams
 from .adapters import Adapter, common_base, open_adapters
 from .agreement import common_carried, common_config, without_heads
 from .behind import Inputs, fuse_behind
 from .choice import AUTO, choose_rule
 from .contract import Fusion, Part
 from .folder import Saved, save_lora, save_spectral
-from .overlap import LayerOverlap, OverlapReport, PairOverlap, compact, kept_strengths, pair_overlaps
+from .layers import Layers
+from .overlap import LayerOverlap, OverlapReport, PairOverlap, kept_strengths, pair_overlaps
 from .same_base import check_same_base
 from .spectral import pad
 from .table import build_fusion
@@ -95,6 +95,8 @@ def fuse(
     examples: Sequence[Sequence[Inputs]] | None = None,
     keep: Sequence[Inputs] | None = None,
     rank: int | None = None,
+    density: float | None = None,
+    common: float | None = None,
     heads_apart: bool = False,
     on_layers: Callable[[int, int], Any] | None = None,
 ) -> Fused:
@@ -102,15 +104,16 @@ def fuse(
 
     `adapters` are folders of spectral adapters or of PEFT LoRAs, trained on one base; `rule` is one of FUSIONS, or
     auto, which chooses by what is given and says why (`report.why`).
-    `weights` is one number each, or one for all; None is 1 for task_singular, else 1/N. With rule="spectral" and
-    weights=1 every adapter keeps its tuned columns exactly when no two share one. `base` (named as for `find_base`;
-    None: what the adapters name, if it is on this machine) proves that all belong to it; a file that keeps only a
-    sketch of its directions needs it.
+    `weights` is one number each, or one for all; None is 1 for task_singular, isotropic, core, aligned_ties and
+    calibrated, else 1/N. With rule="spectral" and weights=1 every adapter keeps its tuned columns exactly when no two
+    share one. `base` (named as for `find_base`; None: what the adapters name, if it is on this machine) proves that
+    all belong to it; a file that keeps only a sketch of its directions needs it.
     `activations` and `eps` belong to rule="gradient": the result of `collect_grams` for each adapter. All updates
     are in memory as factors in float64, and one base weight is read at a time.
     The rules `match` and `sequential` run the base `model` (not changed) over `examples`, a list of batches for each
     adapter (some 64 to 256 examples, no labels), layer by layer behind what is merged; `keep` are batches of neutral
-    use whose outputs the merge should leave alone, `rank` that of match's result. `on_layers` is told of the progress.
+    use whose outputs the merge should leave alone, `rank` that of match's result. `density` belongs to core and
+    aligned_ties, `common` to isotropic. `on_layers` is told of the progress.
     Modules that the adapters trained in full, such as heads, must be equal; `heads_apart` leaves them out.
 
     `AdapterError` names the layer and the reason: different bases, shapes, clashing columns (unless
@@ -118,7 +121,7 @@ def fuse(
     """
     if not adapters:
         raise OptionError("no adapters to fuse. Name at least one.")
-    options = {"allow_overlap": allow_overlap, "eps": eps, "rank": rank}
+    options = {"allow_overlap": allow_overlap, "eps": eps, "rank": rank, "density": density, "common": common}
     known = {name: value for name, value in options.items() if value is not None}
     chosen, why = None if rule == AUTO else build_fusion(rule, known), ""
     opened = open_adapters(adapters)
@@ -128,7 +131,7 @@ def fuse(
     found = common_base(opened, base)
     adapted = [layer for adapter in opened for layer in adapter.layers]
     checkpoint = None if found is None else by_live_names(found.checkpoint, adapted)
-    layers = _by_layer(opened, checkpoint, activations)
+    layers = Layers(opened, checkpoint, activations)
     foreign = max(check_same_base(parts) for parts in layers.values())
     if chosen is None:
         by_data = "match" if examples is not None else "gradient" if activations is not None else None
@@ -136,20 +139,27 @@ def fuse(
         chosen = build_fusion(rule, known)
         _check_looks(chosen, model, examples, keep, activations)
     shares = _weights(opened, 1.0 if weights is None and chosen.whole_weights else weights)
+    report = _Report(chosen.name, opened, shares, _proof(opened, found, foreign), why)
     if model is not None and examples is not None:
         own = {adapter.name: batches for adapter, batches in zip(opened, examples, strict=True)}
         fused = fuse_behind(chosen, model, layers, shares, own, keep or (), on_layers)
+        for layer, parts in layers.items():
+            report.add(parts, fused[layer])
     else:
-        fused = {layer: chosen.fuse(parts, [shares[part.adapter] for part in parts]) for layer, parts in layers.items()}
+        fused = {}
+        for layer, parts in layers.items():
+            fused[layer] = chosen.fuse(parts, [shares[part.adapter] for part in parts])
+            report.add(parts, fused[layer])
+            if on_layers is not None:
+                on_layers(len(fused), len(layers))
     if rule == "spectral":
         fused = _on_equal_columns(fused, checkpoint)
-    report = replace(_report(chosen, opened, shares, layers, fused, _proof(opened, found, foreign)), why=why)
     read = [adapter.folder.path for adapter in opened] + ([] if found is None else [found.path])
     sources = tuple(path.absolute() for path in read)
     config, carried = common_config(opened, layers, found), {} if heads_apart else common_carried(opened)
     if heads_apart:
         config |= without_heads(config)
-    return Fused(report, fused, config, carried, sources)
+    return Fused(report.finished(), fused, config, carried, sources)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> dict[str, float]:
@@ -197,22 +207,6 @@ def _check_looks(
         )
 
 
-def _by_layer(
-    adapters: Sequence[Adapter], base: Checkpoint | None, activations: Sequence[Mapping[str, torch.Tensor]] | None
-) -> dict[str, list[Part]]:
-    """Get layer -> the updates of the adapters that have it, in their order."""
-    found: dict[str, list[Part]] = {}
-    if len({adapter.name for adapter in adapters}) < len(adapters):
-        raise OptionError("the same adapter is named twice. Name it once, with a larger weight.")
-    for place, adapter in enumerate(adapters):
-        grams: Mapping[str, torch.Tensor] = activations[place] if activations is not None else Grams()
-        for part in adapter.parts(base):
-            if part.layer in grams:
-                part = Part(**{**vars(part), "gram_II": grams[part.layer]})
-            found.setdefault(part.layer, []).append(part)
-    return dict(sorted(found.items()))
-
-
 def _on_equal_columns(fused: dict[str, Part], base: Checkpoint | None) -> dict[str, Part]:
     """Get the same updates with the same columns in every layer that has them, which one config can then name."""
     union = sorted({column for part in fused.values() for column in part.columns})
@@ -232,29 +226,30 @@ def _on_equal_columns(fused: dict[str, Part], base: Checkpoint | None) -> dict[s
     return equal
 
 
-def _report(
-    rule: Fusion,
-    adapters: Sequence[Adapter],
-    weights: dict[str, float],
-    layers: dict[str, list[Part]],
-    fused: dict[str, Part],
-    proof: str,
-) -> OverlapReport:
-    pairs: list[PairOverlap] = []
-    rows: list[LayerOverlap] = []
-    sums = {adapter.name: [0.0, 0.0] for adapter in adapters}
-    for layer, parts in layers.items():
-        whole = compact(fused[layer].delta)
-        compacts = [compact(part.delta) for part in parts]
-        pairs += pair_overlaps(parts, compacts)
-        strengths = kept_strengths(parts, whole, compacts)
+class _Report:
+    """The overlap report, put together layer after layer."""
+
+    def __init__(self, rule: str, adapters: Sequence[Adapter], weights: dict[str, float], proof: str, why: str) -> None:
+        self.rule, self.weights, self.proof, self.why = rule, weights, proof, why
+        self.pairs: list[PairOverlap] = []
+        self.rows: list[LayerOverlap] = []
+        self.sums = {adapter.name: [0.0, 0.0] for adapter in adapters}
+
+    def add(self, parts: Sequence[Part], fused: Part) -> None:
+        self.pairs += pair_overlaps(parts)
+        strengths = kept_strengths(parts, fused.compact)
         for name, (shared, own) in strengths.items():
-            sums[name][0] += shared
-            sums[name][1] += own
+            self.sums[name][0] += shared
+            self.sums[name][1] += own
         kept = {name: shared / own if own else 1.0 for name, (shared, own) in strengths.items()}
-        rows.append(LayerOverlap(layer, len(whole.S_P), kept))
-    total = {name: shared / own if own else 1.0 for name, (shared, own) in sums.items()}
-    return OverlapReport(rule.name, tuple(weights), tuple(weights.values()), proof, tuple(pairs), tuple(rows), total)
+        self.rows.append(LayerOverlap(fused.layer, len(fused.compact.S_P), kept))
+
+    def finished(self) -> OverlapReport:
+        total = {name: shared / own if own else 1.0 for name, (shared, own) in self.sums.items()}
+        names, weights = tuple(self.weights), tuple(self.weights.values())
+        return OverlapReport(
+            self.rule, names, weights, self.proof, tuple(self.pairs), tuple(self.rows), total, self.why
+        )
 
 
 def _proof(adapters: Sequence[Adapter], base: Base | None, foreign: float) -> str:

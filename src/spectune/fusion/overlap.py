@@ -10,50 +10,9 @@ from typing import Any
 
 import torch
 
-from ..algebra import to_factors
 from ..methods import Method
-from ..records import Delta
+from .compact import Compact, compact, inner
 from .contract import Part
-
-
-@dataclass(frozen=True, eq=False)
-class Compact:
-    """The singular value decomposition of an update, by QR of its factors: X_OP diag(S_P) Yh_PI, P its rank."""
-
-    X_OP: torch.Tensor
-    S_P: torch.Tensor
-    Yh_PI: torch.Tensor
-
-    @property
-    def size(self) -> float:
-        """|dW|_F."""
-        return float(torch.linalg.vector_norm(self.S_P))
-
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Get (B_OP, A_PI) of its best approximation of this rank, and |dW - B A|_F as a share of |dW|_F."""
-        root_P = self.S_P[:rank].sqrt()
-        lost = float(torch.linalg.vector_norm(self.S_P[rank:])) / (self.size or 1.0)
-        return self.X_OP[:, :rank] * root_P, root_P[:, None] * self.Yh_PI[:rank], lost
-
-
-def compact(delta: Delta) -> Compact:
-    """Get the singular value decomposition of an update without building it; roundoff directions are left out."""
-    B_OP, A_PI = to_factors(delta)
-    left_OP, R_left = torch.linalg.qr(B_OP)
-    right_IP, R_right = torch.linalg.qr(A_PI.mT)
-    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.mT)
-    rank = 0
-    if S_P.numel() and bool(S_P[0] > 0):
-        roundoff = max(delta.shape) * torch.finfo(S_P.dtype).eps * S_P[0]
-        rank = int((roundoff < S_P).sum())
-    return Compact(left_OP @ X_PP[:, :rank], S_P[:rank], Yh_PP[:rank] @ right_IP.mT)
-
-
-def inner(one: Compact, other: Compact) -> float:
-    """Get <dW_1, dW_2> = sum of the products of their entries."""
-    outputs_Pp = one.X_OP.mT @ other.X_OP
-    inputs_Pp = one.Yh_PI @ other.Yh_PI.mT
-    return float((one.S_P[:, None] * outputs_Pp * inputs_Pp * other.S_P).sum())
 
 
 @dataclass(frozen=True)
@@ -112,14 +71,13 @@ class OverlapReport:
         return asdict(self)
 
 
-def pair_overlaps(parts: Sequence[Part], compacts: Sequence[Compact] | None = None) -> list[PairOverlap]:
-    """Get the overlap of every two adapters in one layer; `compacts` are those of the parts, if they are known."""
-    compacts = compacts or [compact(part.delta) for part in parts]
-    pairs = combinations(zip(parts, compacts, strict=True), 2)
-    return [_overlap(one, other, first, second) for (one, first), (other, second) in pairs]
+def pair_overlaps(parts: Sequence[Part]) -> list[PairOverlap]:
+    """Get the overlap of every two adapters in one layer."""
+    return [_overlap(one, other) for one, other in combinations(parts, 2)]
 
 
-def _overlap(one: Part, other: Part, first: Compact, second: Compact) -> PairOverlap:
+def _overlap(one: Part, other: Part) -> PairOverlap:
+    first, second = one.compact, other.compact
     outputs_Pp, inputs_Pp = first.X_OP.mT @ second.X_OP, first.Yh_PI @ second.Yh_PI.mT
     sizes = first.size * second.size or 1.0
     weigh_Pp = first.S_P[:, None] * second.S_P
@@ -178,9 +136,6 @@ def _along(part: Part, chosen: list[int], method: Method) -> dict[str, torch.Ten
     return found
 
 
-def kept_strengths(
-    parts: Sequence[Part], fused: Compact, compacts: Sequence[Compact] | None = None
-) -> dict[str, tuple[float, float]]:
-    """Get adapter -> (<fused, dW_i>, |dW_i|^2) in one layer; `compacts` as for `pair_overlaps`."""
-    compacts = compacts or [compact(part.delta) for part in parts]
-    return {part.adapter: (inner(fused, own), own.size**2) for part, own in zip(parts, compacts, strict=True)}
+def kept_strengths(parts: Sequence[Part], fused: Compact) -> dict[str, tuple[float, float]]:
+    """Get adapter -> (<fused, dW_i>, |dW_i|^2) in one layer."""
+    return {part.adapter: (inner(fused, part.compact), part.compact.size**2) for part in parts}

@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..errors import OptionError, nearest
+from .aligned_ties import AlignedTies
 from .average import Average
+from .calibrated import Calibrated
 from .contract import Fusion
+from .core import Core
 from .gradient import Gradient
+from .isotropic import Isotropic
 from .match import Match, Sequential
 from .orthogonal import Orthogonal
 from .spectral import Spectral
 from .task_singular import TaskSingular
 
 FUSIONS: dict[str, type[Fusion]] = {
-    rule.name: rule for rule in (Spectral, Average, TaskSingular, Gradient, Sequential, Match, Orthogonal)
+    rule.name: rule
+    for rule in (
+        Spectral,
+        Average,
+        TaskSingular,
+        Isotropic,
+        Core,
+        AlignedTies,
+        Calibrated,
+        Gradient,
+        Sequential,
+        Match,
+        Orthogonal,
+    )
 }
 
 

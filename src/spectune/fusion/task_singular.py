@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from .contract import Fusion, Part, of_factors
-from .overlap import compact
+from .compact import in_order
+from .contract import Fusion, Part, of_compact, of_factors
 
 # An eigenvalue of the Gram matrix below this share of the largest is that of directions which several updates have in
 # common to the last bits of float64 (the square root of its roundoff).
@@ -38,31 +38,36 @@ class TaskSingular(Fusion):
         return True
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
-        found = [compact(part.delta) for part in parts]
-        lefts, rights = [one.X_OP for one in found], [one.Yh_PI.mT for one in found]
+        found = [part.compact for part in parts]
         kept = [len(one.S_P) for one in found]
-        room = min(_dimensions(lefts), _dimensions(rights))
+        left, right = _side([one.X_OP for one in found]), _side([one.Yh_PI.mT for one in found])
+        room = min(len(left.values_P), len(right.values_P))
         if sum(kept) > room:
             kept = [min(room // len(parts) or 1, k) for k in kept]
-        left_OP, right_IP = (
-            _orthonormal(torch.cat([side[:, :k] for side, k in zip(sides, kept, strict=True)], dim=1))
-            for sides in (lefts, rights)
-        )
-        strengths = [weight * one.S_P[:k] for one, weight, k in zip(found, weights, kept, strict=True)]
-        return of_factors(parts, left_OP * torch.cat(strengths), right_IP.mT)
+            left = _side([one.X_OP[:, :k] for one, k in zip(found, kept, strict=True)])
+            right = _side([one.Yh_PI[:k].mT for one, k in zip(found, kept, strict=True)])
+        strengths_P = torch.cat([w * one.S_P[:k] for one, w, k in zip(found, weights, kept, strict=True)])
+        X_OP, Yh_PI = left.orthonormal(), right.orthonormal().mT
+        if len(left.values_P) == len(right.values_P) == len(strengths_P):
+            return of_compact(parts, in_order(X_OP, strengths_P, Yh_PI))
+        return of_factors(parts, X_OP * strengths_P, Yh_PI)  # more updates than dimensions
 
 
-def _gram(stacked_AP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the eigenvalues of the Gram matrix that are not roundoff, and their eigenvectors."""
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Stacked singular vectors, and the eigenvalues of their Gram matrix that are not roundoff."""
+
+    stacked_AP: torch.Tensor
+    values_P: torch.Tensor
+    vectors_PP: torch.Tensor
+
+    def orthonormal(self) -> torch.Tensor:
+        """Get the nearest matrix with orthonormal columns."""
+        return self.stacked_AP @ ((self.vectors_PP * self.values_P.rsqrt()) @ self.vectors_PP.mT)
+
+
+def _side(vectors: Sequence[torch.Tensor]) -> _Side:
+    stacked_AP = torch.cat(list(vectors), dim=1)
     values_P, vectors_PP = torch.linalg.eigh(stacked_AP.mT @ stacked_AP)
     apart = values_P > COMMON * values_P[-1] if len(values_P) else values_P > 0
-    return values_P[apart], vectors_PP[:, apart]
-
-
-def _dimensions(sides: Sequence[torch.Tensor]) -> int:
-    return len(_gram(torch.cat(list(sides), dim=1))[0])
-
-
-def _orthonormal(stacked_AP: torch.Tensor) -> torch.Tensor:
-    values_p, vectors_Pp = _gram(stacked_AP)
-    return stacked_AP @ (vectors_Pp * values_p.rsqrt()) @ vectors_Pp.mT
+    return _Side(stacked_AP, values_P[apart], vectors_PP[:, apart])
