@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,39 @@ def test_an_honest_file_chooses_the_layers_that_peft_chooses(options: dict[str, 
         assert torch.allclose(loaded.state_dict()[name], tensor, atol=1e-5), name
     loaded.save_pretrained(tmp_path / "again")
     PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again"))
+
+
+class Many(nn.Module):
+    """A base with many layers whose paths together are longer than any expression may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({LONG: nn.Linear(2, 2), "up": nn.Linear(2, 2)}) for _ in range(60))
+
+
+ALL_LONG = [f"blocks.{place}.{LONG}" for place in range(60)]
+LISTED = "|".join(re.escape(path) for path in ALL_LONG)
+
+
+@pytest.mark.parametrize(
+    ("words", "excluded"),
+    [
+        (LISTED, None),
+        (rf"blocks\.[0-3]\.up|{LISTED}", None),
+        (f"(?:blocks.7.up|nothing)|{LISTED}", None),
+        (f"(?i:BLOCKS.7.up)|{LISTED}", None),
+        (rf"x\|{LISTED}", None),
+        (f".*{LONG}|.*up", rf"(?:.*\.)?up|{LISTED.rpartition('|')[0]}"),
+    ],
+)
+def test_a_long_list_of_paths_is_read_as_peft_reads_it(words: str, excluded: str | None) -> None:
+    model, asked = Many(), SpectralConfig(r=1, target_modules=words, exclude_modules=excluded)
+    wanted = {path for path, _ in model.named_modules() if path and check_target_module_exists(asked, path)}
+    if "(?i" in words:  # changes the letters that follow, so it is one expression, and longer than one may be
+        with pytest.raises(AdapterError, match="as a pattern of layer names"):
+            chosen_layers(asked, model)
+    else:
+        assert chosen_layers(asked, model) == wanted != set()
 
 
 ABSURD: dict[str, tuple[str, dict[str, Any]]] = {

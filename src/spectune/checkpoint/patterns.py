@@ -33,6 +33,8 @@ INSIDE = r"(^|.*\.){}($|\..*)"
 COUNTED = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_]|\\?[.\-])+")
+# One name of an alternation as re.escape writes it, for a whole path or (second group) for its end.
+NAME = re.compile(r"(\(\?:\.\*\\\.\)\?)?((?:[A-Za-z0-9_]|\\[.\-])+)")
 PARTS = re.compile(r"\\?(.)")
 # Escaped letters and classes: signs inside them neither repeat nor choose.
 INNARDS = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
@@ -93,6 +95,23 @@ class Expression:
         words = self.form.format(self.pattern)
         re.compile(words)  # PEFT must be able to read it, too
         return regex.compile(words)
+
+
+def split_names(pattern: str) -> tuple[str, frozenset[str], frozenset[str]]:
+    """Get (what is left of a pattern, whole paths, ends of paths) of an alternation that ends in plain names.
+
+    A list of every layer's path, as exports and fused adapters have it, is long and harmless: it is looked up.
+    """
+    paths, ends, parts = set[str](), set[str](), pattern.split("|")
+    # (?i) and its like change what comes after them, and an escaped | is none.
+    flagged = pattern.count("(?") != pattern.count("(?:")
+    while parts and not flagged and not (len(parts) > 1 and parts[-2].endswith("\\")):
+        name = NAME.fullmatch(parts[-1])
+        if name is None:
+            break
+        (ends if name[1] else paths).add(_unescaped(name[2]))
+        parts.pop()
+    return "|".join(parts), frozenset(paths), frozenset(ends)
 
 
 def is_tame(pattern: str, letters: int) -> bool:

@@ -26,10 +26,15 @@ def common_config(adapters: Sequence[Adapter], layers: Layers, base: Base | None
     for key in ("task_type", "auto_mapping", "revision", "modules_to_save", "inference_mode", "format_version"):
         values = [config.get(key) for config in configs]
         common[key] = values[0] if all(value == values[0] for value in values) else None
-    targets = [{key: config.get(key) for key in TARGETS} for config in configs]
+    targets = [{key: _in_order(config.get(key)) for key in TARGETS} for config in configs]
     if layers.everywhere and all(target == targets[0] for target in targets):
         common |= targets[0]
     return common
+
+
+def _in_order(names: Any) -> Any:
+    """Get a list of names sorted: PEFT saves sets, in an order of their own each time."""
+    return sorted(names, key=str) if isinstance(names, list) else names
 
 
 def common_carried(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 from ..adapter import ADAPTERS_ATTRIBUTE, group_of
 from ..adapter.saved import LayerRanks
 from ..checkpoint import PEFT_PREFIX, read_adapter_folder
-from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression, is_tame
+from ..checkpoint.patterns import COUNTED, INSIDE, WHOLE, Clock, Expression, is_tame, split_names
 from ..errors import AdapterError, WeightError
 from ..records import Weight
 from .base_weight import backend_of, layout_of
@@ -88,13 +88,16 @@ class LayerNames:
     """Names of modules, or a pattern for whole paths."""
 
     def __init__(self, words: Any, clock: Clock) -> None:
-        self.pattern = Expression(words, WHOLE, clock) if isinstance(words, str) and words else None
-        self.names = frozenset() if isinstance(words, str) else frozenset(words or ())
+        rest, self.paths, self.ends = "", frozenset[str](), frozenset(() if isinstance(words, str) else words or ())
+        if isinstance(words, str):
+            rest, self.paths, self.ends = split_names(words)
+        self.pattern = Expression(rest, WHOLE, clock) if rest else None
 
     def hold(self, path: str) -> bool:
-        if self.pattern is not None:
-            return self.pattern.match(path, whole=True) is not None
-        return any(path[start:] in self.names for start in (0, *(dot.end() for dot in re.finditer(r"\.", path))))
+        starts = (0, *(dot.end() for dot in re.finditer(r"\.", path)))
+        if path in self.paths or any(path[start:] in self.ends for start in starts):
+            return True
+        return self.pattern is not None and self.pattern.match(path, whole=True) is not None
 
 
 class LayerIndices:
