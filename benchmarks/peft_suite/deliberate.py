@@ -10,6 +10,10 @@ REASONS: dict[str, str] = {
     r"spectral_r needs 2 or more of the directions": (
         "A weight with one row or column has one singular direction, and nothing to rotate it with."
     ),
+    r"the base weight is quantised; merging would round": (
+        "An update is much smaller than a step of 4 or 8 bits, so merging into a quantised weight would round it away."
+    ),
+    r"test_from_pretrained_cache_dir": "The test downloads a config into an empty cache, and these runs are offline.",
     r"test_mixed_adapter_batches_mha_raises": "Refused as PEFT does; the test looks for the name of LoRA's own class.",
 }
 

@@ -163,3 +163,15 @@ def test_patterns_that_people_write_are_tame(pattern: str) -> None:
 )
 def test_patterns_that_may_take_python_for_ever_are_wild(pattern: str) -> None:
     assert not is_tame(pattern, 60)
+
+
+@pytest.mark.parametrize("read", [SpectralConfig.from_pretrained, PeftConfig.from_pretrained], ids=["ours", "PEFT's"])
+def test_only_unknown_options_of_a_newer_file_are_named(read: Callable[[str], PeftConfig], tmp_path: Path) -> None:
+    own().save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"spam": 1, "foobar": "baz"}))
+    with pytest.warns(
+        UserWarning, match=r"^Unexpected keyword arguments \['foobar', 'spam'\] for class SpectralConfig,"
+    ):
+        config = read(str(tmp_path))
+    assert config.to_dict() == own().to_dict()

@@ -53,6 +53,7 @@ def left_vectors(model: Any) -> list[torch.Tensor]:
 def test_an_adapter_of_a_quantised_model_fits_the_full_one(base: Path, tmp_path: Path, kind: str) -> None:
     model = get_peft_model(quantised(base, kind), config())
     full = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config())
+    assert ("quantization_backend='" in repr(model), "quantization_backend" in repr(full)) == (True, False)
     for ours, theirs in zip(left_vectors(model), left_vectors(full), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     train(model, 0.05)

@@ -18,6 +18,10 @@ from .dynamics import Dynamics, follow
 from .kept_basis import BASIS, KeptBasis, in_own_dtype
 from .offloading import at_hand
 
+# PEFT's init_weights=False, a start other than the identity to test merging and saving: how far the trained numbers
+# are from it. Chosen.
+RANDOM_START = 0.02
+
 
 class SpectralModule(KeptBasis):
     """The trained numbers of one adapter on one weight, with their frozen basis.
@@ -50,8 +54,7 @@ class SpectralModule(KeptBasis):
         for name in self.own_names:
             tensor = start[name]
             if random_start:
-                # PEFT's init_weights=False: a start other than the identity, to test merging and saving.
-                tensor = tensor + 0.02 * torch.randn(tensor.shape)
+                tensor = tensor + RANDOM_START * torch.randn(tensor.shape)
             self.register_parameter(name, nn.Parameter(tensor.to(device)))
         if any(parameter.is_meta for parameter in self.parameters()):
             self.await_file()

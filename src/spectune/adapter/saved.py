@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..checkpoint import PEFT_PREFIX, AdapterFolder, Checkpoint
 from ..checkpoint.patterns import LayerPatterns
+from ..checkpoint.stacks import StoredLayouts
 from ..errors import AdapterError, OptionError, nearest, one_line
 from ..methods.contract import Method
 from ..methods.table import METHODS, build_method
@@ -16,6 +17,7 @@ from ..records import Spectrum, Weight
 from ..spectrum import Request, obtain, open_cache
 from .adapted_models import ADAPTERS_ATTRIBUTE
 from .base_names import base_tensor as base_tensor
+from .base_names import parameter_of as parameter_of
 from .modules import SpectralModule
 from .sharing import Owners
 
@@ -80,13 +82,6 @@ class LayerRanks:
         return self._patterns.first(layer)
 
 
-def parameter_of(layer: str, target_parameters: Iterable[Any]) -> str | None:
-    """Get the path of the parameter that a layer is one matrix of (`mlp.experts.gate_up_proj.3`), or None."""
-    path, _, place = layer.rpartition(".")
-    named = any(isinstance(word, str) and f".{path}".endswith(f".{word}") for word in target_parameters)
-    return path if named and place.isdigit() else None
-
-
 def saved_method(
     config: Mapping[str, Any], layer: str, ranks: LayerRanks | None = None, shape: tuple[int, int] | None = None
 ) -> Method:
@@ -118,11 +113,11 @@ def saved_modules(folder: AdapterFolder, base: Checkpoint) -> Iterator[tuple[str
     is not the adapter's. One base weight is in memory at a time.
     """
     owners = Owners()
-    ranks = LayerRanks.of_config(folder.config)
+    ranks, layouts = LayerRanks.of_config(folder.config), StoredLayouts(base)
     for layer, names in owner_first(folder):
         tensor_name = base_tensor(layer, base)
         tensors = {name: folder.tensor(key) for name, key in names.items()}
-        module, transposed = _fit(folder.config, ranks, layer, base.tensor(tensor_name), tensors, owners)
+        module, transposed = _fit(folder.config, ranks, layer, base.tensor(tensor_name), tensors, owners, layouts)
         owners.add(module)
         yield layer, tensor_name, transposed, module
 
@@ -152,11 +147,12 @@ def _fit(
     stored: torch.Tensor,
     tensors: dict[str, torch.Tensor],
     owners: Owners,
+    layouts: StoredLayouts,
 ) -> tuple[SpectralModule, bool]:
     """Get the module with its saved numbers, and whether the weight is transposed.
 
     A checkpoint does not show whether a matrix is stored in x out (transformers' Conv1D). The shapes of the trained
-    tensors do, and for a square weight the sketch.
+    tensors do, else the sketch, and where a method has no directions to keep a sketch of, the model's class.
     """
     refused: AdapterError | None = None
     if stored.ndim < 2 or not stored.is_floating_point():
@@ -164,11 +160,15 @@ def _fit(
             f"{layer}: an adapter cannot be on this {stored.ndim}-dimensional tensor of "
             f"{str(stored.dtype).removeprefix('torch.')} in the base. Check the base."
         )
+    fits = []
     for transposed in (False, True) if stored.ndim == 2 else (False,):
         W_OI = stored.T if transposed else stored.flatten(1)
         method = saved_method(config, layer, ranks, (W_OI.shape[0], W_OI.shape[1]))
-        if not _shapes_fit(method, W_OI, tensors):
-            continue
+        if _shapes_fit(method, W_OI, tensors):
+            fits.append((transposed, method, W_OI))
+    if len(fits) == 2 and fits[0][1].basis(*fits[0][2].shape)[0] == 0:
+        fits = [fits[layouts.in_x_out(layer)]]
+    for transposed, method, W_OI in fits:
         try:
             return _module(config, method, Weight(layer, W_OI), tensors, owners), transposed
         except AdapterError as error:

@@ -59,6 +59,11 @@ class Checkpoint:
         """Tensor name -> dtype, without reading the tensors."""
         return {name: file.dtypes[name] for name, file in self.files.items()}
 
+    @property
+    def parts(self) -> int:
+        """How many tensors there are, each matrix of a stack (experts) by itself."""
+        return sum(shape[0] if len(shape) == 3 else 1 for shape in self.shapes.values())
+
     def tensor(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """Read one tensor; `AdapterError` names similar tensors if this one is missing."""
         if name not in self.files:

@@ -23,6 +23,7 @@ from ..checkpoint import (
     save_tensors,
 )
 from ..checkpoint.reader import read_json
+from ..checkpoint.stacks import join_slices
 from ..errors import AdapterError, ExportError
 from .card import write_card
 from .companions import copy_for_model
@@ -101,7 +102,7 @@ def merge_checkpoint(
     base, checkpoint = found.model_folder, found.checkpoint
     refuse_to_replace(output_dir, base, folder.path, *{file.path for file in checkpoint.files.values()})
     _refuse_quantised(base, checkpoint)
-    folder.refuse_surplus(len(checkpoint.files), base)
+    folder.refuse_surplus(checkpoint.parts, base)
     plan = plan_merge(base, checkpoint, folder)
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         scratch = partial / ".merged"
@@ -109,7 +110,9 @@ def merge_checkpoint(
         report, merged = _merge(plan, folder, scratch, on_tensor)
         changed = {name: _trained(plan.checkpoint, folder, name, key) for name, key in plan.trained.items()}
         changed |= merged  # PEFT saves an adapted embedding's own weight too, as it was
-        write_shards(plan.stored, stored_changes(plan.view, changed, scratch), plan.names, partial)
+        write_shards(
+            plan.stored, stored_changes(plan.view, join_slices(plan.checkpoint, changed), scratch), plan.names, partial
+        )
         shutil.rmtree(scratch)
         if plan.target is not None and (plan.target.options or plan.target.changes_class or plan.apart):
             write_config(base, partial, plan.target, bool(plan.apart))

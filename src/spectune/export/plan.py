@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapter.base_names import base_tensor
+from ..adapter.base_names import base_tensor, with_experts
 from ..checkpoint import PEFT_PREFIX, AdapterFolder, Checkpoint
 from ..checkpoint.live_names import LiveView, live_view
 from ..errors import ExportError
@@ -63,6 +63,8 @@ def _plan_for(target: ModelTarget | None, base: Path, checkpoint: Checkpoint, fo
         checkpoint = with_resized_bases(checkpoint, folder, live_view(checkpoint, target.model))
     checkpoint, apart = untied(base, checkpoint, folder, UNKNOWN if target is None else architecture_of(target.model))
     view = LiveView(checkpoint, {}) if target is None else live_view(checkpoint, target.model)
+    layers = [name.removeprefix(PEFT_PREFIX) for name in saved_layers(folder)]
+    view = replace(view, checkpoint=with_experts(view.checkpoint, layers, folder.config.get("target_parameters")))
     names = {} if target is None or not target.changes_class else _names_in_class(target.model, view)
     trained, vocabulary = _trained_in_full(folder, view.checkpoint), None
     if target is not None:

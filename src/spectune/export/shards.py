@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from ..checkpoint import Checkpoint, save_tensors, write_atomically
 from ..checkpoint.live_names import LiveView
 from ..checkpoint.reader import STEMS, read_json
+from ..checkpoint.stacks import Read as Read
 from ..checkpoint.tensor_file import HEADER_LIMIT
-
-Read = Callable[[], torch.Tensor]
 
 
 def stored_changes(view: LiveView, changed: Mapping[str, Read], scratch: Path) -> dict[str, Read]:

@@ -91,14 +91,15 @@ def open_adapter(path: str | Path, base: str | Path | None = None) -> AdapterSou
         lora = read_lora(path)
         size, found = lora.file.path.stat().st_size, _lora_base(folder, base)
         if folder is not None and found is not None:
-            folder.refuse_surplus(len(found.checkpoint.files), found.name)
+            folder.refuse_surplus(found.checkpoint.parts, found.name)
             found = replace(found, checkpoint=by_live_names(found.checkpoint, lora.layers))
         return AdapterSource(path, "lora", len(lora.layers), lora.trained_count, size, found, lora)
     folder.require("SPECTUNE", "LORA")
     method = str(folder.config.get("method"))
     known = find_base(base, folder)
-    folder.refuse_surplus(len(known.checkpoint.files), known.name)
-    known = replace(known, checkpoint=by_live_names(known.checkpoint, tensors_by_layer(folder)))
+    folder.refuse_surplus(known.checkpoint.parts, known.name)
+    experts = folder.config.get("target_parameters")
+    known = replace(known, checkpoint=by_live_names(known.checkpoint, tensors_by_layer(folder), experts))
     return AdapterSource(path, method, *_spectral_size(folder.file), known, None)
 
 

@@ -43,18 +43,6 @@ LAYOUTS: dict[type[nn.Module], Layout] = {
     nn.MultiheadAttention: Layout("attention", attribute="in_proj_weight"),
 }
 
-# Classes of transformers that store their experts in x out without saying so (`is_transposed`).
-IN_X_OUT = ("Llama4TextExperts",)
-
-
-def stored_in_x_out(owner: nn.Module) -> bool:
-    """Ask whether a module stores the matrices of its parameters in x out: transformers says so of its experts.
-
-    The singular directions are the same either way; what differs is which of the two factors is called left.
-    """
-    named = any(kind.__name__ in IN_X_OUT for kind in type(owner).__mro__)
-    return bool(getattr(owner, "is_transposed", named))
-
 
 def layout_of(layer: nn.Module, name: str, backend: QuantizationBackend | None = None) -> Layout:
     """Get the layout of a layer; `WeightError` names the layer and what can be adapted."""

@@ -153,6 +153,10 @@ def with_checked_keywords(config: Any) -> Any:
                 )
         init(self, *args, **kwargs)
 
+    # PEFT names what it drops: all that is not in the signature.
+    said = inspect.signature(init)
+    words = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in REQUIRES]
+    checked.__signature__ = said.replace(parameters=[*said.parameters.values(), *words])  # type: ignore[attr-defined]
     return checked
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..adapter import SpectralModule, in_own_dtype
 from ..algebra import dense_stack
+from ..checkpoint.stacks import stored_in_x_out
 from ..errors import OptionError
-from .base_weight import Layout, stored_in_x_out
+from .base_weight import Layout
 from .layer import SpectralLayer
 from .mixed_rows import ROWS_DIFFER
 

@@ -57,6 +57,10 @@ class SpectralLinear(SpectralAdapted):
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         return result if self.disable_adapters else self._add_banked(result, x, seats_B)
 
+    def extra_repr(self) -> str:
+        backend = self.quantization_backend
+        return "" if backend is None else f"quantization_backend={backend.backend_name!r}"
+
     def _add_banked(self, result: torch.Tensor, x: torch.Tensor, seats_B: torch.Tensor) -> torch.Tensor:
         assert self.bank is not None
         x_NI = x.to(self.working_dtype(x, self.bank.module)).reshape(-1, x.shape[-1])

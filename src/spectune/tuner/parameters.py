@@ -14,9 +14,10 @@ from torch import nn
 
 from ..adapter.saved import LayerRanks
 from ..checkpoint.patterns import INSIDE, Clock, Expression
+from ..checkpoint.stacks import stored_in_x_out
 from ..errors import OptionError, WeightError, nearest
 from ..records import Weight
-from .base_weight import LAYOUTS, Layout, stored_in_x_out
+from .base_weight import LAYOUTS, Layout
 from .bases import plain_weight
 from .config import SpectralConfig
 from .experts import SpectralExpert, SpectralParameters, as_stack

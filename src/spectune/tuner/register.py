@@ -32,6 +32,9 @@ class SpectralConfigFromFile(SpectralConfig, metaclass=_Reader):
     """
 
 
+SpectralConfigFromFile.__name__ = SpectralConfig.__name__  # as warnings call it
+
+
 def register() -> None:
     """Enter config and tuner into PEFT's tables; a second call does nothing."""
     if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
