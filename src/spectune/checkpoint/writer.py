@@ -132,7 +132,8 @@ def _refuse_occupied(goal: Path, overwrite: bool) -> None:
     if count and not overwrite:
         things = "1 entry" if count == 1 else f"{count} entries"
         raise OutputError(
-            f"{goal}: the output folder must be empty, but contains {things}. Choose another folder, or empty this one."
+            f"{goal}: the output folder must be empty, but contains {things}. Choose another folder, or replace it "
+            "with --overwrite (overwrite=True)."
         )
     for precious in (Path.cwd(), Path.home()):
         if goal in (precious, *precious.parents):

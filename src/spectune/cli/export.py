@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from .output import Overwrite, may_replace
 
 if TYPE_CHECKING:
     from ..export import LoraExport, Merged
@@ -24,7 +25,7 @@ class ExportForm(str, Enum):
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder of a saved spectral adapter, or of its run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty, or with --overwrite.")],
     to: Annotated[
         ExportForm, typer.Option("--to", help="A LoRA folder, or the base checkpoint merged.")
     ] = ExportForm.lora,
@@ -41,16 +42,18 @@ def export(
         str | None,
         typer.Option(help="Also write diffusers' names for this part: unet, transformer, text_encoder (lora)."),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write an adapter in a form that other software loads, and print the proof that it is the same update."""
+    overwrite = may_replace(output, overwrite)
     if to is ExportForm.merged:
         if max_rank is not None or pad_to is not None or not pad or allow_lossy or diffusers:
             raise OptionError(
                 "--max-rank, --allow-lossy, --no-pad, --pad-to and --diffusers work only with --to lora. Leave them "
                 "out."
             )
-        _show(_merge(adapter, output, base), as_json)
+        _show(_merge(adapter, output, base, overwrite), as_json)
         return
     from ..export import export_lora
 
@@ -63,6 +66,7 @@ def export(
         pad=pad,
         pad_to=pad_to,
         diffusers=diffusers,
+        overwrite=overwrite,
     )
     if as_json:
         proof = {
@@ -78,7 +82,7 @@ def export(
         _print_proof(done)
 
 
-def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
+def _merge(adapter: Path, output: Path, base: str | None, overwrite: bool) -> Merged:
     from ..export import merge_checkpoint
     from .progress import Stages
     from .terminal import Console
@@ -91,7 +95,7 @@ def _merge(adapter: Path, output: Path, base: str | None) -> Merged:
             step = step or stages.begin("merging", total)
             step(done, total, None)
 
-        return merge_checkpoint(base, adapter, output, on_tensor=on_tensor)
+        return merge_checkpoint(base, adapter, output, overwrite=overwrite, on_tensor=on_tensor)
 
 
 def _show(done: Merged, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from .output import Overwrite, may_replace
 
 if TYPE_CHECKING:
     from ..extraction import Extracted
@@ -35,7 +36,7 @@ def extract(
     tuned: Annotated[
         str, typer.Argument(help="The fully tuned model: folder, file, hub name, or a run with adapter: none.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new or empty, or with --overwrite.")],
     to: Annotated[Form, typer.Option("--to", help="What the change becomes.")] = Form.lora,
     rank: Annotated[
         int | None, typer.Option("--rank", "-r", help="Rank (lora) or directions (spectral_a); default: 8.")
@@ -59,10 +60,11 @@ def extract(
         list[str] | None, typer.Option("--exclude", help="Leave out modules or tensors of this name; repeatable.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="How the factors are stored (lora).")] = Dtype.float32,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write an adapter that turns BASE into TUNED, and measure how much of the change it captures."""
-    chosen = _columns(columns)
+    chosen, overwrite = _columns(columns), may_replace(output, overwrite)
     import torch
 
     from ..extraction import extract_adapter
@@ -90,6 +92,7 @@ def extract(
             save_rest=save_rest,
             exclude=exclude or (),
             dtype=getattr(torch, dtype.value),
+            overwrite=overwrite,
             on_weight=on_weight,
         )
     if as_json:

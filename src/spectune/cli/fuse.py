@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from .output import Overwrite, may_replace
 
 if TYPE_CHECKING:
     from ..fusion import Fused, OverlapReport
@@ -30,7 +31,10 @@ def fuse(
         typer.Option(help="One number for all, or one for each: 1 or 0.5,0.3,0.2; default: 1/N, or 1 (see docs)."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; must be new or empty. Default: report only.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder to write; new or empty, or with --overwrite. Default: report only."
+        ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the overlap report as an HTML page.")] = None,
     base: Annotated[
@@ -70,6 +74,7 @@ def fuse(
     pad: Annotated[
         bool, typer.Option("--pad/--no-pad", help="Pad layers of smaller rank to the largest (LoRA).")
     ] = True,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Make one adapter out of several, and show how much of each is kept and how much they overlap."""
@@ -81,10 +86,11 @@ def fuse(
     from .progress import Stages
     from .terminal import Console
 
-    if output is None and (as_lora or max_rank is not None or allow_lossy or not pad):
+    if output is None and (as_lora or max_rank is not None or allow_lossy or not pad or overwrite):
         raise OptionError(
-            "--as-lora, --max-rank, --allow-lossy and --no-pad need a folder to write to. Pass -o FOLDER."
+            "--as-lora, --max-rank, --allow-lossy, --no-pad and --overwrite need a folder to write to. Pass -o FOLDER."
         )
+    overwrite = output is not None and may_replace(output, overwrite)
     if rule == ALL and (output is not None or report is not None):
         raise OptionError("--rule all compares and writes nothing. Leave out -o and --report, or choose one rule.")
     looks = Looks(adapters, examples or [], keep, base)
@@ -109,7 +115,11 @@ def fuse(
     if rule == ALL:
         show_all(reports, tasks, as_json)
         return
-    saved = fused.save(output, as_lora=as_lora, max_rank=max_rank, allow_lossy=allow_lossy, pad=pad) if output else None
+    saved = (
+        fused.save(output, as_lora=as_lora, max_rank=max_rank, allow_lossy=allow_lossy, pad=pad, overwrite=overwrite)
+        if output
+        else None
+    )
     if report is not None:
         from ..pages import write_overlap_page
 

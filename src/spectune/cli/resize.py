@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .extract import Dtype
+from .output import Overwrite, may_replace
 
 if TYPE_CHECKING:
     from ..extraction import Resized
@@ -23,9 +24,11 @@ def resize(
         float | None, typer.Option(help="Lose at most this share of |dW| in each layer, such as 0.1.")
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the factors; default: unchanged.")] = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write the best approximation of a LoRA at a lower rank, layer by layer, in the same file layout."""
+    overwrite = may_replace(output, overwrite)
     import torch
 
     from ..extraction import resize_lora
@@ -41,7 +44,8 @@ def resize(
             step(done, total, None)
 
         stored = None if dtype is None else getattr(torch, dtype.value)
-        done = resize_lora(lora, output, rank=rank, energy=energy, frobenius=frobenius, dtype=stored, on_layer=on_layer)
+        cut: dict[str, Any] = {"rank": rank, "energy": energy, "frobenius": frobenius, "dtype": stored}
+        done = resize_lora(lora, output, **cut, overwrite=overwrite, on_layer=on_layer)
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, find_base, fresh_folder
+from ..checkpoint import Checkpoint, find_base, fresh_folder, refuse_to_replace
 from ..errors import ExportError, LeftOutError, OptionError, nearest
 from ..export.architecture import ADAPTABLE, Architecture, Place, read_architecture
 from ..export.lora import DTYPES
@@ -41,6 +41,7 @@ def extract_adapter(
     save_rest: bool = False,
     exclude: Iterable[str] = (),
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
     on_weight: OnWeight | None = None,
 ) -> Extracted:
     """Write an adapter that turns BASE into TUNED as closely as its form allows, and measure how closely.
@@ -70,7 +71,9 @@ def extract_adapter(
     if embeddings:
         _refuse_tied(architecture, tuned_model)
     work = _Work(base_model, tuned_model, architecture, pairs, embeddings, on_weight or (lambda *_: None))
-    with fresh_folder(output_dir) as folder:
+    if overwrite:
+        refuse_to_replace(output_dir, before.path, after.path)
+    with fresh_folder(output_dir, overwrite=overwrite) as folder:
         work.compare(draft)
         _refuse_nothing(work, draft)
         saved = saved_whole(work.rest, architecture, tuned_model, draft.ranks) if save_rest else Rest()

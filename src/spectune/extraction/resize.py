@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..algebra import singular_values
-from ..checkpoint import LoraFile, fresh_folder, read_lora, save_tensors, write_atomically
+from ..checkpoint import LoraFile, fresh_folder, read_lora, refuse_to_replace, save_tensors, write_atomically
 from ..checkpoint.lora_file import DIFFUSERS_METADATA, ENDINGS
 from ..checkpoint.patterns import rank_pattern
 from ..errors import ExportError, OptionError, OutputError
@@ -84,6 +84,7 @@ def resize_lora(
     energy: float | None = None,
     frobenius: float | None = None,
     dtype: torch.dtype | None = None,
+    overwrite: bool = False,
     on_layer: OnCut | None = None,
 ) -> Resized:
     """Write a LoRA with the update of every layer cut to its best approximation of a lower rank.
@@ -97,15 +98,18 @@ def resize_lora(
     file of diffusers or kohya's trainer, which becomes a file of the same names (alphas and header rewritten).
     Factors keep their dtype unless `dtype` names another. Everything else is copied. One layer is in memory at a
     time, and the result; losses are measured in the written file. `ExportError` for an update that is not B A or
-    not finite, `OptionError` for wrong options, `OutputError` for an output that exists.
+    not finite, `OptionError` for wrong options, `OutputError` for an output that exists (unless `overwrite`)
+    and for one that would replace the LoRA.
     """
     if dtype is not None and dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise OptionError(f"dtype={dtype}: a LoRA can only be stored as {known}. Choose one of them.")
     cut, source, output = Cut(rank=rank, energy=energy, frobenius=frobenius), read_lora(lora), Path(output)
     _refuse_other_updates(source)
+    if overwrite:
+        refuse_to_replace(output, source.path)
     if source.config:
-        with fresh_folder(output) as folder:
+        with fresh_folder(output, overwrite=overwrite) as folder:
             resizing = _Resizing(source, cut, dtype, on_layer)
             _copy_the_rest(source.path, folder)
             config = _rescaled(source.config, resizing.ranks)
@@ -113,7 +117,7 @@ def resize_lora(
             save_tensors(folder / "adapter_model.safetensors", resizing.tensors, source.file.metadata)
             layers = resizing.measure(folder)
     else:
-        _refuse_output(output)
+        _refuse_output(output, overwrite)
         resizing = _Resizing(source, cut, dtype, on_layer)
         save_tensors(output, resizing.tensors, _header(source, resizing.ranks))
         layers = resizing.measure(output)
@@ -215,12 +219,12 @@ def _refuse_other_updates(source: LoraFile) -> None:
             )
 
 
-def _refuse_output(output: Path) -> None:
+def _refuse_output(output: Path, overwrite: bool) -> None:
     if output.suffix != ".safetensors":
         raise OutputError(
             f"{output}: the LoRA is a single file, so the output must be one. Give a name that ends in .safetensors."
         )
-    if output.exists():
-        raise OutputError(f"{output}: this file already exists. Choose another name.")
+    if output.exists() and not (overwrite and output.is_file()):
+        raise OutputError(f"{output}: this file already exists. Choose another name, or replace it with --overwrite.")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: the folder {output.parent} does not exist. Create it first.")
