@@ -33,8 +33,15 @@ MACHINES = {
 }
 
 
+def python_of(session: nox.Session) -> str:
+    """Get a session's Python: that of its environment, or the one that runs nox, never the first on the PATH."""
+    return sys.executable if session.python is False else f"{session.bin}/python"
+
+
 def run_tests(session: nox.Session, *paths: str, **environment: str) -> None:
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or paths), env={**ENVIRONMENT, **environment})
+    session.run(
+        python_of(session), "-m", "pytest", "-q", *(session.posargs or paths), env={**ENVIRONMENT, **environment}
+    )
 
 
 @nox.session(python=["3.10"])
@@ -42,7 +49,7 @@ def oldest(session: nox.Session) -> None:
     """The lower end of every range."""
     session.install("--editable", ".[test,vision]", *OLDEST.values())  # transformers read pictures by torchvision then
     # The torchao that this peft takes wants a newer torch; without it the tests of its layers are skipped.
-    session.run("python", "-m", "pip", "uninstall", "-y", "torchao")
+    session.run(python_of(session), "-m", "pip", "uninstall", "-y", "torchao")
     run_tests(session, "tests")
 
 
@@ -79,17 +86,17 @@ def lean_beyond(session: nox.Session) -> None:
     """The same without torch, laid over the packages of this Python: takes seconds to install."""
     folder = os.path.join(session.create_tmp(), "over")
     words = ["-q", "--no-deps", "--upgrade", "--target", folder, *(p for p in BEYOND if p != "torch")]
-    session.run(sys.executable, "-m", "pip", "install", *words)
+    session.run(python_of(session), "-m", "pip", "install", *words)
     _say_what_broke(session, {"PYTHONPATH": os.pathsep.join([folder, "src"])})
 
 
 def _say_what_broke(session: nox.Session, environment: dict[str, str]) -> None:
     """Print the versions and whether they fit, then one line for each test that fails."""
     told = {**ENVIRONMENT, **environment}
-    session.run("python", "-m", "pip", "check", success_codes=[0, 1], env=told)
-    session.run("python", "-m", "spectune.cli", "env", env=told)
+    session.run(python_of(session), "-m", "pip", "check", success_codes=[0, 1], env=told)
+    session.run(python_of(session), "-m", "spectune.cli", "env", env=told)
     words = ["--tb=line", "-rf", "-p", "no:warnings", *(session.posargs or TOUCHING)]
-    session.run("python", "-m", "pytest", "-q", *words, env=told)
+    session.run(python_of(session), "-m", "pytest", "-q", *words, env=told)
 
 
 @nox.session(python=["3.12"])
@@ -105,7 +112,9 @@ def next_peft(session: nox.Session) -> None:
 def lean(session: nox.Session, requirement: str) -> None:
     """One package in another version, laid over the packages of this Python."""
     folder = os.path.join(session.create_tmp(), "over")
-    session.run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder, requirement)
+    session.run(
+        python_of(session), "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder, requirement
+    )
     run_tests(session, *TOUCHING, PYTHONPATH=folder)
 
 
@@ -114,7 +123,7 @@ def lean(session: nox.Session, requirement: str) -> None:
 def anywhere(session: nox.Session, machine: str) -> None:
     """All tests as another machine would run them, in random order, with the packages of this Python."""
     folder = os.path.join(session.create_tmp(), "order")
-    session.run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, "pytest-randomly")
+    session.run(python_of(session), "-m", "pip", "install", "-q", "--no-deps", "--target", folder, "pytest-randomly")
     home = os.path.join(session.create_tmp(), "home")
     os.makedirs(home, exist_ok=True)
     environment = {**MACHINES[machine], "HOME": home, "PYTHONPATH": folder}
@@ -124,8 +133,8 @@ def anywhere(session: nox.Session, machine: str) -> None:
 @nox.session(python=False)
 def fuzz(session: nox.Session) -> None:
     """Some minutes of fuzzing: every door of fuzz/targets.py; fails where one has findings."""
-    listed = session.run(sys.executable, "fuzz/run.py", "--list", env=ENVIRONMENT, silent=True)
+    listed = session.run(python_of(session), "fuzz/run.py", "--list", env=ENVIRONMENT, silent=True)
     for door in str(listed).split():
         # A whole GGUF file, or a live model, takes a hundred times as long as a header.
         count = "500" if door == "gguf_file" else "10000"
-        session.run(sys.executable, "fuzz/run.py", door, "--count", count, env=ENVIRONMENT)
+        session.run(python_of(session), "fuzz/run.py", door, "--count", count, env=ENVIRONMENT)

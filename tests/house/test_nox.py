@@ -1,0 +1,14 @@
+"""noxfile.py: every session runs its own Python."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+NOXFILE = Path(__file__).parents[2] / "noxfile.py"
+
+
+def test_no_session_runs_whatever_python_is_first_on_the_path() -> None:
+    calls = [node for node in ast.walk(ast.parse(NOXFILE.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    runs = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "run"]
+    assert len(runs) > 5 and {ast.unparse(call.args[0]) for call in runs} == {"python_of(session)"}
