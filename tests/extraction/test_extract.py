@@ -20,6 +20,7 @@ from spectune.checkpoint import TensorFile
 from spectune.extraction import drafts, extract_adapter
 from spectune.extraction.spectral_fit import fit_spectral_a
 
+from ..experts import fresh, logits
 from ..models import MODELS, Tiny, output
 from ..tuner.conftest import adapted
 
@@ -375,3 +376,27 @@ def test_wrong_options_are_refused(options: dict[str, Any], line: str, tmp_path:
     with pytest.raises(SpectuneError, match=line):
         extract_adapter(base, tuned, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "why", "saved"),
+    [("mixtral", "transformers joins or splits it", False), ("gpt-oss", "GptOssExperts", True)],
+)
+def test_changed_experts_are_listed_and_saved_where_the_live_model_has_them(
+    kind: str, why: str, saved: bool, tmp_path: Path
+) -> None:
+    fresh(kind).save_pretrained(tmp_path / "base")
+    tuned = fresh(kind)
+    for parameter in tuned.parameters():
+        parameter.data += 0.01 * torch.ones_like(parameter)
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=1, save_rest=True)
+    experts = [left for left in found.rest if "experts" in left.name]
+    assert experts and all(left.why.startswith(why) and left.saved is saved for left in experts)
+    # No tensor in the file is without a place in the model, which PEFT would pass over in silence.
+    names = {name for name, _ in fresh(kind).named_parameters()}
+    whole = [n for n in TensorFile.open(tmp_path / "out" / "adapter_model.safetensors").shapes if "lora_" not in n]
+    assert whole and {n.removeprefix("base_model.model.").replace(".base_layer", "") for n in whole} <= names
+    loaded = logits(PeftModel.from_pretrained(fresh(kind), tmp_path / "out").eval())
+    if saved:  # routers amplify the rounding of the factors, 1e-7 of logits of .1
+        torch.testing.assert_close(loaded, logits(tuned.eval()), rtol=0, atol=1e-3)

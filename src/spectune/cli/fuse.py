@@ -80,6 +80,8 @@ def fuse(
     """Make one adapter out of several, and show how much of each is kept and how much they overlap."""
     from ..fusion import FUSIONS
     from ..fusion import fuse as fuse_adapters
+    from ..fusion.adapters import open_adapters
+    from ..fusion.experts import refuse_lora_of_experts
     from ..runs import Kept
     from .fuse_examples import ALL, Looks
     from .fuse_tasks import evaluate_tasks, fuse_by_all, show_all
@@ -91,6 +93,8 @@ def fuse(
             "--as-lora, --max-rank, --allow-lossy, --no-pad and --overwrite need a folder to write to. Pass -o FOLDER."
         )
     overwrite = output is not None and may_replace(output, overwrite)
+    if as_lora:
+        refuse_lora_of_experts(open_adapters(adapters), "--as-lora")
     if rule == ALL and (output is not None or report is not None):
         raise OptionError("--rule all compares and writes nothing. Leave out -o and --report, or choose one rule.")
     looks = Looks(adapters, examples or [], keep, base)

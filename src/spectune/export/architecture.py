@@ -79,7 +79,9 @@ class Architecture:
         if not self.modules:
             return _by_name(path, leaf, shape)
         found = self._found(path)
-        if found is None or not renamed:
+        if not renamed:
+            return Place(name.rpartition(".")[0], "transformers joins or splits it on load")
+        if found is None:
             return Place(name.rpartition(".")[0], f"no tensor of {self.source} has this name")
         if leaf != "weight" or len(shape) < 2:
             return Place(found.module, f"the {leaf} of a layer" if found.kind in ADAPTABLE else found.kind)

@@ -31,7 +31,8 @@ def saved_whole(
     """Get the changed tensors outside the adapted layers, as many as PEFT can load.
 
     Whole modules (norms, embeddings, heads) go to modules_to_save, biases of adapted layers next to the adapter. A
-    module that holds adapted layers, or whose name PEFT would also find elsewhere, cannot be saved whole.
+    module that holds adapted layers, whose name PEFT would also find elsewhere, or that the live model does not have
+    (experts that transformers joins on load) cannot be saved whole.
     """
     places = {name: architecture.place(name, shape) for name, shape in tuned.shapes.items()}
     paths = set(architecture.modules) or {place.module for place in places.values()}
@@ -42,7 +43,7 @@ def saved_whole(
             saved.biases = True
             saved.tensors[f"{PEFT_PREFIX}{place.module}.base_layer.bias"] = tuned.tensor(tensor.name)
             saved.names.add(tensor.name)
-        elif _can_be_saved(place, paths, adapted):
+        elif _can_be_saved(place, paths, adapted) and (not architecture.modules or place.saved_with in paths):
             saved.modules[place.saved_with] = None
             saved.names.add(tensor.name)
     for module in saved.modules:

@@ -10,10 +10,11 @@ import torch
 from ..checkpoint import Base
 from ..errors import AdapterError
 from .adapters import Adapter
+from .experts import expert_parameters
 from .layers import Layers
 
 # The fields by which an adapter finds its layers, the same words in PEFT's LoRA and in ours.
-TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 # Task types for which PEFT adds the head to modules_to_save by itself.
 WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -22,10 +23,11 @@ def common_config(adapters: Sequence[Adapter], layers: Layers, base: Base | None
     """Get what the result's config takes from those of the adapters."""
     configs = [adapter.folder.config for adapter in adapters]
     named = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
-    common = {"base_model_name_or_path": named or (base.name if base is not None else None)}
+    common: dict[str, Any] = {"base_model_name_or_path": named or (base.name if base is not None else None)}
     for key in ("task_type", "auto_mapping", "revision", "modules_to_save", "inference_mode", "format_version"):
         values = [config.get(key) for config in configs]
         common[key] = values[0] if all(value == values[0] for value in values) else None
+    common["target_parameters"] = expert_parameters(adapters) or None
     targets = [{key: _in_order(config.get(key)) for key in TARGETS} for config in configs]
     if layers.everywhere and all(target == targets[0] for target in targets):
         common |= targets[0]

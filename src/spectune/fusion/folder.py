@@ -18,6 +18,7 @@ from ..checkpoint import PEFT_PREFIX, fresh_folder, save_tensors, write_atomical
 from ..errors import AdapterError, ExportError
 from .adapters import MIDDLE
 from .contract import Part
+from .experts import refuse_lora_of, split_targets
 from .spectral import method_on, richest
 
 # Below this share nothing is lost but float64's roundoff.
@@ -96,6 +97,7 @@ def save_lora(
 
     With `pad` all layers then get the largest of these ranks, with zeros: llama.cpp and SGLang read one for the file.
     """
+    refuse_lora_of(parts, config.get("target_parameters") or (), "as_lora")
     if max_rank is not None and max_rank < 1:
         raise ExportError(f"max_rank={max_rank} must be at least 1.")
     tensors, ranks, lost, error = dict(carried), {}, {}, 0.0
@@ -182,8 +184,11 @@ def _ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def _targets(config: Mapping[str, Any], layers: list[str]) -> dict[str, Any]:
     """Get the shared fields, with the parts' own targets if they agree, or else a regex of exactly these layers."""
-    exact = "|".join(re.escape(layer) for layer in sorted(layers))
-    return {"target_modules": exact, **config} if "target_modules" not in config else dict(config)
+    if "target_modules" in config:
+        return dict(config)
+    plain, parameters = split_targets(layers, config.get("target_parameters") or ())
+    exact: Any = "|".join(re.escape(layer) for layer in plain) or []
+    return {"target_modules": exact, **config, "target_parameters": parameters or None}
 
 
 def _write(

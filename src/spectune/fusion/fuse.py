@@ -20,6 +20,7 @@ from .agreement import common_carried, common_config, without_heads
 from .behind import Inputs, fuse_behind
 from .choice import AUTO, choose_rule
 from .contract import Fusion, Part
+from .experts import expert_parameters, refuse_lora_of_experts
 from .folder import Saved, save_lora, save_spectral
 from .layers import Layers
 from .overlap import LayerOverlap, OverlapReport, PairOverlap, kept_strengths, pair_overlaps
@@ -128,14 +129,18 @@ def fuse(
     _check_counts(opened, activations, examples)
     if chosen is not None:
         _check_looks(chosen, model, examples, keep, activations)
+        if rule != "spectral":
+            refuse_lora_of_experts(opened, f"rule {rule!r}")
     found = common_base(opened, base)
     adapted = [layer for adapter in opened for layer in adapter.layers]
-    checkpoint = None if found is None else by_live_names(found.checkpoint, adapted)
+    checkpoint = None if found is None else by_live_names(found.checkpoint, adapted, expert_parameters(opened))
     layers = Layers(opened, checkpoint, activations)
     foreign = max(check_same_base(parts) for parts in layers.values())
     if chosen is None:
         by_data = "match" if examples is not None else "gradient" if activations is not None else None
         rule, why = choose_rule(layers, by_data)
+        if rule != "spectral":
+            refuse_lora_of_experts(opened, f"rule {rule!r}")
         chosen = build_fusion(rule, known)
         _check_looks(chosen, model, examples, keep, activations)
     shares = _weights(opened, 1.0 if weights is None and chosen.whole_weights else weights)
