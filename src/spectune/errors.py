@@ -5,6 +5,8 @@ A message has four parts: where, what was asked, what is there, what to do.
 
 from __future__ import annotations
 
+from .other_words import ADVICE, in_our_words
+
 # A message is read by a person, and names in it may come from a file that somebody else made. Chosen.
 LONGEST_MESSAGE = 2_000
 # Of what another package says of its reasons. Chosen.
@@ -71,16 +73,21 @@ class MissingExtraError(SpectuneError, ImportError):
 
 
 def nearest(asked: object, known: list[str] | tuple[str, ...]) -> str:
-    """Get the end of an error message that lists what exists, the near misses first."""
+    """Get the end of an error message that lists what exists: what other tools call so, or the near misses, first."""
     import difflib
 
-    asked = str(asked)  # a config may hold anything where a word belongs
+    asked = str(asked)[:LONGEST_COMPARED]  # a config may hold anything where a word belongs
     compared = [name for name in known[:MOST_COMPARED] if len(name) <= LONGEST_COMPARED]
-    close = difflib.get_close_matches(asked[:LONGEST_COMPARED], compared, n=3, cutoff=0.5)
+    close = in_our_words(asked, known)[:3] or difflib.get_close_matches(asked, compared, n=3, cutoff=0.5)
     if close:
         return "Did you mean " + " or ".join(repr(name) for name in close) + "?"
     shown = ", ".join(name[:LONGEST_COMPARED] for name in sorted(known)[:12])
     return f"Choose from: {shown}{', …' if len(known) > 12 else ''}." if known else "There are none."
+
+
+def unknown_option(asked: object, known: list[str] | tuple[str, ...]) -> str:
+    """Get the end of an error message for an option that does not exist: why there is none, or what exists."""
+    return ADVICE.get(str(asked)) or nearest(asked, known)
 
 
 def printable(words: object, keep: str = "") -> str:

@@ -22,7 +22,8 @@ COMMAND = re.compile(r"spectune ([a-z]+)((?: [^`\n;.]*)?)")
 def options() -> dict[str, set[str]]:
     """Verb -> the options that it has."""
     verbs: Any = typer.main.get_command(app)
-    return {
+    own = {word for parameter in verbs.params for word in parameter.opts}
+    return {"": own} | {
         name: {word for parameter in verb.params for word in [*parameter.opts, *parameter.secondary_opts]} | {"--help"}
         for name, verb in verbs.commands.items()
     }

@@ -36,6 +36,12 @@ def written(folder: Path, text: str) -> Path:
             {"training": {"steps": 5, "learning_rte": 1}},
             r"training.learning_rte: unknown key. Did you mean 'learning_rate'",
         ),
+        ({"training": {"lr": 1e-3}}, r"training.lr: unknown key. Did you mean 'learning_rate'\?"),
+        (
+            {"training": {"seed": 1}},
+            "training.seed: unknown key. Write seed at the top of the file, outside of training",
+        ),
+        ({"output_dir": "x"}, "output_dir: unknown key. The folder stands on the command line: .* -o FOLDER"),
         ({"data": {"train": "a.csv", "max_token": 3}}, r"data.max_token: unknown key. Did you mean 'max_tokens'"),
         ({"training": {"steps": 5, "epochs": 1}}, "training: give either steps or epochs"),
         ({"training": {}}, "training: give either steps or epochs"),

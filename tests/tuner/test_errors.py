@@ -21,7 +21,9 @@ from .conftest import OPTIONS, adapted, config_for
 LLAMA = MODELS["llama"]
 WRONG_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"method": "spectral_b"}, "unknown method 'spectral_b'. Did you mean"),
-    ({"rank": 4}, "unexpected keyword argument 'rank'. Did you mean .*'rank_pattern'"),
+    ({"rank": 4}, r"unexpected keyword argument 'rank'. Did you mean 'r'\?"),
+    ({"rank_patern": {}}, "unexpected keyword argument 'rank_patern'. Did you mean 'rank_pattern'"),
+    ({"lora_alpha": 16}, "'lora_alpha'. Spectral methods have no alpha: .* set learning_rate"),
     ({"pattern": "banded"}, "'spectral_a' has no option 'pattern'.*has: r, columns"),
     ({"method": "svft", "r": 4}, "'svft' has no option 'r'"),
     (

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import SpectuneError, one_line, printable
+from .verbs import VERBS
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 # Libraries may swallow a KeyboardInterrupt (seen while they were being imported), so it is raised again after this many
 # seconds. By then the cleaning up after the first one, a few deleted files, is done. Chosen.
 AGAIN_SECONDS = 10
 
+# Libraries that warn of parts of their own that are missing, as soon as something imports them.
+CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
 app = typer.Typer(
     name="spectune",
     help="Fine-tune pretrained models in the singular space of their own weights.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (
-    "demo", "init", "check", "train", "evaluate", "generate", "report", "lr", "compare", "reproduce", "export",
-    "extract", "resize", "inspect", "decompose", "cache", "fuse", "schedule", "env",
-):  # fmt: skip
-    app.command(name=verb)(getattr(import_module(f".{verb}", __package__), verb))
+for verb, (group, example) in VERBS.items():
+    command = getattr(import_module(f".{verb}", __package__), verb)
+    app.command(name=verb, rich_help_panel=group, epilog=f"Example: {example}")(command)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"spectune {version('spectune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def spectune(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune pretrained models in the singular space of their own weights."""
+
 
 # Typer contains its own Click; this is the base class of all its usage errors.
 WrongUsage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -51,6 +71,8 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     _show_warnings_plainly()
+    for library in CHATTY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:  # Typer has already turned Ctrl-C into this status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 
 from rich.progress import (
     BarColumn,
@@ -11,6 +12,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -39,20 +41,35 @@ class Rate(ProgressColumn):
 
 
 class Stages(Progress):
-    """One bar for each stage of a run, on one console."""
+    """One bar for each stage of a run, on one console; lines where there is no terminal, as in a log."""
 
     def __init__(self, console: Console) -> None:
-        columns = (Words("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-        super().__init__(*columns, Words("{task.fields[said]}"), console=console)
+        columns = (Words("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn())
+        more = (TimeRemainingColumn(), Words("{task.fields[said]}"))
+        super().__init__(*columns, *more, console=console, disable=not console.is_terminal)
 
     def begin(self, name: str, steps: int) -> Callable[[int, int, float | None], None]:
         """Start a bar, and get the function to call after each step with (step, steps, loss or None)."""
         bar = self.add_task(name, total=steps, said="")
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
-            self.update(bar, completed=step, total=steps, said="" if loss is None else f"loss {loss:.3f}")
+            said = "" if loss is None else f"loss {loss:.3f}"
+            self.update(bar, completed=step, total=steps, said=said)
+            if self.disable and (step == steps or step % line_every(steps) == 0):
+                self.console.print(self._line(name, step, steps, said), soft_wrap=True)
 
         return on_step
+
+    def _line(self, name: str, step: int, steps: int, said: str) -> str:
+        task = self.tasks[-1]
+        speed = f"{task.speed:.1f}/s" if task.speed else ""
+        left = f"{timedelta(seconds=int(task.time_remaining))} left" if task.time_remaining and step < steps else ""
+        return ", ".join(part for part in (f"{name}: {step} of {steps}", said, speed, left) if part)
+
+
+def line_every(steps: int) -> int:
+    """Get after how many steps a log gets a line: a twentieth of them, and at most 500, as transformers logs."""
+    return min(max(1, steps // 20), 500)
 
 
 class Bytes(Progress):

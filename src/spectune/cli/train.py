@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,3 +88,7 @@ def train(
     if result.directions:
         console.print(f"directions: {result.directions}", markup=False, soft_wrap=True)
     console.print(f"{result.trainable:,} numbers trained; the run is in {folder}", soft_wrap=True)
+    if any("method" in options for options in asked.adapters):
+        place = shlex.quote(str(folder))
+        console.print(f"next: spectune inspect {place}", soft_wrap=True)
+        console.print(f"      spectune export {place} -o {shlex.quote(f'{folder}-lora')}", soft_wrap=True)

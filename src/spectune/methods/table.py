@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import OptionError, nearest
+from ..errors import OptionError, unknown_option
 from .contract import Method
 from .one_sided import OneSided
 from .orthogonal import LiDB, OrthogonalAdaptation
@@ -23,7 +23,7 @@ METHODS: dict[str, type[Method]] = {
 def build_method(name: str, options: Mapping[str, object]) -> Method:
     """Get the method called `name` with its options; `OptionError` for an option that it does not use."""
     if name not in METHODS:
-        raise OptionError(f"unknown method {name!r}. {nearest(name, list(METHODS))}")
+        raise OptionError(f"unknown method {name!r}. {unknown_option(name, list(METHODS))}")
     known = METHODS[name].options()
     for option, value in options.items():
         if option not in known:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import OptionError, nearest
+from ..errors import OptionError, unknown_option
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -186,8 +186,10 @@ def validate(kind: type[_SectionT], values: Mapping[str, Any], where: str) -> _S
 def _line(kind: type[BaseModel], detail: dict[str, Any]) -> str:
     place = [str(part) for part in detail["loc"]]
     name = ".".join(place) or "the file"
+    if detail["type"] == "extra_forbidden" and len(place) > 1 and place[-1] in kind.model_fields:
+        return f"{name}: unknown key. Write {place[-1]} at the top of the file, outside of {place[0]}"
     if detail["type"] == "extra_forbidden":
-        return f"{name}: unknown key. {nearest(place[-1], _keys_at(kind, place[:-1]))}"
+        return f"{name}: unknown key. {unknown_option(place[-1], _keys_at(kind, place[:-1]))}"
     if detail["type"] == "missing":
         return f"{name}: is missing"
     # pydantic names the branch of a union, such as list[constrained-float], between the keys.

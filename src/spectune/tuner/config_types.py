@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from peft.config import PeftConfig
 
 from ..adapter.saved import FORMAT_VERSION, refuse_newer
-from ..errors import OptionError, UnknownOptionError, WeightError, nearest, one_line
+from ..errors import OptionError, UnknownOptionError, WeightError, one_line, unknown_option
 from ..methods import Method
 from ..spectrum import DataSpectra
 from .how_to_load import REQUIRES
@@ -149,7 +149,7 @@ def with_checked_keywords(config: Any) -> Any:
         for name in kwargs:
             if name not in known:
                 raise UnknownOptionError(
-                    f"SpectralConfig got an unexpected keyword argument {name!r}. {nearest(name, known)}"
+                    f"SpectralConfig got an unexpected keyword argument {name!r}. {unknown_option(name, known)}"
                 )
         init(self, *args, **kwargs)
 

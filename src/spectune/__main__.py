@@ -1,0 +1,5 @@
+"""`python -m spectune`."""
+
+from .cli.app import main
+
+main()
