@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from spectune import METHODS, SpectralConfig
 from spectune.adapter import spectral_modules
-from spectune.errors import OptionError
+from spectune.errors import OptionError, WeightError
 
+from ..experts import fresh
 from ..models import MODELS, output
 from .conftest import adapted
 from .test_kinds import LAYERS
@@ -50,6 +54,53 @@ def test_a_model_offloaded_to_disk_answers_the_same(tmp_path: Any) -> None:
     model = adapted(MODELS["llama"], "specadapt")
     expected = output(model, MODELS["llama"].inputs())
     disk_offload(model, tmp_path, execution_device=HERE)
+    torch.testing.assert_close(output(model, MODELS["llama"].inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
+def spread(folder: Path, kind: str = "llama") -> Any:
+    """Load a model as device_map does where memory is short: one layer here, one on the disk."""
+    if not (folder / "base").exists():
+        (MODELS["llama"].fresh() if kind == "llama" else fresh(kind)).save_pretrained(folder / "base")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "base", device_map=places, offload_folder=folder / "off")
+    assert loaded.model.layers[1].self_attn.q_proj.weight.is_meta
+    return loaded.eval()
+
+
+def test_a_base_that_is_partly_on_the_disk_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted(MODELS["llama"], "svft").save_pretrained(tmp_path / "adapter")
+    base, inputs = spread(tmp_path), MODELS["llama"].inputs()
+    expected = output(base, inputs)
+    config = SpectralConfig(method="svft", target_modules="all-linear")
+    monkeypatch.setattr("spectune.tuner.bases.obtain", None)  # nothing is decomposed
+    attaching: tuple[Callable[[Any], Any], ...] = (
+        lambda model: get_peft_model(model, config),
+        lambda model: PeftModel.from_pretrained(model, tmp_path / "adapter"),
+        lambda model: model.load_adapter(str(tmp_path / "adapter")),
+    )
+    for attach in attaching:
+        with pytest.raises(WeightError, match=r"layers\.1\.\S+: the base weight is offloaded") as refused:
+            attach(spread(tmp_path))
+        assert "dispatch_model" in str(refused.value) and "\n" not in str(refused.value)
+    with pytest.raises(WeightError):
+        get_peft_model(base, config)
+    torch.testing.assert_close(output(base, inputs), expected, rtol=0, atol=0)
+    experts = SpectralConfig(target_modules=[], target_parameters=["experts.down_proj"])
+    with pytest.raises(WeightError, match=r"layers\.1\.\S+down_proj: the base weight is offloaded"):
+        get_peft_model(spread(tmp_path / "moe", "mixtral"), experts)
+
+
+def test_an_adapted_model_is_spread_as_a_device_map_would(tmp_path: Path) -> None:
+    model = adapted(MODELS["llama"], "svft")
+    expected = output(model, MODELS["llama"].inputs())
+    stem = "base_model.model."
+    places = {f"{stem}{name}": "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")}
+    places |= {f"{stem}model.layers.0": "cpu", f"{stem}model.layers.1": "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    assert model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.weight.is_meta
     torch.testing.assert_close(output(model, MODELS["llama"].inputs()), expected, rtol=1e-4, atol=1e-5)
 
 

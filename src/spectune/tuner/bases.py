@@ -52,6 +52,7 @@ def weights_of_layers(model: nn.Module, targets: Callable[[str], Any]) -> Iterat
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if getattr(module, "merged", False) or backend_of(layer) is not None:
             continue
+        refuse_offloaded(layer, path, model)
         try:
             layout = layout_of(layer, path)
             stored = plain_weight(layer, layout.attribute, path)
@@ -59,6 +60,19 @@ def weights_of_layers(model: nn.Module, targets: Callable[[str], Any]) -> Iterat
                 yield Weight(path, layout.to_matrix(stored))
         except WeightError:
             continue  # PEFT has not asked for this layer yet; if it does, the refusal is raised there
+
+
+def refuse_offloaded(layer: nn.Module, name: str, model: nn.Module) -> None:
+    """Raise `WeightError` for a layer whose weight accelerate keeps on the disk or another device between forwards.
+
+    PEFT takes accelerate's hooks off before it loads an adapter; the map of devices still tells it.
+    """
+    spread = "_hf_hook" in layer.__dict__ or hasattr(model, "hf_device_map")
+    if spread and any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        raise WeightError(
+            f"{name}: the base weight is offloaded (device_map or an offload folder), and an adapter needs it. "
+            "Load the base without offloading, attach or load the adapter, then call accelerate's dispatch_model."
+        )
 
 
 def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:

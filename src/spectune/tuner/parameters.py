@@ -18,7 +18,7 @@ from ..checkpoint.stacks import stored_in_x_out
 from ..errors import OptionError, WeightError, nearest
 from ..records import Weight
 from .base_weight import LAYOUTS, Layout
-from .bases import plain_weight
+from .bases import plain_weight, refuse_offloaded
 from .config import SpectralConfig
 from .experts import SpectralExpert, SpectralParameters, as_stack
 from .from_file import LayerIndices, LayerNames
@@ -43,6 +43,7 @@ class StoredStack:
         """Get each matrix of the parameter as a weight of its own, also while adapters are merged."""
         module, owner = model.get_submodule(self.module), self.owner(model)
         stacks = dict(module.stacks()) if isinstance(module, SpectralParameters) else {}
+        refuse_offloaded(owner, self.path, model)
         if self.attribute in stacks:
             stored = stacks[self.attribute].pretrained
         else:
