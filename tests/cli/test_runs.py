@@ -168,6 +168,31 @@ def test_a_language_model_writes(tmp_path: Path) -> None:
     assert [line["prompt"] for line in lines] == ["w1 w2", "w3"] and all("text" in line for line in lines), done.stderr
 
 
+def test_a_reward_of_ones_own_is_given_on_the_command_line_only(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(completions, **more):\n    return [len(t) for t in completions]\n")
+    values = tiny.reward_run(tmp_path, training={"steps": 1}, rewards=[])
+    path = write(tmp_path, values)
+    given = ("--reward", "mine.py:score")
+    done = spectune("train", path, "-o", "run", "--json", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = spectune("train", path, "-o", "run", "--json", "--resume", *given, cwd=tmp_path)
+    assert json.loads(again.stdout)["metrics"] == json.loads(done.stdout)["metrics"], again.stderr
+    found = spectune("evaluate", "run", "--json", *given, cwd=tmp_path)
+    assert json.loads(found.stdout) == json.loads(done.stdout)["metrics"], found.stderr
+    assert spectune("check", path, *given, cwd=tmp_path).returncode == 0
+    (tmp_path / "mine.py").write_text("def score(completions, **more):\n    return [0.0] * len(completions)\n")
+    changed = spectune("evaluate", "run", *given, cwd=tmp_path)
+    assert changed.returncode == 1 and "is not a reward of this run, or its file has changed" in changed.stderr
+    without = spectune("train", path, "-o", "other", cwd=tmp_path)
+    assert without.returncode == 1 and "rewards: none is given" in without.stderr
+    path = write(tmp_path, values | {"rewards": [{"reward": "mine.py:score"}]})
+    refused = spectune("check", path, cwd=tmp_path)
+    assert refused.returncode == 1 and "no YAML file may start code" in refused.stderr
+    path = write(tmp_path, tiny.text_run(tmp_path))
+    refused = spectune("check", path, *given, cwd=tmp_path)
+    assert refused.returncode == 1 and "is for recipe reward" in refused.stderr
+
+
 def test_lr_draws_its_curve(tmp_path: Path) -> None:
     path = write(tmp_path, tiny.text_run(tmp_path))
     done = spectune("lr", path, "--steps", "12", "--low", "1e-4", "--high", "1e-1", "-o", "lr.html", cwd=tmp_path)

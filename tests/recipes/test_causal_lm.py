@@ -154,7 +154,7 @@ def test_examples_that_are_cut_are_counted(tmp_path: Path) -> None:
         ({"chat": True}, "has no chat template. Give data.chat_template"),
         ({"chat_template": "plain"}, "chat_template works only with format messages or chat: true"),
         ({"loss_on": "assistant"}, "loss_on: assistant needs messages"),
-        ({"format": "alpaca"}, "completion is a template for format prompt_completion"),
+        ({"format": "alpaca"}, "is a template for formats? prompt_completion"),
         ({"chat": True, "chat_template": "nowhere.jinja"}, "there is no file nowhere.jinja"),
     ],
 )

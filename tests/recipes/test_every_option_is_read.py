@@ -26,17 +26,28 @@ from tests.sweeps.sweeps import in_this_process
 SHORT = {"steps": 1, "save_every": 2}
 FROM_HUB = {"hub": "a/set", "hub_config": "all", "train": "train", "validation": "validation"}
 HARNESS = {"metrics": ["loss", "exact_match"], "max_new_tokens": 2, "lm_eval": {"tasks": ["arc"]}}
+REWARDS: list[dict[str, Any]] = [
+    {"rewards": [{"reward": "gsm8k"}, {"reward": "exact_match"}, {"reward": "length", "most": 3}]},
+    {"rewards": [{"reward": "ends_with", "text": "w1"}]},
+]
+for _over in REWARDS:
+    _over["data"] = {"answer": "{answer}"}
 # recipe -> (its tiny run, what goes over it in each of the runs that together read every option)
 RUNS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "text_classification": (tiny.text_run, [{}, {"data": FROM_HUB}]),
     "causal_lm": (tiny.lm_run, [{"evaluation": HARNESS}, {"data": FROM_HUB | {"test": None}}]),
+    "preference": (
+        tiny.preference_run,
+        [{}, {"loss": "kto"}, {"data": FROM_HUB | {"test": None}}, {"evaluation": {"lm_eval": {"tasks": ["arc"]}}}],
+    ),
+    "reward": (tiny.reward_run, [{"evaluation": {"lm_eval": {"tasks": ["arc"]}}}, {"data": FROM_HUB}, *REWARDS]),
     "image_classification": (tiny.image_run, [{}, {"data": FROM_HUB}]),
     "text_to_image": (concept_run, [{}]),
 }
 
 
-# Options of the shared sections that a recipe refuses; its own tests hold that.
-REFUSED = {"ConceptTraining.head_first"}
+# Options of the shared sections that a recipe refuses, or that only `generate` reads; its own tests hold that.
+REFUSED = {"ConceptTraining.head_first", "WritingEvaluation.max_new_tokens"}
 
 
 def options(kind: type[BaseModel]) -> Iterator[tuple[type[BaseModel], str]]:
@@ -88,8 +99,10 @@ def hub_data(name: str, config: str | None, split: str) -> Any:
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
     words = {"text": Value("string"), "question": Value("string"), "answer": Value("string")}
+    words |= dict.fromkeys(("prompt", "chosen", "rejected"), Value("string"))
     rows = [
         {"text": f"w{i}", "question": f"w{i}", "answer": f"#### {i % 2}", "image": tiny.picture(i), "label": i % 2}
+        | {"prompt": f"w{i}", "chosen": "good", "rejected": "bad"}
         for i in range(8)
     ]
     features = Features({**words, "image": Image(), "label": ClassLabel(names=["no", "yes"])})

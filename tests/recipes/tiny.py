@@ -149,6 +149,51 @@ def lm_run(folder: Path, **more: Any) -> dict[str, Any]:
     return merged(base, more)
 
 
+def pairs(path: Path, count: int = 12) -> str:
+    """Prompts, each with a better and a worse answer, and with one of them and its label."""
+    rows = [
+        {"prompt": f"Question : w{i} Answer :", "chosen": f" w{i} good", "rejected": " bad"}
+        | {"completion": (" bad", f" w{i} good")[i % 2], "label": bool(i % 2)}
+        for i in range(count)
+    ]
+    return lines(path, rows)
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def preference_run(folder: Path, **more: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "recipe": "preference",
+        "model": llama(folder / "llama"),
+        "adapter": {"method": "spectral_a", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"train": pairs(folder / "train.jsonl"), "test": pairs(folder / "test.jsonl", 5)},
+        "evaluation": {"batch_size": 4, "max_new_tokens": 4},
+        "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "save_every": 2},
+    }
+    return merged(base, more)
+
+
+def reward_run(folder: Path, **more: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "recipe": "reward",
+        "model": llama(folder / "llama"),
+        "adapter": {"method": "spectral_a", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {
+            "train": sums(folder / "train.jsonl"),
+            "test": sums(folder / "test.jsonl", 4),
+            "prompt": "Question : {question} Answer :",
+        },
+        "rewards": [{"reward": "regex", "pattern": "w[0-4]\\b"}],
+        "group_size": 4,
+        "generation": {"max_new_tokens": 4},
+        "training": {"steps": 6, "batch_size": 8, "learning_rate": 1e-2, "save_every": 2},
+    }
+    return merged(base, more)
+
+
 def image_run(folder: Path, **more: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "recipe": "image_classification",

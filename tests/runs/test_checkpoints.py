@@ -53,6 +53,11 @@ RUNS = {
     "augmented images": (tiny.image_run, {}),
     "full tuning of a model whose files bear other names": (tiny.image_run, {"adapter": "none"}),
     "language model": (tiny.lm_run, {"training": {"steps": 6, "save_every": 2}}),
+    "rewards": (tiny.reward_run, {"training": {"gradient_accumulation": 2}, "beta": 0.1}),
+    "preferences, accumulating": (tiny.preference_run, {"training": {"gradient_accumulation": 2}}),
+    "labelled preferences": (tiny.preference_run, {"loss": "kto"}),
+    "preferences without a reference": (tiny.preference_run, {"loss": "orpo"}),
+    "preferences of a whole model": (tiny.preference_run, {"adapter": "none"}),
 }
 
 
@@ -79,7 +84,7 @@ def test_a_resumed_run_ends_in_the_same_weights(name: str, tmp_path: Path) -> No
     assert not (tmp_path / "parts" / "result.json").exists()
     resumed = run(config, tmp_path / "parts", resume=True)
     assert resumed.losses == whole.losses and len(whole.losses) == 6
-    assert resumed.metrics == whole.metrics
+    assert resumed.metrics == whole.metrics and resumed.curves == whole.curves
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 

@@ -21,7 +21,7 @@ from tests.recipes.other_values import other_values
 BASES: tuple[dict[str, Any], ...] = ({"steps": 4}, {"epochs": 7.0})
 RUNS = {
     "text_classification": tiny.text_run, "causal_lm": tiny.lm_run, "image_classification": tiny.image_run,
-    "text_to_image": concept_run,
+    "text_to_image": concept_run, "preference": tiny.preference_run, "reward": tiny.reward_run,
 }  # fmt: skip
 # What a recipe has its own mind about: trl names the columns itself.
 OWN = {"causal_lm": {"remove_unused_columns"}}

@@ -23,14 +23,18 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings that replace the file's, such as training.steps=10.")
     ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option("--reward", help="Your Python function as a reward: FILE.py:function; the file is run."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Validate a run and show it: an example with its loss mask, the layers, the counts, the memory, the rates."""
-    from ..recipes import load_config
+    from ..recipes import load_config, with_reward
     from ..runs import dry_run
     from .terminal import Console
 
-    asked = load_config(config, overrides or [])
+    asked = with_reward(load_config(config, overrides or []), reward)
     found = dry_run(asked)
     if as_json:
         values = asdict(found) | {"config": asked.plain()}

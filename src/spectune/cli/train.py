@@ -28,17 +28,21 @@ def train(
         bool,
         typer.Option("--overwrite", help="Replace the run in the folder, once the first step of this one is done."),
     ] = False,
+    reward: Annotated[
+        str | None,
+        typer.Option("--reward", help="Your Python function as a reward: FILE.py:function; the file is run."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Train a run. Ctrl-C saves a checkpoint and stops; --resume then reaches the same weights as an unbroken run."""
-    from ..recipes import load_config
+    from ..recipes import load_config, with_reward
     from ..runs import Run, RunResult, run, train_run
     from ..training import Interrupted, advice, choice, join, learning_rate, method_of, tuned_by
     from .progress import Stages
     from .run_page import print_metrics, write_run_page
     from .terminal import Console
 
-    asked = load_config(config, overrides or [])
+    asked = with_reward(load_config(config, overrides or []), reward)
     folder = output or Path("runs", config.stem)
     main = join().is_main_process
     console = Console(stderr=True, quiet=as_json or not main)
@@ -81,7 +85,7 @@ def train(
     if not main:
         return
     if as_json:
-        long = {"losses", "spectra", "updates", "examples", "drawings"}
+        long = {"losses", "spectra", "updates", "examples", "drawings", "curves", "completions"}
         print(json.dumps(result.model_dump(mode="json", exclude=long) | {"folder": result.folder}, indent=2))
         return
     print_metrics(result.metrics, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..runs.result import LayerMove, LayerSpectrum, Metric
 from .svg import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Scale, axes, drawing, line, linear_ticks, log_ticks, text
@@ -41,6 +41,21 @@ def loss_chart(
         parts.append(line((_point(x, y, step, values[step - 1]) for step in _thinned(len(loss))), kind))
     if validation:
         parts.append(line((_point(x, y, step, value) for step, value in validation), "change"))
+    return drawing(title, HEIGHT, parts)
+
+
+def step_chart(curves: Mapping[str, Sequence[float]], title: str) -> str:
+    """Get up to two figures of every step, each as the mean around the step: the first as a line, the second dotted."""
+    finite = [value for values in curves.values() for value in values if math.isfinite(value)]
+    if not finite:
+        return drawing(title, 60, [text(WIDTH / 2, 34, "no finite figure was recorded", anchor="middle")])
+    count = max(len(values) for values in curves.values())
+    x = Scale(1, max(count, 2), LEFT, WIDTH - RIGHT)
+    y = Scale(min(0.0, *finite), max(0.0, *finite) or 1.0, HEIGHT - BOTTOM, TOP)
+    parts = [axes(x, y, _step_ticks(count), linear_ticks(y.low, y.high), "step", title.lower())]
+    for values, kind in zip(curves.values(), ("after", "change"), strict=False):
+        means = smoothed(values)
+        parts.append(line((_point(x, y, step, means[step - 1]) for step in _thinned(len(means))), kind))
     return drawing(title, HEIGHT, parts)
 
 

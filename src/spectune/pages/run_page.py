@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint import write_atomically
 from ..runs.result import SHARES, Metric, RunResult
-from .charts import bar_chart, loss_chart, spectrum_chart, update_chart
+from .charts import bar_chart, loss_chart, spectrum_chart, step_chart, update_chart
 from .frame import fill
 
 # Examples of each kind that the page shows; it says how many there are. Chosen, not measured.
@@ -44,6 +44,7 @@ def _parts(result: RunResult) -> dict[str, Any]:
         "notes": [metric for metric in shares if metric.note],
         "figures": [metric for metric in figures(result) if not metric.share],
         "loss": loss_chart(result.losses, validation=result.validation_losses) if result.losses else "",
+        "rewards": step_chart(result.curves, "Reward") if result.curves else "",
         "updates": update_chart(result.updates) if result.updates else "",
         "farthest": sorted(result.updates, key=lambda update: -update.share)[:MOST_LAYERS],
         "lost_steps": len(result.losses) - len(finite),

@@ -6,3 +6,4 @@ from .recipe import Recipe as Recipe
 from .table import RECIPES as RECIPES
 from .table import load_config as load_config
 from .table import parse_config as parse_config
+from .table import with_reward as with_reward

@@ -45,15 +45,16 @@ SPACES = " \t"
 
 @torch.no_grad()
 def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, batch_size: int, temperature: float = 0.0
-) -> list[str]:
+    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, batch_size: int, temperature: float = 0.0,
+    **sampling: Any,
+) -> list[str]:  # fmt: skip
     """Get what the model writes after each prompt (text, messages or tokens): greedy at temperature 0, else sampled."""
     model.eval()
     device = next(model.parameters()).device
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if not all(rows):
         raise DataError(f"prompt {rows.index([]) + 1} of {len(rows)} is empty: it has no token to continue.")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     written: dict[int, str] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -69,8 +70,7 @@ def continuations(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=end_ids(tokenizer, getattr(model, "generation_config", None)) or None,
-            **_neutral(model),
-            **sampling,
+            **(_neutral(model) | drawn | sampling),
         )
         texts = tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)
         written |= dict(zip(places, texts, strict=True))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from ..checkpoint import load_tokenizer
-from ..errors import DataError, MissingExtraError, OptionError
+from ..errors import DataError, OptionError
 from ..training.arguments import checked_arguments, loop_arguments
 from ..training.loop import Plan, looped
 from .answers import (
@@ -31,6 +31,7 @@ from .data import Row, limited, load_splits, place
 from .recipe import Answered, Recipe, Shown, pretrained, some
 from .tokens import IGNORED, Tokens
 from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, is_silent, losses
+from .trl_trainers import from_trl, trl_trainer
 
 
 class CausalLM(Recipe):
@@ -158,35 +159,21 @@ class CausalLM(Recipe):
     def trainer(
         self, model: nn.Module, plan: Plan, folder: Path, callbacks: Sequence[TrainerCallback] = (), **more: Any
     ) -> Any:
-        try:
-            from datasets import Dataset
-            from trl import SFTConfig, SFTTrainer
-        except ImportError as error:
-            raise MissingExtraError(
-                f"recipe causal_lm: cannot import trl, which trains language models ({error}). "
-                f"Run: pip install 'spectune[llm,train]'"
-            ) from None
         data = self.config.data
-        validates = self.config.training.validate_every is not None
-        arguments = loop_arguments(self.config, folder) | {
-            "max_length": data.max_tokens,
-            "packing": data.packing,
-            "remove_unused_columns": True,
-        }
-        numbers = [(p, p.data) for p in model.parameters() if p.requires_grad]
-        trainer = looped(SFTTrainer)(
+        held_out = None if self.config.training.validate_every is None else self.rows(self.validation_split())
+        kind, arguments, dataset = from_trl("causal_lm", "SFTTrainer", "SFTConfig")
+        own = {"max_length": data.max_tokens, "packing": data.packing, "remove_unused_columns": True}
+        return trl_trainer(
+            looped(kind),
+            checked_arguments(arguments, loop_arguments(self.config, folder) | own | more),
             model=model,
-            args=checked_arguments(SFTConfig, arguments | more),
             # Tokens and labels are made here, so that `check` and evaluation use the same ones as training.
-            train_dataset=Dataset.from_list(self.rows("train")),
-            eval_dataset=Dataset.from_list(self.rows(self.validation_split())) if validates else None,
+            train_dataset=dataset.from_list(self.rows("train")),
+            eval_dataset=None if held_out is None else dataset.from_list(held_out),
             processing_class=self.processing,
             callbacks=list(callbacks),
             plan=plan,
         )
-        for parameter, kept in numbers:  # trl rounds an adapter beside a quantised base to bfloat16
-            parameter.data = kept.to(parameter.device)
-        return trainer
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         asked = self.config.evaluation
@@ -234,22 +221,30 @@ class CausalLM(Recipe):
 
     def show(self) -> Shown:
         row = self.tokenised(self.splits["train"][0])
+        return Shown(self.pieces(row["input_ids"], row["labels"]))
+
+    def pieces(self, ids: list[int], labels: list[int]) -> list[tuple[str, bool]]:
+        """Get each token as text, and whether it has loss."""
         # Two markers of a space and one of a line's end; decoding token by token would drop some of them.
         marks = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n"})
-        pieces = [str(p).translate(marks) for p in self.processing.convert_ids_to_tokens(row["input_ids"])]
-        return Shown([(piece, label != IGNORED) for piece, label in zip(pieces, row["labels"], strict=True)])
+        words = [str(p).translate(marks) for p in self.processing.convert_ids_to_tokens(ids)]
+        return [(word, label != IGNORED) for word, label in zip(words, labels, strict=True)]
+
+    def learned(self, split: str) -> list[Row]:
+        """Get everything that is learned from a split, as rows of `Tokens.taught`."""
+        return self.splits[split]
 
     def warnings(self) -> list[str]:
         """Get what is cut and lost, and where prompts differ from those in training."""
         limit = self.config.data.max_tokens
         said = []
-        for split, rows in self.splits.items():
-            said += losses([self.tokens.taught(row) for row in rows], limit, split)
-        rows = self.splits["train"][:LOOKED_AT]
+        for split in self.splits:
+            said += losses([self.tokens.taught(row) for row in self.learned(split)], limit, split)
+        rows = self.learned("train")[:LOOKED_AT]
         return said + ends_and_beginnings(self.tokens, rows, self._ends()) + disagreements(self.tokens, rows)
 
     def remarks(self) -> list[str]:
-        rows = self.splits["train"]
+        rows = self.learned("train")
         longest = max(len(self.tokens.taught(row)[0]) for row in rows)
         said = [f"the longest example has {longest:,} tokens, max_tokens is {self.config.data.max_tokens:,}"]
         looked = [row for row in rows[:LOOKED_AT] if "prompt" in row]

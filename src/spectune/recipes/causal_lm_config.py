@@ -11,35 +11,24 @@ from .conversations import Format
 from .quantization import QuantizedRunConfig
 
 
-class ConversationData(DataSection):
-    """Instructions, conversations or texts."""
+class PromptData(DataSection):
+    """Prompts in a template over columns, or through the chat template."""
 
     format: Format = Field(
         "prompt_completion",
         description="Format of a row; messages: OpenAI's (role, content) or ShareGPT's (from, value).",
     )
     prompt: str | None = Field(None, description="Template over the columns: 'Question: {question}\\nAnswer:'.")
-    completion: str | None = Field(None, description="Template of the answer: ' {answer}'.")
-    chat: bool = Field(False, description="Render prompt and completion with the chat template, as user and assistant.")
+    chat: bool = Field(False, description="Render prompt and answer with the chat template, as user and assistant.")
     chat_template: PathOrName | None = Field(
         None, description="A .jinja file, or 'plain'; default: the tokenizer's own. Saved with the adapter."
     )
-    loss_on: Literal["response", "assistant", "all"] = Field(
-        "response", description="Tokens with loss: the last answer, every answer of the assistant, or all."
-    )
     max_tokens: int = Field(1024, gt=1, description="Longer examples are cut at the end.")
-    packing: bool = Field(False, description="Put several examples into one row of max_tokens.")
 
     @model_validator(mode="after")
-    def _templates_fit(self) -> ConversationData:
-        if self.completion is not None and self.format != "prompt_completion":
-            raise ValueError(f"completion is a template for format prompt_completion, not for {self.format}")
+    def _template_fits(self) -> PromptData:
         if self.prompt is not None and self.format not in ("prompt_completion", "text"):
             raise ValueError(f"prompt is a template for formats prompt_completion and text, not for {self.format}")
-        if self.chat and self.format == "text":
-            raise ValueError("chat needs a prompt and a completion; format text has neither")
-        if self.loss_on == "assistant" and not self.talks:
-            raise ValueError("loss_on: assistant needs messages; use format messages or chat: true")
         if self.chat_template is not None and not self.talks:
             raise ValueError("chat_template works only with format messages or chat: true; leave it out")
         return self
@@ -50,6 +39,26 @@ class ConversationData(DataSection):
         return self.chat or self.format == "messages"
 
 
+class ConversationData(PromptData):
+    """Instructions, conversations or texts."""
+
+    completion: str | None = Field(None, description="Template of the answer: ' {answer}'.")
+    loss_on: Literal["response", "assistant", "all"] = Field(
+        "response", description="Tokens with loss: the last answer, every answer of the assistant, or all."
+    )
+    packing: bool = Field(False, description="Put several examples into one row of max_tokens.")
+
+    @model_validator(mode="after")
+    def _templates_fit(self) -> ConversationData:
+        if self.completion is not None and self.format != "prompt_completion":
+            raise ValueError(f"completion is a template for format prompt_completion, not for {self.format}")
+        if self.chat and self.format == "text":
+            raise ValueError("chat needs a prompt and a completion; format text has neither")
+        if self.loss_on == "assistant" and not self.talks:
+            raise ValueError("loss_on: assistant needs messages; use format messages or chat: true")
+        return self
+
+
 class HarnessTasks(Section):
     """Tasks of EleutherAI's lm-evaluation-harness."""
 
@@ -58,15 +67,20 @@ class HarnessTasks(Section):
     limit: int | None = Field(None, gt=0, description="Only this many questions of a task, for a quick look.")
 
 
-class LMEvaluation(Section):
+class WritingEvaluation(Section):
+    """How a model writes its answers, and what else it is tried on."""
+
+    max_new_tokens: int = Field(256, gt=0, description="Limit for one answer.")
+    batch_size: int = Field(8, gt=0, description="Examples or answers that are computed together.")
+    lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
+
+
+class LMEvaluation(WritingEvaluation):
     """How held-out answers are scored."""
 
     metrics: list[Literal["loss", "exact_match", "gsm8k"]] = Field(
         ["loss"], description="loss: of the response tokens; the others generate text."
     )
-    max_new_tokens: int = Field(256, gt=0, description="Limit for one answer.")
-    batch_size: int = Field(8, gt=0, description="Answers that are generated together.")
-    lm_eval: HarnessTasks | None = Field(None, description="Tasks of lm-eval, after training and in `evaluate`.")
 
 
 class CausalLMConfig(QuantizedRunConfig):

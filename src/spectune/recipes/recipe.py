@@ -43,6 +43,16 @@ class Answered:
     predicted: str
 
 
+@dataclass(frozen=True)
+class Written:
+    """One text that a model wrote while it learned, and its reward."""
+
+    step: int
+    prompt: str
+    text: str
+    reward: float
+
+
 class Recipe:
     """One kind of task. A new recipe is one file with a child of this class, and one row in RECIPES."""
 
@@ -53,6 +63,9 @@ class Recipe:
     title: ClassVar[str]
     example: ClassVar[dict[str, Any]]
     """A small run, as `spectune init` prints it."""
+
+    curves: ClassVar[dict[str, str]] = {}
+    """What the trainer logs at each step besides the loss -> its name on the page."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -95,6 +108,10 @@ class Recipe:
 
     def drawings(self, run: Path) -> list[tuple[str, bytes]]:
         """Get (caption, PNG file) of each picture that a run drew into its folder."""
+        return []
+
+    def written(self, run: Path) -> list[Written]:
+        """Get some texts that the model wrote during a run, out of its folder."""
         return []
 
     def rows(self, split: str) -> Sequence[dict[str, Any]]:

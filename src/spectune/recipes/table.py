@@ -17,6 +17,8 @@ from .recipe import Recipe
 RECIPES: dict[str, tuple[str, str]] = {
     "text_classification": ("recipes.text_classification", "TextClassification"),
     "causal_lm": ("recipes.causal_lm", "CausalLM"),
+    "preference": ("recipes.preference", "Preference"),
+    "reward": ("recipes.reward", "FromRewards"),
     "image_classification": ("recipes.image_classification", "ImageClassification"),
     "text_to_image": ("concepts.text_to_image", "TextToImage"),
 }
@@ -42,6 +44,22 @@ def parse_config(values: Mapping[str, Any], where: str = "run") -> RunConfig:
         except SpectuneError as error:  # said here, so that no run of many begins before the last one is right
             raise type(error)(f"{where}: {error}") from error
     return config
+
+
+def with_reward(config: RunConfig, asked: str | None) -> RunConfig:
+    """Get a configuration with the function of FILE.py:function among its rewards; the file is run.
+
+    A run's own file already names it: then it is only given to this process.
+    """
+    if asked is None:
+        return config
+    if config.recipe != "reward":
+        raise OptionError(f"--reward {asked}: is for recipe reward, but this run has recipe {config.recipe}.")
+    from .own_reward import own_reward
+
+    found = own_reward(asked)
+    mine: Any = config
+    return config if found in mine.rewards else mine.model_copy(update={"rewards": [*mine.rewards, found]})
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

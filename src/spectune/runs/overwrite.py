@@ -13,11 +13,12 @@ from ..checkpoint import fresh_folder, write_atomically
 from ..checkpoint.claim import LOCK_FILE
 from ..checkpoint.run_folder import ADAPTER, MODEL, RUN_FILE
 from ..errors import OptionError, OutputError
+from ..recipes.scoring import COMPLETIONS
 from ..training.config import RunConfig
 from ..training.yaml_file import read_yaml, write_yaml
 
 # What a run's folder may hold; pictures that a run drew are in `validation`.
-OWN = {RUN_FILE, LOCK_FILE, ADAPTER, MODEL, "checkpoints", "validation", "result.json", "report.html"}
+OWN = {RUN_FILE, LOCK_FILE, ADAPTER, MODEL, "checkpoints", "validation", "result.json", "report.html"} | {COMPLETIONS}
 
 
 def refuse_to_replace(folder: Path) -> None:

@@ -13,7 +13,7 @@ from ..training.record import Plain, Record, Text
 
 RESULT_FILE = "result.json"
 # Metrics that are shares from 0 to 1 are drawn as bars; losses and correlations are in a table.
-SHARES = ("accuracy", "f1", "macro_f1", "exact_match", "gsm8k")
+SHARES = ("accuracy", "f1", "macro_f1", "exact_match", "gsm8k", "reward_accuracy")
 
 
 class Metric(Record):
@@ -84,6 +84,15 @@ class Example(Record):
         return self.expected == self.predicted
 
 
+class Completion(Record):
+    """One text that the model wrote while it learned from rewards."""
+
+    step: int
+    prompt: Text
+    text: Text
+    reward: float
+
+
 class Drawing(Record):
     """One picture that the run drew."""
 
@@ -121,6 +130,8 @@ class RunResult(Record):
     """One for each optimizer step; NaN and infinity are kept, so that a diverged run shows."""
     validation_losses: list[tuple[int, float]] = Field(default_factory=list)
     """(step, loss) on the validation examples during training (`training.validate_every`)."""
+    curves: dict[str, list[float]] = Field(default_factory=dict)
+    """Name -> a figure of every step besides the loss, such as the rewards of chosen and rejected answers."""
     learning_rate: float
     trainable: int
     """Numbers of the adapter (or of the whole model), without the head."""
@@ -149,6 +160,8 @@ class RunResult(Record):
     updates: list[LayerMove] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     examples: list[Example] = Field(default_factory=list)
+    completions: list[Completion] = Field(default_factory=list)
+    """Texts of the first and of the last step of a run that learned from rewards."""
     drawings: list[Drawing] = Field(default_factory=list)
     """The model's pictures, in their order."""
     folder: Annotated[str, Field(exclude=True)] = ""

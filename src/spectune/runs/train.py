@@ -32,7 +32,7 @@ from .measuring import measured, refuse_unmeasured
 from .overwrite import FirstStep, replace_run
 from .provenance import machine, versions
 from .remembered_pass import directions_said
-from .result import Drawing, RunResult
+from .result import Completion, Drawing, RunResult
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _train(
     recipe.prepare()
     for said in recipe.warnings():
         on_warning(said)
-    fitted = _fitted(recipe, found, Watch(on_step), replace_old)
+    fitted = _fitted(recipe, found, Watch(on_step, recipe.curves), replace_old)
     _give_back_memory()
     model = None
     if fitted.size is not None:
@@ -170,6 +170,7 @@ def _train(
         looked_at=model is None,  # nothing is left to look at
         losses=fitted.watch.losses,
         validation_losses=fitted.watch.validation,
+        curves={recipe.curves[name]: values for name, values in fitted.watch.curves.items()},
         learning_rate=learning_rate(config),
         trainable=fitted.counts["trainable"],
         directions=fitted.directions,
@@ -181,6 +182,7 @@ def _train(
         device=fitted.device,
         file_bytes=fitted.size,
         drawings=[Drawing.of(caption, png) for caption, png in recipe.drawings(found.folder)],
+        completions=[Completion(**vars(text)) for text in recipe.written(found.folder)],
         versions=versions("accelerate", "datasets", "trl", "timm", "diffusers"),
         machine=machine(device=fitted.device),
         folder=str(found.folder.resolve()),
@@ -197,7 +199,8 @@ def _fitted(recipe: Recipe, found: Run, watch: Watch, replace_old: Callable[[], 
         torch.cuda.reset_peak_memory_stats()
     last = found.last_checkpoint() if replace_old is None else None
     told = history(last) if last else []
-    watch.losses = [float(entry["loss"]) for entry in told if "loss" in entry]
+    for entry in (entry for entry in told if "loss" in entry):
+        watch.read(entry)
     watch.validation = [(entry["step"], float(entry["eval_loss"])) for entry in told if "eval_loss" in entry]
     first = FirstStep(lambda: None if replace_old is None else on_main(replace_old))
     divergence = StopAtDivergence([p for group, _ in plan.rates for p in group])

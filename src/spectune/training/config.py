@@ -201,13 +201,16 @@ def _line(kind: type[BaseModel], detail: dict[str, Any]) -> str:
 
 
 def _keys_at(kind: type[BaseModel], path: Iterable[str]) -> list[str]:
-    for part in path:
-        field = kind.model_fields.get(part)
-        kinds = _models(field.annotation) if field is not None else []
-        if not kinds:
-            return []
-        kind = kinds[0]
-    return list(kind.model_fields)
+    kinds: list[type[BaseModel]] = [kind]
+    for part in (part for part in path if not part.isdigit()):
+        inner = [model for k in kinds if part in k.model_fields for model in _models(k.model_fields[part].annotation)]
+        # After a list of several kinds, pydantic names the kind by the word that chooses it.
+        kinds = inner or [k for k in kinds if any(part in getattr(f.annotation, "__args__", ()) for f in _fields(k))]
+    return list(kinds[0].model_fields) if kinds else []
+
+
+def _fields(kind: type[BaseModel]) -> list[Any]:
+    return list(kind.model_fields.values())
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

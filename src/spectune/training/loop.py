@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -203,11 +203,12 @@ def looped(base: type[Trainer]) -> type[Any]:
 
 
 class Watch(TrainerCallback):
-    """Keeps the loss and the time of every step, and the validation losses with their steps."""
+    """Keeps the loss, the time and other logged figures of every step, and the validation losses with their steps."""
 
-    def __init__(self, on_step: OnStep | None = None) -> None:
+    def __init__(self, on_step: OnStep | None = None, curves: Iterable[str] = ()) -> None:
         self.on_step = on_step
         self.losses: list[float] = []
+        self.curves: dict[str, list[float]] = {name: [] for name in curves}
         self.validation: list[tuple[int, float]] = []
         self.seconds: list[float] = []
         self._started = 0.0
@@ -222,9 +223,15 @@ class Watch(TrainerCallback):
         if logs and "eval_loss" in logs:
             self.validation.append((state.global_step, float(logs["eval_loss"])))
         if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+            self.read(logs)
             if self.on_step is not None and state.is_world_process_zero:
                 self.on_step(state.global_step, state.max_steps, self.losses[-1])
+
+    def read(self, entry: dict[str, Any]) -> None:
+        """Take the figures of one step's log; NaN for one that it lacks."""
+        self.losses.append(float(entry["loss"]))
+        for name, values in self.curves.items():
+            values.append(float(entry.get(name, float("nan"))))
 
     @property
     def step_seconds(self) -> float | None:
