@@ -75,8 +75,27 @@ def on_tokens(kind: type[Any]) -> Any:
     def tokens_at(self: Any, prompts: list[str]) -> Any:
         return [self.asked[int(place)] for place in prompts], None, {}
 
-    own = {"_prepare_dataset": as_it_is, "tokenize_row": as_it_is, "_tokenize_prompts": tokens_at}
-    return type(kind.__name__, (kind,), own)
+    def sampler(self: Any, *args: Any) -> Any:
+        found = kind._get_train_sampler(self, *args)
+        if hasattr(found, "mini_repeat_count"):  # GRPO's
+            found.__class__ = _by_epoch(type(found), self)
+        return found
+
+    more = {"_tokenize_prompts": tokens_at, "_get_train_sampler": sampler}
+    return type(kind.__name__, (kind,), {"_prepare_dataset": as_it_is, "tokenize_row": as_it_is, **more})
+
+
+def _by_epoch(kind: type[Any], trainer: Any) -> type[Any]:
+    """Get a sampler whose order follows from seed and epoch.
+
+    GRPO's own shuffles on from wherever its generator is: a resumed run would begin with the first order again.
+    """
+
+    def from_epoch(self: Any) -> Iterator[int]:
+        self.generator.manual_seed(trainer.args.seed + int(trainer.state.epoch or 0))
+        return iter(kind.__iter__(self))
+
+    return type(kind.__name__, (kind,), {"__iter__": from_epoch})
 
 
 def dropout_of(config: RunConfig) -> str | None:
