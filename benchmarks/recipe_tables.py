@@ -122,3 +122,18 @@ def gsm8k_table(record: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def reward_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"{record['steps']} steps of {record['answers']} answers, {record['trained']:,} trained numbers; 16 answers to "
+        "each of 16 held-out prompts (`python benchmarks/reward.py`, CPU).",
+        "",
+        "| seed | right, untouched | right, tuned | surprise by the untouched model's answers | by the tuned model's |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        shares = (f"{row[name]:.1%}" for name in ("base", "tuned"))
+        bits = (f"{row[name]:.2f}" for name in ("base_surprise", "tuned_surprise"))
+        lines.append("| " + " | ".join([str(row["seed"]), *shares, *bits]) + " |")
+    return "\n".join(lines)
