@@ -21,6 +21,25 @@ SOURCE = Path(__file__).parents[2] / "src" / "spectune"
 LEANED_ON: list[tuple[str, str, tuple[str, ...], str]] = [
     ("peft", "PeftConfig", (), "tuner/attach.py: the type of a configuration"),
     ("peft", "PeftModel", (), "tuner/attach.py: load a saved adapter"),
+    ("peft", "LoraConfig", (), "tuner/targets.py: where PEFT refuses a LoRA"),
+    (
+        "peft.tuners.tuners_utils",
+        "BaseTuner._check_target_module_compatiblity",
+        ("peft_config", "model", "target_name"),
+        "tuner/targets.py: where PEFT refuses a LoRA; private",
+    ),
+    (
+        "peft.tuners.tuners_utils",
+        "BaseTuner._add_modules_to_save_to_tie",
+        ("peft_config", "tied_weight_keys"),
+        "tuner/model.py: overridden, ensure_weight_tying; private",
+    ),
+    (
+        "peft.tuners.tuners_utils",
+        "BaseTuner._add_targets_to_tie",
+        ("peft_config", "tied_weight_keys"),
+        "tuner/model.py: overridden, ensure_weight_tying; private",
+    ),
     ("peft", "PeftModel.from_pretrained", ("model", "model_id", "is_trainable"), "tuner/attach.py: load an adapter"),
     ("peft", "get_peft_model", ("model", "peft_config"), "tuner/attach.py: a new adapter"),
     ("peft", "set_peft_model_state_dict", ("model", "peft_model_state_dict", "adapter_name"), "tuner/attach.py: swap"),

@@ -93,16 +93,20 @@ class KeptBasis(nn.Module):
         present, settled_on = self._buffers["sketch"], self._settled_on
         if present is settled_on:
             return True
-        if (
-            present is None
-            or settled_on is None
-            or present.shape != settled_on.shape
-            or "_hf_hook" not in self.__dict__
-        ):
+        if torch.compiler.is_exporting():  # torch.export puts other tensors in the places of all buffers
+            if settled_on is None:
+                raise AdapterError(f"{self.name}: loaded and never run. Run the model once before torch.export.")
+            return True
+        if present is None or settled_on is None or "_hf_hook" not in self.__dict__:
             return False
-        if torch.equal(present, settled_on.to(present)):
+        if present.shape == settled_on.shape and torch.equal(present, settled_on.to(present)):
             self._settled_on = present
         return self._settled_on is present
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "sketch":  # transformers writes a file's tensors so
+            self._settled_on = None
+        super().__setattr__(name, value)
 
     def await_file(self) -> None:
         """Put what a file will bring on the meta device, as PEFT's low_cpu_mem_usage does with parameters."""

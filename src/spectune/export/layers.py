@@ -73,7 +73,7 @@ def choose_adapter(model: nn.Module, asked: str | None) -> str:
 
 
 def fully_trained(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Get the tensors of modules_to_save, named as PEFT names them in a file."""
+    """Get the tensors of modules_to_save and the vectors of trained tokens, named as PEFT names them in a file."""
     tensors = {}
     for path, wrapper in model.named_modules():
         # PEFT's ModulesToSaveWrapper, known by its two parts.
@@ -82,6 +82,9 @@ def fully_trained(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor
             stem = PEFT_PREFIX + base_path(model, path)
             for name, tensor in copies[adapter_name].state_dict().items():
                 tensors[f"{stem}.{name}"] = tensor
+        vectors = getattr(wrapper, "trainable_tokens_delta", {})
+        if adapter_name in vectors and not path.endswith("tied_adapter"):
+            tensors[f"{PEFT_PREFIX}{base_path(model, path)}.trainable_tokens_delta"] = vectors[adapter_name].detach()
     return tensors
 
 

@@ -13,7 +13,7 @@ from ..errors import ExportError
 from .layers import base_path, base_paths, inner_model
 
 # Fields that mean the same in the config of the spectral adapter and of the LoRA.
-SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
+SHARED_FIELDS = ("task_type", "base_model_name_or_path", "revision", "modules_to_save", "trainable_token_indices")
 
 
 def lora_config(
@@ -43,6 +43,7 @@ def lora_config(
     return {
         "peft_type": "LORA",
         **shared,
+        "ensure_weight_tying": bool(getattr(ours, "ensure_weight_tying", False)),
         "base_model_name_or_path": name or None,
         "auto_mapping": None if shared["task_type"] else _class_of(inner),
         "target_modules": target_modules(modules, base_paths(model), shared["modules_to_save"] or []),

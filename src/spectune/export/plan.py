@@ -113,6 +113,11 @@ def _trained_in_full(folder: AdapterFolder, base: Checkpoint) -> dict[str, str]:
         front = name.removesuffix(own) if name.endswith(own) else front
     found = {}
     for key in carried_keys(folder):
+        if key.endswith(".trainable_tokens_delta"):
+            raise ExportError(
+                f"{folder.path}: trains the vectors of single tokens (trainable_token_indices), which are not merged "
+                f"file by file. Load the adapter and call merge_and_unload."
+            )
         # PEFT saves the trained bias of an adapted layer under the wrapped layer's name.
         name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
         starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))

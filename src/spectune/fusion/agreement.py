@@ -15,6 +15,8 @@ from .layers import Layers
 
 # The fields by which an adapter finds its layers, the same words in PEFT's LoRA and in ours.
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+# The fields that say what is trained in full beside the updates.
+CARRIED = ("modules_to_save", "trainable_token_indices")
 # Task types for which PEFT adds the head to modules_to_save by itself.
 WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -24,9 +26,10 @@ def common_config(adapters: Sequence[Adapter], layers: Layers, base: Base | None
     configs = [adapter.folder.config for adapter in adapters]
     named = next((adapter.base_name for adapter in adapters if adapter.base_name), None)
     common: dict[str, Any] = {"base_model_name_or_path": named or (base.name if base is not None else None)}
-    for key in ("task_type", "auto_mapping", "revision", "modules_to_save", "inference_mode", "format_version"):
+    for key in ("task_type", "auto_mapping", "revision", *CARRIED, "inference_mode", "format_version"):
         values = [config.get(key) for config in configs]
         common[key] = values[0] if all(value == values[0] for value in values) else None
+    common["ensure_weight_tying"] = all(config.get("ensure_weight_tying") for config in configs)
     common["target_parameters"] = expert_parameters(adapters) or None
     targets = [{key: _in_order(config.get(key)) for key in TARGETS} for config in configs]
     if layers.everywhere and all(target == targets[0] for target in targets):
@@ -60,4 +63,4 @@ def common_carried(adapters: Sequence[Adapter]) -> dict[str, torch.Tensor]:
 def without_heads(config: dict[str, Any]) -> dict[str, Any]:
     """Get what changes in the config of an adapter without heads: PEFT expects one in the file for these tasks."""
     task = config["task_type"]
-    return {"modules_to_save": None, "task_type": None if task in WITH_HEADS else task}
+    return {**dict.fromkeys(CARRIED), "ensure_weight_tying": False, "task_type": None if task in WITH_HEADS else task}

@@ -31,13 +31,21 @@ def find_bases(
     for weight in weights:
         if (request := basis_request(weight.name, weight.W_OI, config, ranks)) is not None:
             asked.setdefault(request, []).append(weight)
-    svd = config.svd_options
+    svd, share = config.svd_options, is_shared(config)
     bases: dict[str, Spectrum] = {}
     for request, weights in asked.items():
         cache = open_cache(svd.cache_dir)
-        spectra = obtain(weights, request, cache, share=svd.share, on_done=lambda weight: tick(weight.name))
+        spectra = obtain(weights, request, cache, share=share, on_done=lambda weight: tick(weight.name))
         bases |= {weight.name: spectrum for weight, spectrum in zip(weights, spectra, strict=True)}
     return bases
+
+
+def is_shared(config: SpectralConfig) -> bool:
+    """Ask whether the processes of a distributed run share the work of a new adapter.
+
+    A saved one is never waited for: scripts load it on the first process alone, to evaluate it there.
+    """
+    return config.svd_options.share and config.origin is None
 
 
 def weights_of_layers(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[Weight]:

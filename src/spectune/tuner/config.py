@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from .config_types import (
 from .directions import check_basis, check_directions
 from .how_to_load import REQUIRES, say_how_to_load
 from .method_options import METHOD_OPTIONS, MethodOptions
-from .origin import Origin
+from .origin import Origin, came_with_a_file
 from .peft_type import PEFT_TYPE
 from .svd_options import SVDOptions, svd_options_of
 
@@ -114,6 +113,14 @@ class SpectralConfig(MethodOptions, PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules trained in full and saved with the adapter, such as a classifier."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "Tokens whose vectors are trained: of the embedding, or of each layer named here."},
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={"help": "Keep tied what modules_to_save or trainable_token_indices trains of tied embeddings."},
     )
     bias: Literal["none", "all", "spectune_only"] = field(
         default="none", metadata={"help": "Train no biases, all, or those of the adapted layers."}
@@ -274,25 +281,6 @@ class SpectralConfig(MethodOptions, PeftConfig):
         """Write adapter_config.json; it and the README.md beside it say which package loads the adapter."""
         super().save_pretrained(save_directory, **kwargs)
         say_how_to_load(Path(save_directory), self.method)
-
-
-def came_with_a_file(config: SpectralConfig, origin: Origin) -> None:
-    """Note where a config was read, and take from it what a file may not choose: places to read and to write."""
-    config.origin = origin
-    if config.basis is not None:
-        file, config.basis = config.basis, None
-        warnings.warn(
-            f"adapter_config.json: basis={file[:200]!r} is ignored, since a file may not choose another one to read. "
-            f"Give it yourself: SpectralConfig.from_pretrained(…, basis=FILE).",
-            stacklevel=2,
-        )
-    if (named := config.svd_options.cache_dir) is not None:
-        config.svd_options.cache_dir = None
-        warnings.warn(
-            f"adapter_config.json: svd.cache_dir={str(named)[:200]!r} is ignored, since a file may not choose a folder "
-            f"to write in. To fill a cache, set svd.cache_dir in your own code.",
-            stacklevel=2,
-        )
 
 
 SpectralConfig.__doc__ = described(SpectralConfig)

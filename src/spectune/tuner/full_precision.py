@@ -20,7 +20,7 @@ from ..checkpoint.model_class import without_memory
 from ..records import Spectrum, Weight
 from ..spectrum import obtain, open_cache
 from .base_weight import backend_of, layout_of
-from .bases import basis_request
+from .bases import basis_request, is_shared
 from .config import SpectralConfig
 
 # |dequantised - stored| / |stored|. Four bits are off by 0.1 (nf4 with nested scales by 0.6 on a 32 x 32 weight, the
@@ -54,7 +54,7 @@ def bases_of_quantised(
         W_OI = None if stored is None else _full_weight(stored, path, layer)
         request = None if W_OI is None else basis_request(path, W_OI, config, ranks)
         if W_OI is not None and request is not None:
-            (bases[path],) = obtain([Weight(path, W_OI)], request, cache, share=config.svd_options.share)
+            (bases[path],) = obtain([Weight(path, W_OI)], request, cache, share=is_shared(config))
             tick(path)
     name = _name(model)
     if name and (missing := len(layers) - len(bases)):

@@ -19,9 +19,10 @@ from .base_weight import Layout, backend_of, layout_of
 from .bases import find_basis, plain_weight
 from .config import SpectralConfig
 from .mixed_rows import ROWS_DIFFER
+from .strengths import Strengths
 
 
-class SpectralLayer(BaseTunerLayer):
+class SpectralLayer(Strengths, BaseTunerLayer):
     """What every adapted layer shares: adapters by name, merge, unmerge, the update in the base's layout.
 
     The base weight is never changed. A merge puts another parameter in its place, and unmerging puts the
@@ -196,13 +197,6 @@ class SpectralLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Every method is additive, so PEFT's convert_to_lora serves linear layers (by dense SVD; ours is exact)."""
         return self.layout.kind == "linear"
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the strength of one adapter: 1 as trained, 0 for none. A rotation gets a smaller angle, not a mixture."""
-        if adapter in self.merged_adapters:
-            raise ValueError(f"{self.module_name}: adapter {adapter!r} is merged. Call unmerge_adapter first.")
-        if adapter in self.spectune_adapter:
-            self.module(adapter).strength = float(scale)
 
 
 class SpectralAdapted(nn.Module, SpectralLayer):

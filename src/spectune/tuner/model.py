@@ -30,14 +30,22 @@ from .full_precision import bases_of_quantised
 from .kinds import KINDS, kind_of
 from .layer import SpectralLayer
 from .named_adapters import NamedAdapters
+from .other_files import refuse_other_files
 from .own_code import is_read
 from .parameters import chosen_parameters, ranks_of_modules, say_what_all_linear_leaves_out
-from .pickled import refuse_pickling
 from .progress import ticking
 from .shared_basis import basis_apart, with_basis
 from .take_back import take_back
-from .targets import refuse_name_of_a_part, refuse_output_of_attention, refuse_unmatched_targets
+from .targets import (
+    refuse_name_of_a_part,
+    refuse_output_of_attention,
+    refuse_tied_targets,
+    refuse_unmatched_targets,
+    refuse_what_lora_cannot_have,
+    tie_saved_modules,
+)
 from .twins import hand_over, own_copy, twins
+from .usual_layers import choose_usual_layers
 
 
 class SpectralTuner(NamedAdapters):
@@ -56,6 +64,7 @@ class SpectralTuner(NamedAdapters):
         """Adapt the targeted layers. When one of them cannot be adapted, the model is left as it was."""
         config = self.peft_config[adapter_name]
         bring_spectra(config)
+        choose_usual_layers(config, model)
         refuse_unmatched_targets(config, model)
         refuse_name_of_a_part(adapter_name, model)
         say_what_all_linear_leaves_out(config, model)
@@ -149,6 +158,12 @@ class SpectralTuner(NamedAdapters):
                     self._create_and_replace(peft_config, adapter_name, expert, "", model, expert.module_name)
         return [target.path for target in self._stacked]
 
+    def _add_modules_to_save_to_tie(self, peft_config: SpectralConfig, tied_weight_keys: list[str]) -> None:
+        tie_saved_modules(peft_config, self.model, tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: SpectralConfig, tied_weight_keys: list[str]) -> None:
+        refuse_tied_targets()
+
     def _create_and_replace(
         self,
         peft_config: SpectralConfig,
@@ -185,6 +200,8 @@ class SpectralTuner(NamedAdapters):
                 target.update_out_proj(adapter_name, peft_config, r, self._owners)
             return target
         refuse_output_of_attention(parent, target_name, current_key)
+        if peft_config.origin is None:
+            refuse_what_lora_cannot_have(self, self._model, target_name, current_key)
         innermost: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = kind_of(innermost, current_key)
         adapted = kind(target, adapter_name, peft_config, current_key, r, self._owners, basis)
@@ -204,7 +221,7 @@ class SpectralTuner(NamedAdapters):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:
-        refuse_pickling()
+        refuse_other_files()
         for _, _, module in spectral_modules(model):
             module.settle()
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(model=model, **kwargs)

@@ -17,6 +17,8 @@ from .layer import SpectralLayer
 from .mixed_rows import rows_named
 from .origin import Origin
 
+FUSE = "For saved adapters of any method: spectune fuse A B -o AB --weights 1."
+
 
 class NamedAdapters(BaseTuner):
     """Every call that takes names of adapters: with names that do not exist it changes nothing and lists them all."""
@@ -48,16 +50,19 @@ class NamedAdapters(BaseTuner):
                 module.set_scale(adapter_name, scale)
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear", **svd: Any
     ) -> None:
         """Add an adapter whose update is sum_i weights_i dW_i, exactly.
 
         Possible where updates are linear in the trained numbers and share one basis: svft without a gate, and
         orthogonal_adaptation of one concept. For every other method `OptionError`: activate several adapters with
-        `set_adapter([...])` and weigh them with `set_scale`, which is exact as well.
+        `set_adapter([...])` and weigh them with `set_scale`, or add saved ones with `spectune fuse`; both are exact.
         """
-        if combination_type != "linear":
-            raise OptionError(f"combination_type={combination_type!r} is not supported, only 'linear'.")
+        if combination_type != "linear" or svd:
+            asked = ", ".join(
+                f"{name}={value!r}" for name, value in {"combination_type": combination_type, **svd}.items()
+            )
+            raise OptionError(f"{asked}: only combination_type='linear' is supported, without options. {FUSE}")
         if len(adapters) != len(weights) or not adapters:
             raise OptionError(f"{len(weights)} weights for {len(adapters)} adapters. Give one for each.")
         self._refuse_unknown_adapters("Trying to weigh", adapters)
@@ -65,7 +70,8 @@ class NamedAdapters(BaseTuner):
         if any(method != methods[0] for method in methods) or not methods[0].is_linear():
             raise OptionError(
                 f"{', '.join(adapters)}: updates of {methods[0].name} cannot be added by adding their numbers, or the "
-                f"options differ. Activate them together with set_adapter({adapters}) and weigh them with set_scale."
+                f"options differ. Activate them together with set_adapter({adapters}) and weigh them with set_scale. "
+                f"{FUSE}"
             )
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
         config.origin = config.origin and Origin()  # no file has what the new adapter holds

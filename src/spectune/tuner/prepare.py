@@ -28,6 +28,7 @@ from .full_precision import bases_of_quantised
 from .model import SpectralTuner
 from .number_scores import NumberScores
 from .progress import ticking
+from .usual_layers import choose_usual_layers
 
 AnyBatch = Mapping[str, Any]
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
@@ -197,7 +198,8 @@ def _bases_of_weights(model: nn.Module, layers: Mapping[str, Any], config: Spect
 def layers_of(model: nn.Module, config: SpectralConfig) -> dict[str, Any]:
     """Get path -> the base's own layer, for each layer that the config targets."""
     tuner = SpectralTuner.__new__(SpectralTuner)
-    complete = tuner._prepare_adapter_config(copy.copy(config), SpectralTuner.get_model_config(model))
+    choose_usual_layers(complete := copy.copy(config), model)
+    complete = tuner._prepare_adapter_config(complete, SpectralTuner.get_model_config(model))
     complete = _maybe_include_all_linear_layers(complete, model)
     found: dict[str, Any] = {}
     for path in sorted(chosen_layers(complete, model)):

@@ -7,9 +7,9 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
-from .config import SpectralConfig, came_with_a_file
+from .config import SpectralConfig
 from .model import SpectralTuner
-from .origin import Origin
+from .origin import Origin, came_with_a_file
 from .peft_type import METHOD, PEFT_TYPE
 
 

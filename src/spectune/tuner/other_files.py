@@ -1,4 +1,4 @@
-"""Refuses to save an adapter as a pickle: `save_pretrained(safe_serialization=False)`."""
+"""Refuses files that nobody could read back: pickles, and diffusers' file of a LoRA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from peft import PeftModel
 from ..errors import OptionError
 
 
-def refuse_pickling() -> None:
-    """Raise `OptionError` when PEFT is about to pickle the tensors that it asks for.
+def refuse_other_files() -> None:
+    """Raise `OptionError` when PEFT is about to pickle the tensors that it asks for, or diffusers to call them a LoRA.
 
-    PEFT tells no tuner how its tensors will be written, so this looks at the call that is running. Nobody else is
+    They tell no tuner how its tensors will be written, so this looks at the call that is running. Nobody else is
     concerned: what users do with a state dict is their own affair.
     """
     frame: FrameType | None = sys._getframe(1)
@@ -25,4 +25,9 @@ def refuse_pickling() -> None:
                     "spectune neither writes nor reads one. Leave safe_serialization out."
                 )
             return
+        if frame.f_code.co_name == "save_lora_adapter" and "diffusers" in frame.f_globals["__name__"]:
+            raise OptionError(
+                "save_lora_adapter writes the file of a LoRA, which this adapter is not. Write an exact LoRA with "
+                "spectune.export_lora(model, OUT, diffusers=PART), or save a PeftModel."
+            )
         frame = frame.f_back
