@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "spectune"
 FLOORS: dict[str, int] = {
     "__main__": 11,
     "cli": 10,
+    "plugins": 9,
     "papers": 8,
     "pages": 8,
     "demo": 7,
@@ -41,6 +42,9 @@ DOORS: dict[str, set[str]] = {
     "typer": {"cli"},
     "jinja2": {"pages"},
     "accelerate": {"training"},
+    "axolotl": {"plugins"},
+    "swift": {"plugins"},
+    "vllm": {"plugins"},
     "django": set(),
 }
 FORBIDDEN_FILES = {"utils.py", "common.py", "other.py", "helpers.py", "misc.py"}

@@ -33,7 +33,8 @@ app = typer.Typer(
 )
 for verb, (group, example) in VERBS.items():
     command = getattr(import_module(f".{verb}", __package__), verb)
-    app.command(name=verb, rich_help_panel=group, epilog=f"Example: {example}")(command)
+    others = {"ignore_unknown_options": verb == "trl"}  # its options are those of trl's scripts
+    app.command(name=verb, rich_help_panel=group, epilog=f"Example: {example}", context_settings=others)(command)
 
 
 def _print_version(asked: bool) -> None:

@@ -10,6 +10,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "init": (RUNS, "spectune init causal_lm > run.yaml"),
     "check": (RUNS, "spectune check run.yaml"),
     "train": (RUNS, "spectune train run.yaml -o runs/first training.epochs=2"),
+    "trl": (RUNS, "spectune trl sft --adapter spectral_a --adapter_r 8 --model_name_or_path base --dataset_name data"),
     "evaluate": (RUNS, "spectune evaluate runs/first"),
     "generate": (RUNS, "spectune generate runs/first --prompt 'Once upon a time'"),
     "report": (RUNS, "spectune report runs/first"),

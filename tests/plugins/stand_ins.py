@@ -1,0 +1,78 @@
+"""The parts of other tools that our plugins meet, as their sources have them: axolotl 0.19, ms-swift 4.6, vLLM.
+
+The tool itself is used where it can be imported: it needs a GPU's packages, which tests must not depend on.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def with_tool(monkeypatch: pytest.MonkeyPatch, plugin: str, **parts: dict[str, Any]) -> Any:
+    """Get a plugin of ours, imported afresh beside the real tool, or beside a stand-in of `module__name: {…}`."""
+    names = {module.replace("__", "."): content for module, content in parts.items()}
+    try:
+        for name in names:
+            import_module(name)
+    except ImportError:
+        for name, content in names.items():
+            for i in range(1, len(places := name.split(".")) + 1):
+                stem = ".".join(places[:i])
+                made = sys.modules.get(stem) if i < len(places) and stem in sys.modules else ModuleType(stem)
+                monkeypatch.setitem(sys.modules, stem, made)
+            vars(sys.modules[name]).update(content)
+    monkeypatch.delitem(sys.modules, f"spectune.plugins.{plugin}", raising=False)
+    found = import_module(f"spectune.plugins.{plugin}")
+    monkeypatch.delitem(sys.modules, f"spectune.plugins.{plugin}")
+    return found
+
+
+@dataclass(frozen=True)
+class AdapterCapabilities:
+    name: str
+    lora_like: bool = False
+    relora: bool = False
+
+
+class BasePlugin:
+    def get_input_args(self) -> str | None:
+        return None
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return []
+
+    def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
+        return None
+
+
+class PeftTuner:
+    """Saves with PEFT and loads with PEFT."""
+
+
+class LoRAResolver:
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        raise NotImplementedError
+
+
+class LoRAResolverRegistry:
+    def __init__(self) -> None:
+        self.resolvers: dict[str, Any] = {}
+
+    def register_resolver(self, resolver_name: str, resolver: Any) -> None:
+        self.resolvers[resolver_name] = resolver
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+
+AXOLOTL = {"axolotl__integrations__base": {"BasePlugin": BasePlugin, "AdapterCapabilities": AdapterCapabilities}}
