@@ -243,6 +243,20 @@ def _bare(part: dict[str, Any], figure: str) -> str:
     return f"{min(means):.0%} to {max(means):.0%}"
 
 
+def compatibility_table(record: dict[str, Any]) -> str:
+    lines = [
+        "From the tests' own record (`benchmarks/compatibility.py`); a stand-in has the parts of a tool that we meet.",
+        "",
+        "| tool | version tried | what was run | tests |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in record["tools"]:
+        result = ", ".join(f"{row[word]} {word}" for word in ("passed", "failed", "skipped") if row[word])
+        version = row["version"] if row["passed"] or row["failed"] else "not installed"
+        lines.append(f"| {row['tool']} | {version} | {row['ran']} | {result} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("README.md", demo_table),
     "step-small": ("README.md", step_table),
@@ -258,6 +272,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "data_spectra": ("docs/results.md", paired_table),
     "reward": ("docs/results.md", reward_table),
     "gpu": ("docs/speed.md", gpu_table),
+    "compatibility": ("docs/compatibility.md", compatibility_table),
 }
 # A GPU is there now and then only: until one has run benchmarks/gpu.py, its table says "not measured".
 MAY_LACK = {"gpu"}
