@@ -110,7 +110,12 @@ def python_names() -> str:
     homes = {name: home for name, home in spectune._HOME.items() if name not in ("METHODS",)}
     parts = [f"## {name}\n\n::: spectune.{home}.{name}\n" for name, home in homes.items()]
     foreign = {field.name for field in fields(PeftConfig)}
-    parts += ["## Fields of SpectralConfig\n", "Besides those of every PEFT config.\n", "| field | meaning |", "|---|---|"]
+    parts += [
+        "## Fields of SpectralConfig\n",
+        "Besides those of every PEFT config.\n",
+        "| field | meaning |",
+        "|---|---|",
+    ]
     for field in fields(spectune.SpectralConfig):
         if field.name not in foreign:
             parts.append(f"| `{field.name}` | {cell(field.metadata['help'])} |")
