@@ -13,6 +13,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "trl": (RUNS, "spectune trl sft --adapter spectral_a --adapter_r 8 --model_name_or_path base --dataset_name data"),
     "evaluate": (RUNS, "spectune evaluate runs/first"),
     "generate": (RUNS, "spectune generate runs/first --prompt 'Once upon a time'"),
+    "chat": (RUNS, "spectune chat runs/first"),
     "report": (RUNS, "spectune report runs/first"),
     "lr": (RUNS, "spectune lr run.yaml"),
     "compare": (COMPARING, "spectune compare sweep.yaml -o sweeps/first --jobs 2"),
