@@ -14,8 +14,8 @@ from spectune.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")
-# Options of other programs: git's, vLLM's.
-FOREIGN = {"--error-unmatch", "--always", "--dirty", "--max-lora-rank"}
+# Options of other programs: git's, vLLM's, those that `spectune trl` adds to trl's.
+FOREIGN = {"--adapter", "--error-unmatch", "--always", "--dirty", "--max-lora-rank"}
 COMMAND = re.compile(r"spectune ([a-z]+)((?: [^`\n;.]*)?)")
 
 

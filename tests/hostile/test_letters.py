@@ -61,13 +61,18 @@ def test_lines_titles_cells_and_rules_are_words() -> None:
 
 
 def test_progress_shows_names_as_they_are() -> None:
-    for kind in (Stages, Bytes):
-        place = StringIO()
-        with kind(Console(file=place, width=400)) as bars:
-            bars.begin(STEERING + MARKUP, 2)
-            bars.add_task("more", total=1, said=STEERING + MARKUP)
-        assert is_plain(place.getvalue())
-        assert place.getvalue().count(SHOWN) == place.getvalue().count(MARKUP) == 2
+    place = StringIO()
+    with Bytes(Console(file=place, width=400)) as bars:
+        bars.begin(STEERING + MARKUP, 2)
+        bars.add_task("more", total=1, said=STEERING + MARKUP)
+    with Stages(Console(file=place, width=400)) as stages:
+        stages.begin(STEERING + MARKUP, 2)(2, 2, None)
+    assert is_plain(place.getvalue())
+    assert place.getvalue().count(SHOWN) == place.getvalue().count(MARKUP) == 3
+    terminal = StringIO()
+    with Stages(Console(file=terminal, width=400, force_terminal=True, color_system=None)) as stages:
+        stages.begin(STEERING + MARKUP, 2)
+    assert SHOWN in terminal.getvalue() and MARKUP in terminal.getvalue() and "owned\x07" not in terminal.getvalue()
 
 
 def test_the_bar_of_attaching_shows_layers_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

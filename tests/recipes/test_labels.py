@@ -90,7 +90,7 @@ def test_check_prints_the_classes_of_each_split(tmp_path: Path, capsys: pytest.C
     (tmp_path / "run.yaml").write_text(json.dumps(tiny.text_run(tmp_path)))
     from spectune.cli.check import check
 
-    check(tmp_path / "run.yaml", None, False)
+    check(tmp_path / "run.yaml")
     said = capsys.readouterr().out
     assert "classes of train: no 12, yes 12" in said and "classes of validation: no 4, yes 4" in said
 

@@ -35,7 +35,22 @@ TARGETS = ["wide", "tall"]
 # PEFT's own part of every config: it stands there, and PEFT acts on it.
 OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 # directions and a budget need examples (test_prepare.py, test_budget.py); a basis is a file (test_shared_basis.py).
-ELSEWHERE = {"method", "svd", "directions", "spectra", "budget", "budget_by", "basis", "basis_id", *OF_PEFT}
+OF_EMBEDDINGS = {
+    "trainable_token_indices",
+    "ensure_weight_tying",
+}  # tests/tuner/test_peft_roads.py; there are none here
+ELSEWHERE = {
+    "method",
+    "svd",
+    "directions",
+    "spectra",
+    "budget",
+    "budget_by",
+    "basis",
+    "basis_id",
+    *OF_EMBEDDINGS,
+    *OF_PEFT,
+}
 OWN_OPTIONS = [field.name for field in dataclasses.fields(SpectralConfig) if field.name not in ELSEWHERE]
 OF_SVD = [field.name for field in dataclasses.fields(SVDOptions)]
 

@@ -105,6 +105,23 @@ def test_single_tokens_are_trained_saved_and_exported(build: Any, options: dict[
     torch.testing.assert_close(output(model.merge_and_unload(), LLAMA.inputs()), live, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"embed_tokns": [1]}, "no module of LlamaForCausalLM is called 'embed_tokns'. Did you mean 'embed_tokens'"),
+        ({"mlp": [1]}, "model.layers.0.mlp is a LlamaMLP and not an embedding"),
+        ([10**6], "token 1000000 does not exist in model.embed_tokens, which has 64"),
+        ([-1], "must be a list of token numbers"),
+        ({"": [1]}, "must be a list of token numbers"),
+        (["the"], "must be a list of token numbers"),
+        ({"q_proj": [1]}, "Take it out of target_modules"),
+    ],
+)
+def test_tokens_that_do_not_exist_are_refused(asked: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        get_peft_model(LLAMA.fresh(), SpectralConfig(target_modules=["q_proj"], trainable_token_indices=asked))
+
+
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head", "model.embed_tokens"])
 def test_tied_embeddings_that_are_trained_in_full_stay_tied(module: str, tmp_path: Path) -> None:
     tiny = type(LLAMA)(tied_llama, ("q_proj",), LLAMA.inputs)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SpectuneError, one_line, printable
+from .terminal import say
 from .verbs import VERBS
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -39,7 +40,7 @@ for verb, (group, example) in VERBS.items():
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"spectune {version('spectune')}")
+        say(f"spectune {version('spectune')}")
         raise typer.Exit
 
 

@@ -44,6 +44,7 @@ from .targets import (
     refuse_what_lora_cannot_have,
     tie_saved_modules,
 )
+from .trained_tokens import refuse_wrong_tokens
 from .twins import hand_over, own_copy, twins
 from .usual_layers import choose_usual_layers
 
@@ -67,6 +68,7 @@ class SpectralTuner(NamedAdapters):
         choose_usual_layers(config, model)
         refuse_unmatched_targets(config, model)
         refuse_name_of_a_part(adapter_name, model)
+        refuse_wrong_tokens(config, model)
         say_what_all_linear_leaves_out(config, model)
         self._stacked = chosen_parameters(config, model)
         try:
@@ -77,6 +79,10 @@ class SpectralTuner(NamedAdapters):
             except OptionError:
                 take_back(model, adapter_name)
                 raise
+        except TypeError as error:  # PEFT's: the embedding of trained tokens is an adapted layer, too
+            if isinstance(error, SpectuneError) or config.trainable_token_indices is None:
+                raise
+            raise OptionError(f"trainable_token_indices: {one_line(error)}. Take it out of target_modules.") from error
         except ValueError as error:  # PEFT's: a pattern names no layer of this model
             if isinstance(error, SpectuneError):
                 raise
