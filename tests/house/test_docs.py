@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from spectune.cli.app import app
 from spectune.demo import base_folder
 
 from ..effort import PATIENCE
@@ -71,7 +73,8 @@ def test_the_site_builds_without_a_warning_or_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_run_works_as_it_is_told(tmp_path: Path) -> None:
+def test_the_first_run_works_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for language, title, text in BLOCK.findall((DOCS / "tutorials" / "first-run.md").read_text()):
         if title:
             text = text.replace("sentence-transformers/all-MiniLM-L6-v2", str(base_folder()))
@@ -80,8 +83,7 @@ def test_the_first_run_works_as_it_is_told(tmp_path: Path) -> None:
             for line in text.splitlines():
                 program, *words = shlex.split(line.removeprefix("$ "))
                 assert program == "spectune"
-                command = [sys.executable, "-m", "spectune", *words]
-                done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-                assert done.returncode == 0, f"{line}: {done.stderr}"
+                done = CliRunner().invoke(app, words)
+                assert done.exit_code == 0, f"{line}: {done.output} {done.exception}"
     assert (tmp_path / "first" / "report.html").is_file()
     assert (tmp_path / "first-lora" / "adapter_model.safetensors").is_file()
