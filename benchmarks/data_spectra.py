@@ -40,7 +40,7 @@ CORE = {"method": "svft", "pattern": "dense", "basis_rank": 78, "target_modules"
 ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "lora": (LORA, [3e-4, 1e-3, 3e-3, 6e-3]),
     "lora_r1": (LORA | {"r": 1, "lora_alpha": 2}, [1e-3, 3e-3, 1e-2]),
-    "lora_every": (LORA | {"r": 3, "lora_alpha": 6, "target_modules": EVERY}, [3e-3]),
+    "lora_every": (LORA | {"r": 3, "lora_alpha": 6, "target_modules": EVERY}, [1e-3, 3e-3, 6e-3]),
     "dora": (LORA | {"use_dora": True}, [1e-3, 3e-3, 6e-3]),
     "spectral_a": ({"method": "spectral_a", "r": 8, "target_modules": QKV}, [4e-4, 1.2e-3, 3.6e-3]),
     "core_weight": (CORE, [3e-3, 1e-2]),
@@ -49,6 +49,9 @@ ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "core_activation": (CORE | {"directions": "activation"}, [3e-3]),
     "core_gradient_27": (CORE | {"directions": "gradient", "basis_rank": 27}, [1e-2]),
     "core_gradient_every": (CORE | {"directions": "gradient", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
+    # A tenth (10,404 numbers) and 1% (1,296) of LoRA r = 8's, at the default rate for the size: .24 / P.
+    "core_gradient_every_17": (CORE | {"directions": "gradient", "basis_rank": 17, "target_modules": EVERY}, [1.4e-2]),
+    "core_gradient_every_6": (CORE | {"directions": "gradient", "basis_rank": 6, "target_modules": EVERY}, [4e-2]),
     "core_activation_every": (CORE | {"directions": "activation", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
     "full": ("none", [3e-5, 1e-4]),  # type: ignore[dict-item]
 }

@@ -137,3 +137,24 @@ def reward_table(record: dict[str, Any]) -> str:
         bits = (f"{row[name]:.2f}" for name in ("base_surprise", "tuned_surprise"))
         lines.append("| " + " | ".join([str(row["seed"]), *shares, *bits]) + " |")
     return "\n".join(lines)
+
+
+def merging_table(record: dict[str, Any]) -> str:
+    tasks = list(record["rows"][0]["own"])
+    seeds = len(record["rows"])
+    own = ", ".join(f"{task} {record['rows'][0]['own'][task]:.1%}" for task in tasks)
+    lines = [
+        f"{len(tasks)} tasks, {seeds} {'seed' if seeds == 1 else 'seeds'}, {record['epochs']:g} epochs "
+        f"(`python benchmarks/merging.py`): share of each adapter's own test score that is left after the merge. "
+        f"Alone, seed {record['rows'][0]['seed']}: {own}.",
+        "",
+        f"| rule | mean | lowest task | {' | '.join(tasks)} | rank |",
+        f"|---|---:|---:|{'---:|' * len(tasks)}---:|",
+    ]
+    for arm, figures in record["kept"].items():
+        shares = [
+            sum(row["arms"][arm]["scores"][task] / row["own"][task] for row in record["rows"]) / seeds for task in tasks
+        ]
+        cells = [f"{figures['mean']['mean']:.1%}", f"{figures['worst']['mean']:.1%}", *(f"{s:.1%}" for s in shares)]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {figures['rank']} |")
+    return "\n".join(lines)

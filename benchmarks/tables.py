@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_tables import gpu_table
-from recipe_tables import gsm8k_table, paired_table, rates_table, reward_table, sweep_table
+from recipe_tables import gsm8k_table, merging_table, paired_table, rates_table, reward_table, sweep_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -265,6 +265,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "streaming": ("docs/svd.md", streaming_table),
     "fusion": ("docs/fusion.md", fusion_table),
     "gradient_fusion": ("docs/fusion.md", gradient_fusion_table),
+    "merging": ("docs/fusion.md", merging_table),
     "gsm8k": ("docs/results.md", gsm8k_table),
     "rates": ("docs/results.md", rates_table),
     "small_glue": ("docs/results.md", sweep_table),

@@ -106,7 +106,7 @@ def test_debugging_shows_where_a_failure_came_from(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
-    words = ["demo", "--steps", "40", "--sentences", "64", "--output", "out"]
+    words = ["demo", "--steps", "10", "--sentences", "64", "--output", "out"]
     command = [sys.executable, "-m", "spectune.cli", *words]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not (tmp_path / "out" / "frozen" / "run.yaml").exists():

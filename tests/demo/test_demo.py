@@ -8,11 +8,12 @@ import pytest
 
 from spectune.demo import DemoOptions, run_demo
 from spectune.errors import OptionError
-from spectune.methods import METHODS
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_every_method_survives_the_journey(method: str, tmp_path: Path) -> None:
+# One of each kind: trained singular vectors, coefficients between frozen ones, no basis at all. The others' travels are
+# tests/tuner's; each journey measures thousands of sentences.
+@pytest.mark.parametrize("method", ["spectral_a", "svft", "lidb"])
+def test_a_method_survives_the_journey(method: str, tmp_path: Path) -> None:
     options = DemoOptions(method=method, steps=3, sentences=40)
     done = run_demo(options, tmp_path, lambda line: None, lambda name, steps: lambda step, steps, loss: None)
     assert done.reload_agreement == 1.0 and done.lora_agreement == 1.0
