@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -103,3 +109,38 @@ def test_what_cannot_be_shared_is_refused() -> None:
         SpectralConfig(method="svft", pattern="top_k", share="kind")
     with pytest.raises(OptionError, match="shares it between layers"):
         AdapterBank(get_peft_model(LLAMA.fresh(), config("spectral_r")))
+
+
+SPECADAPT = {"method": "specadapt", "r": 2, "basis_rank": 4}
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("form", [*OPTIONS, "specadapt"])
+def test_an_adapter_that_is_injected_twice_under_one_name_begins_anew(form: str, low: bool) -> None:
+    first, second = LLAMA.fresh(), LLAMA.fresh()
+
+    def asked() -> SpectralConfig:
+        return SpectralConfig(**SPECADAPT, target_modules=list(LLAMA.targets)) if form == "specadapt" else config(form)
+
+    inject_adapter_in_model(asked(), first)
+    for _, _, module in spectral_modules(first):
+        for number in module.parameters():
+            number.data = 0.1 * torch.randn(number.shape)
+    saved = get_peft_model_state_dict(first)
+    inject_adapter_in_model(asked(), second)
+    inject_adapter_in_model(asked(), second, low_cpu_mem_usage=low)
+    set_peft_model_state_dict(second, saved, low_cpu_mem_usage=low)
+    inputs = LLAMA.inputs()
+    torch.testing.assert_close(second(**inputs).logits, first(**inputs).logits)
+    assert not torch.allclose(first(**inputs).logits, LLAMA.fresh()(**inputs).logits)
+
+
+def test_a_weight_whose_shared_numbers_would_be_replaced_is_not_left_behind() -> None:
+    model = LLAMA.fresh()
+    inject_adapter_in_model(SpectralConfig(target_modules=["q_proj", "k_proj"], **SPECADAPT), model)
+    before = get_peft_model_state_dict(model)
+    with pytest.raises(OptionError, match="_proj: trains the numbers of model.layers.0.self_attn.q_proj, which would"):
+        inject_adapter_in_model(SpectralConfig(target_modules=["q_proj"], **SPECADAPT), model)
+    assert get_peft_model_state_dict(model).keys() == before.keys()
+    inject_adapter_in_model(SpectralConfig(target_modules=["v_proj"], **SPECADAPT), model)  # only more of it
+    assert len(get_peft_model_state_dict(model)) > len(before)
