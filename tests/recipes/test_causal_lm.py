@@ -155,7 +155,7 @@ def test_examples_that_are_cut_are_counted(tmp_path: Path) -> None:
         ({"chat_template": "plain"}, "chat_template works only with format messages or chat: true"),
         ({"loss_on": "assistant"}, "loss_on: assistant needs messages"),
         ({"format": "alpaca"}, "is a template for formats? prompt_completion"),
-        ({"chat": True, "chat_template": "nowhere.jinja"}, "there is no file nowhere.jinja"),
+        ({"chat": True, "chat_template": "nowhere.jinja"}, "the file nowhere.jinja does not exist"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(data: dict[str, Any], line: str, tmp_path: Path) -> None:

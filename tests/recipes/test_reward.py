@@ -204,7 +204,7 @@ def test_scores_that_do_not_fit_are_refused(scores: str, tmp_path: Path) -> None
     ("asked", "line"),
     [
         ("mine.py", "expected FILE.py:function"),
-        ("nowhere.py:f", "there is no file nowhere.py"),
+        ("nowhere.py:f", "the file nowhere.py does not exist"),
         ("{folder}/mine.py:other", "has no function 'other'"),
         ("{folder}/broken.py:f", "cannot run"),
         ("{folder}/text.txt:f", "is not a Python file"),

@@ -114,20 +114,23 @@ def test_what_cannot_be_shared_is_refused() -> None:
 SPECADAPT = {"method": "specadapt", "r": 2, "basis_rank": 4}
 
 
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "a PeftModel"])
+@pytest.mark.parametrize("low", [False, True], ids=["", "low memory"])
 @pytest.mark.parametrize("form", [*OPTIONS, "specadapt"])
-def test_an_adapter_that_is_injected_twice_under_one_name_begins_anew(form: str, low: bool) -> None:
-    first, second = LLAMA.fresh(), LLAMA.fresh()
+def test_an_adapter_that_is_injected_twice_under_one_name_begins_anew(form: str, low: bool, wrapped: bool) -> None:
 
     def asked() -> SpectralConfig:
         return SpectralConfig(**SPECADAPT, target_modules=list(LLAMA.targets)) if form == "specadapt" else config(form)
 
-    inject_adapter_in_model(asked(), first)
+    def adapted() -> Any:
+        model: Any = LLAMA.fresh()
+        return get_peft_model(model, asked()) if wrapped else inject_adapter_in_model(asked(), model)
+
+    first, second = adapted(), adapted()
     for _, _, module in spectral_modules(first):
         for number in module.parameters():
             number.data = 0.1 * torch.randn(number.shape)
     saved = get_peft_model_state_dict(first)
-    inject_adapter_in_model(asked(), second)
     inject_adapter_in_model(asked(), second, low_cpu_mem_usage=low)
     set_peft_model_state_dict(second, saved, low_cpu_mem_usage=low)
     inputs = LLAMA.inputs()

@@ -25,34 +25,37 @@ def kind_of_layer(layer: str) -> str:
 class Owners:
     """The first adapted weight of each group, which holds the shared numbers of one adapter."""
 
-    def __init__(self, modules: Iterable[SpectralModule] = ()) -> None:
-        self._first: dict[str, SpectralModule] = {}
-        self.members: list[SpectralModule] = []
-        for module in modules:
-            self.add(module)
+    def __init__(self, modules: Iterable[tuple[str, SpectralModule]] = ()) -> None:
+        self._first: dict[str, tuple[str, SpectralModule]] = {}
+        self._groups: dict[str, str] = {}
+        for path, module in modules:
+            self.add(module, path)
 
-    def add(self, module: SpectralModule) -> None:
-        """Note a weight; it becomes the owner if it is the first of its group, or replaces the first."""
+    def add(self, module: SpectralModule, path: str = "") -> None:
+        """Note a weight; it becomes the owner if it is the first of its group, or replaces the first.
+
+        `path` is where it stands in the model, if that is not its name: a wrapped model has longer paths.
+        """
+        path = path or module.name
         if module.method.shared_by():
-            self.members.append(module)
-            first = self._first.setdefault(group_of(module.method, module.name), module)
-            if first.name == module.name:
-                self._first[group_of(module.method, module.name)] = module
+            group = self._groups[path] = group_of(module.method, path)
+            if self._first.setdefault(group, (path, module))[0] == path:
+                self._first[group] = path, module
 
     def refuse_left_behind(self, attached_again: Callable[[str], bool]) -> None:
         """Raise `OptionError` if an owner is to be attached again, and a weight that trains its numbers is not."""
-        for module in self.members:
-            owner = self._first[group_of(module.method, module.name)]
-            if attached_again(owner.name) and not attached_again(module.name):
+        for path, group in self._groups.items():
+            owner, _ = self._first[group]
+            if attached_again(owner) and not attached_again(path):
                 raise OptionError(
-                    f"{module.name}: trains the numbers of {owner.name}, which would be replaced. Give the new "
-                    f"adapter another name, or delete the old one first."
+                    f"{path}: trains the numbers of {owner}, which would be replaced. Give the new adapter another "
+                    f"name, or delete the old one first."
                 )
 
     def of(self, method: Method, layer: str, rows_O: int, cols_I: int) -> SpectralModule | None:
         """Get the holder of a layer's shared numbers, None for the first; `OptionError` if it holds other shapes."""
-        owner = self._first.get(group_of(method, layer)) if method.shared_by() else None
-        if owner is None or owner.name == layer:  # an adapter that is attached once more begins anew
+        path, owner = self._first.get(group_of(method, layer), ("", None)) if method.shared_by() else ("", None)
+        if owner is None or path == layer:  # an adapter that is attached once more begins anew
             return None
         held = owner.method.shared_shapes(owner.U_OR.shape[0], owner.Vh_RI.shape[1])
         for name, shape in method.shared_shapes(rows_O, cols_I).items():

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SpectuneError, one_line, printable
-from .terminal import say
 from .verbs import VERBS
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -40,6 +39,8 @@ for verb, (group, example) in VERBS.items():
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from .terminal import say
+
         say(f"spectune {version('spectune')}")
         raise typer.Exit
 

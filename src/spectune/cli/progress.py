@@ -41,7 +41,7 @@ class Rate(ProgressColumn):
 
 
 class Stages(Progress):
-    """One bar for each stage of a run, on one console; lines where there is no terminal, as in a log."""
+    """One bar for each stage of a run; without a terminal, as in a log, a line now and then in place of a bar."""
 
     def __init__(self, console: Console) -> None:
         columns = (Words("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeElapsedColumn())
@@ -56,15 +56,17 @@ class Stages(Progress):
             said = "" if loss is None else f"loss {loss:.3f}"
             self.update(bar, completed=step, total=steps, said=said)
             if self.disable and (step == steps or step % line_every(steps) == 0):
-                self.console.print(self._line(name, step, steps, said), soft_wrap=True)
+                self.console.print(_line(self.tasks[self.task_ids.index(bar)]), soft_wrap=True)
 
         return on_step
 
-    def _line(self, name: str, step: int, steps: int, said: str) -> str:
-        task = self.tasks[-1]
-        speed = f"{task.speed:.1f}/s" if task.speed else ""
-        left = f"{timedelta(seconds=int(task.time_remaining))} left" if task.time_remaining and step < steps else ""
-        return ", ".join(part for part in (f"{name}: {step} of {steps}", said, speed, left) if part)
+
+def _line(task: Task) -> str:
+    """Get a bar in words: what is done of how much, what is said of it, how fast, time left."""
+    done = f"{task.description}: {task.completed:.0f} of {task.total or 0:.0f}"
+    speed = f"{task.speed:.1f}/s" if task.speed else ""
+    left = f"{timedelta(seconds=int(task.time_remaining))} left" if task.time_remaining else ""
+    return ", ".join(part for part in (done, task.fields["said"], speed, left) if part)
 
 
 def line_every(steps: int) -> int:

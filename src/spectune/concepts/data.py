@@ -42,7 +42,7 @@ def read_shots(folder: Path, caption: str, side: int, masks: Path | None = None)
     captions = _captions(Path(folder))
     for name in captions:
         if not any(path.name == name for path in paths):
-            raise DataError(f"{folder}/metadata.jsonl: there is no file {name!r}. Add it or remove the line.")
+            raise DataError(f"{folder}/metadata.jsonl: the file {name!r} does not exist. Add it or remove the line.")
     shots = []
     for path in paths:
         beside = path.with_suffix(".txt")

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import torch
 
-from .contract import Fusion, Part, of_factors
-from .core import DENSITY, check_share, core_space, elect
+from .contract import Part, of_factors
+from .core import Core, core_space, elect
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignedTies(Fusion):
+class AlignedTies(Core):
     """Give all updates the same left singular vectors, then resolve conflicts of sign in their right factors.
 
     [dW_1, ..., dW_N] = U S [V_1, ..., V_N];   dW = U S TIES(w_1 V_1, ..., w_N V_N),   V_i of P x I
@@ -26,16 +26,6 @@ class AlignedTies(Fusion):
 
     name: ClassVar[str] = "aligned_ties"
     paper: ClassVar[str] = "Model Merging with SVD to Tie the KnOTS, arXiv 2410.19735"
-    whole_weights: ClassVar[bool] = True
-
-    density: float = DENSITY
-    """The share of each update's numbers that stays, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        check_share("density", self.density)
-
-    def is_linear(self) -> bool:
-        return True
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         space = core_space(parts)

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import OptionError
-from ..records import Delta
-from .compact import Compact, compact
+from .compact import in_order
 from .contract import Fusion, Part, of_compact
 
 # Singular values of the stack below this share of the largest are roundoff: directions that several updates have in
@@ -30,10 +29,8 @@ class Cores:
 
     def part(self, core_PQ: torch.Tensor, parts: Sequence[Part]) -> Part:
         """Get the fused part of a layer with the update Q M Qh."""
-        rows_P, cols_Q = core_PQ.shape
-        eye_PP, eye_QQ = torch.eye(rows_P, dtype=core_PQ.dtype), torch.eye(cols_Q, dtype=core_PQ.dtype)
-        small = compact(Delta(eye_PP, core_PQ, eye_QQ))
-        return of_compact(parts, Compact(self.Q_OP @ small.X_OP, small.S_P, small.Yh_PI @ self.Qh_QI))
+        U_PK, S_K, Vh_KQ = torch.linalg.svd(core_PQ, full_matrices=False)
+        return of_compact(parts, in_order(self.Q_OP @ U_PK, S_K, Vh_KQ @ self.Qh_QI))
 
 
 def core_space(parts: Sequence[Part]) -> Cores:

@@ -113,11 +113,12 @@ def save_lora(
         _refuse_non_finite(layer, B_OP, A_PI)
         error = error if lost[layer] else max(error, _rounding(found_OP, found_PI, whole.size))
         factors[layer] = B_OP, A_PI
-    for layer, (B_OP, A_PI) in factors.items():
+    for layer in parts:
+        B_OP, A_PI = factors.pop(layer)  # a large result is not held twice
         ranks[layer] = max(ranks.values()) if pad else ranks[layer]
         rank, kernel = ranks[layer], parts[layer].stored.kernel
-        missing = rank - len(A_PI)
-        B_OP, A_PI = functional.pad(B_OP, (0, missing)), functional.pad(A_PI, (0, 0, 0, missing))
+        if missing := rank - len(A_PI):
+            B_OP, A_PI = functional.pad(B_OP, (0, missing)), functional.pad(A_PI, (0, 0, 0, missing))
         tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = A_PI.reshape(rank, -1, *kernel) if kernel else A_PI
         tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = B_OP.reshape(*B_OP.shape, *(1 for _ in kernel))
     _refuse_loss(lost, max_rank, allow_lossy)

@@ -289,5 +289,5 @@ def _plain_template(tokenizer: Any) -> str:
 
 def _read_template(path: str) -> str:
     if not Path(path).is_file():
-        raise OptionError(f"data.chat_template: there is no file {path}. Give a .jinja file, or plain.")
+        raise OptionError(f"data.chat_template: the file {path} does not exist. Give a .jinja file, or plain.")
     return Path(path).read_text("utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError, nearest
-from .data import Row, filled, place
+from .data import Row, each, filled
 from .messages import conversation
 
 Format = Literal["messages", "prompt_completion", "alpaca", "text"]
@@ -72,17 +72,7 @@ def prepared(
 
     messages: everything before the last answer is the prompt, the last answer the completion.
     """
-    found = []
-    for i, row in enumerate(rows):
-        where = place(row, split, i)
-        try:
-            found.append(Row(_one(row, form, prompt, completion, chat), where))
-        except KeyError as error:
-            name = str(error.args[0])
-            raise DataError(f"{where}: format {form} needs the column {name!r}. {nearest(name, list(row))}") from None
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    return found
+    return each(rows, split, f"format {form}", lambda row: _one(row, form, prompt, completion, chat))
 
 
 def _one(

@@ -9,7 +9,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,23 @@ def _from_hub(data: DataSection, split: str) -> list[Row]:
 def place(row: Mapping[str, Any], split: str, position: int) -> str:
     """Get a row's place for an error message: its file and row, else its split and position."""
     return getattr(row, "where", "") or f"data.{split}, row {position + 1}"
+
+
+def each(
+    rows: Sequence[Mapping[str, Any]], split: str, form: str, read: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> list[Row]:
+    """Get every row as `read` makes it; `DataError` gives file and row, and the column that `form` needs."""
+    found = []
+    for i, row in enumerate(rows):
+        where = place(row, split, i)
+        try:
+            found.append(Row(read(row), where))
+        except KeyError as error:
+            name = str(error.args[0])
+            raise DataError(f"{where}: {form} needs the column {name!r}. {nearest(name, list(row))}") from None
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+    return found
 
 
 def is_missing(value: Any) -> bool:

@@ -61,7 +61,7 @@ def own_reward(asked: str) -> OwnReward:
     if not file or not name:
         raise OptionError(f"--reward {asked}: expected FILE.py:function.")
     if not path.is_file():
-        raise OptionError(f"--reward {asked}: there is no file {file}. Check the path.")
+        raise OptionError(f"--reward {asked}: the file {file} does not exist. Check the path.")
     spec = spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise OptionError(f"--reward {asked}: {file} is not a Python file. Give FILE.py:function.")

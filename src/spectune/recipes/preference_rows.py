@@ -5,26 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import DataError, nearest
+from ..errors import DataError
 from .conversations import fill
-from .data import Row, is_missing, place
+from .data import Row, each, is_missing
 from .messages import conversation
 from .preference_config import PreferenceData
 
 
 def preferences(rows: Sequence[Mapping[str, Any]], data: PreferenceData, labelled: bool, split: str) -> list[Row]:
     """Get rows with prompt, chosen and rejected, or prompt, completion and label; `DataError` gives file and row."""
-    found = []
-    for i, row in enumerate(rows):
-        where = place(row, split, i)
-        try:
-            found.append(Row(_labelled(row, data) if labelled else _pair(row, data), where))
-        except KeyError as error:
-            name = str(error.args[0])
-            raise DataError(f"{where}: the column {name!r} is missing. {nearest(name, list(row))}") from None
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
-    return found
+    read = _labelled if labelled else _pair
+    return each(rows, split, "a labelled answer" if labelled else "a preference", lambda row: read(row, data))
 
 
 def _pair(row: Mapping[str, Any], data: PreferenceData) -> dict[str, Any]:
@@ -81,7 +72,7 @@ def _messages(row: Mapping[str, Any], side: str) -> list[Any]:
     if len(talk) > 1:  # a conversation from its beginning; a prompt beside it repeats its question
         return talk
     if is_missing(prompt) or prompt in ("", []):
-        raise DataError(f"there is no prompt: {side} has only one message, and the column prompt is empty.")
+        raise DataError(f"the prompt is missing: {side} has only one message, and the column prompt is empty.")
     return [*(prompt if isinstance(prompt, (list, tuple)) else [_said("user", prompt)]), *talk]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..training.loop import Plan, looped
 from .answers import continuations
 from .causal_lm import CausalLM
 from .conversations import fill
-from .data import Row, limited, load_splits, place
+from .data import Row, each, limited, load_splits
 from .messages import read_messages
 from .recipe import Answered, Shown, Written
 from .reward_config import RewardConfig
@@ -60,15 +60,7 @@ class FromRewards(CausalLM):
         return {split: self._prepared(part, split) for split, part in rows.items()}
 
     def _prepared(self, rows: Sequence[Row], split: str) -> list[Row]:
-        found = []
-        for i, row in enumerate(rows):
-            where = place(row, split, i)
-            try:
-                found.append(Row(_asked(row, self.config) | {"columns": dict(row)}, where))
-            except KeyError as error:
-                raise DataError(f"{where}: the column {error} is missing. Its columns: {', '.join(row)}.") from None
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
+        found = each(rows, split, "a reward run", lambda row: _asked(row, self.config) | {"columns": dict(row)})
         kept = [row for row in found if len(self.asked(row)) <= self.config.data.max_tokens]
         if not kept:
             raise DataError(f"data.{split}: no prompt fits into max_tokens={self.config.data.max_tokens}. Raise it.")
@@ -218,7 +210,7 @@ class _DropUnsaved(TrainerCallback):
             path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
 
-def _asked(row: Row, config: RewardConfig) -> dict[str, Any]:
+def _asked(row: Mapping[str, Any], config: RewardConfig) -> dict[str, Any]:
     """Get the prompt of a row, and its reference answer or None."""
     data = config.data
     if data.format == "messages":
@@ -226,7 +218,7 @@ def _asked(row: Row, config: RewardConfig) -> dict[str, Any]:
         last = turns[-1:] if turns and turns[-1]["role"] == "assistant" else []
         turns = turns[: len(turns) - len(last)]
         if not turns:
-            raise DataError("there is no question in the messages.")
+            raise DataError("the messages contain no question.")
         return {"prompt": turns, "answer": last[0]["content"] if last else None}
     prompt = fill(data.prompt or "{prompt}", row)
     if not prompt.strip():

@@ -212,7 +212,7 @@ def require_splits(sweep: SweepConfig) -> None:
     if sweep.forgetting is not None and "causal_lm" not in kinds:
         raise OptionError(f"forgetting: works only for language models, not for {', '.join(kinds)}. Leave it out.")
     if sweep.forgetting is not None and sweep.forgetting.file is not None and not Path(sweep.forgetting.file).is_file():
-        raise DataError(f"forgetting: there is no file {sweep.forgetting.file}. Check the path.")
+        raise DataError(f"forgetting: the file {sweep.forgetting.file} does not exist. Check the path.")
 
 
 def metric_of(figures: Mapping[str, Mapping[str, float]], splits: Sequence[str], name: str | None) -> tuple[str, float]:

@@ -120,8 +120,9 @@ class SpectralTuner(NamedAdapters):
         self._twins = twins(model, adapter_name, self.peft_config)
         self._ranks = LayerRanks(config.rank_pattern, config.target_parameters)
         self._concessions = Concessions(config)
-        self._owners = Owners(module for _, name, module in spectral_modules(model) if name == adapter_name)
-        if self._owners.members:  # the name is there already, and its weights train numbers together
+        present = [(path, module) for path, name, module in spectral_modules(model) if name == adapter_name]
+        self._owners = Owners(present)
+        if present:
             complete = self._prepare_adapter_config(config, self.get_model_config(model))
             complete = _maybe_include_all_linear_layers(complete, model)
             self._owners.refuse_left_behind(lambda path: bool(self._check_target_module_exists(complete, path)))
