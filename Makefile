@@ -51,6 +51,7 @@ bench: $(VENV)/test.stamp  ## Rerun the small speed suite and compare its ratios
 
 docs: $(VENV)/test.stamp  ## Write the reference from the code and build the pages into site/
 	@$(BIN)/python docs/make_reference.py
+	@$(BIN)/python docs/make_public.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## Remove the environment and the caches

@@ -37,6 +37,11 @@ def parse_config(values: Mapping[str, Any], where: str = "run") -> RunConfig:
     """Get the checked configuration of a run from plain values, as in YAML."""
     if "recipe" not in values:
         raise OptionError(f"{where}: recipe: is missing. {nearest('', list(RECIPES))}")
+    if values["recipe"] == "text_to_image" and "pipeline" in values:
+        raise OptionError(
+            f"{where}: pipeline: it was written before 0.1.0. Write the sections of spectune init text_to_image: "
+            f"pipeline is model, images is data.train, token is word.token, unet is adapter.unet."
+        )
     config = validate(recipe_class(values["recipe"]).Config, values, where)
     for options in config.adapters:
         try:

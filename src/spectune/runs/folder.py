@@ -47,6 +47,11 @@ class Run:
         """Get an existing run; `AdapterError` for any other folder."""
         run = cls(Path(folder))
         if not (run.folder / RUN_FILE).is_file():
+            if (run.folder / "concept.json").is_file():
+                raise AdapterError(
+                    f"{folder}: this concept was trained before 0.1.0. Draw with it by spectune.concepts.pipeline."
+                    f"load_concepts, or train it again."
+                )
             raise AdapterError(f"{folder}: this is not the folder of a run: it has no {RUN_FILE}. Check the path.")
         return run
 

@@ -74,4 +74,9 @@ def read_record(path: str | Path) -> SweepRecord:
     try:
         return SweepRecord.read_file(path, "Delete it to repeat the run.")
     except DataError as error:
+        if '"status":' in Path(path).read_text("utf-8", "replace"):
+            raise OutputError(
+                f"{path}: this record was written before 0.1.0. Delete {Path(path).parent} and repeat the command: "
+                f"finished runs are not trained again."
+            ) from None
         raise OutputError(str(error)) from None
