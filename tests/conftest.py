@@ -51,3 +51,17 @@ def pytest_configure(config: pytest.Config) -> None:
     peft comes huggingface_hub, which reads the environment once.
     """
     config.addinivalue_line("filterwarnings", "ignore::peft.utils.warning.PeftWarning")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Skip a test in which transformers itself refuses the installed PEFT: it does so for a LoRA, too.
+
+    transformers 5.24 does so for `add_adapter` and its kin until PEFT 0.22 is out; we allow it in no range.
+    """
+    try:
+        return (yield)
+    except ValueError as error:
+        if "The version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(f"transformers refuses this PEFT for every method: {error}")

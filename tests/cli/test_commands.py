@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,13 +12,7 @@ from pathlib import Path
 import pytest
 
 from ..effort import PATIENCE
-
-
-def spectune(*words: str, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "spectune.cli", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **more}, timeout=PATIENCE
-    )
+from ..warm import spectune
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +33,6 @@ def test_the_demo_reloads_exports_and_reports(journey: tuple[Path, dict[str, obj
     assert result["config"]["seed"] == 0 and all(check["ok"] for check in result["checks"])
     assert (folder / "run" / "adapter" / "adapter_config.json").exists()
     assert (folder / "lora" / "adapter_config.json").exists()
-
-
-def test_the_same_seed_gives_the_same_adapter(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
-    folder, figures = journey
-    done = spectune("demo", "--steps", "4", "--sentences", "64", "--output", "again", "--json", cwd=tmp_path)
-    again = json.loads(done.stdout)
-    assert {**again, "report": ""} == {**figures, "report": ""}
-    name = "run/adapter/adapter_model.safetensors"
-    assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_export_prints_the_proof(journey: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
@@ -105,8 +89,10 @@ def test_debugging_shows_where_a_failure_came_from(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr and "AdapterError" in done.stderr
 
 
-def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
-    words = ["demo", "--steps", "10", "--sentences", "64", "--output", "out"]
+def test_an_interrupted_demo_goes_on_to_the_same_adapter(
+    journey: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    words = ["demo", "--steps", "4", "--sentences", "64", "--output", "out", "--json"]
     command = [sys.executable, "-m", "spectune.cli", *words]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not (tmp_path / "out" / "frozen" / "run.yaml").exists():
@@ -121,6 +107,10 @@ def test_an_interrupted_demo_goes_on(tmp_path: Path) -> None:
     assert running.returncode == 130 and "interrupted" in said and "Traceback" not in said, said
     done = spectune(*words, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "out" / "run" / "report.html").exists(), done.stderr
+    folder, figures = journey
+    assert {**json.loads(done.stdout), "report": ""} == {**figures, "report": ""}
+    name = "run/adapter/adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     again = spectune(*words, cwd=tmp_path)
     assert again.returncode == 1 and "contains a finished demo. Pass --overwrite" in again.stderr
 

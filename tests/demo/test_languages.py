@@ -20,7 +20,8 @@ def test_parts_share_no_sentence_and_every_language_stands_in_each() -> None:
 
 
 def test_translations_of_one_message_stand_on_one_side() -> None:
-    rows = languages._rows({code: languages._catalogue(code) for code in ("de", "fr", "it")})
+    files = languages._files()
+    rows = languages._rows({code: languages._catalogue(files[code]) for code in ("de", "fr", "it")})
     message_of = {text: message for message, text, _ in rows}
     task = load_languages()
     sides = [

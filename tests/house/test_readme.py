@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..effort import PATIENCE
+from ..warm import script, spectune
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [ROOT / "docs", ROOT / "examples"]
 PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted(folder.rglob("*.md")))]
-HELP = "import sys; sys.argv = ['spectune', '--help']; from spectune.cli import main; main()"
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -29,7 +25,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("place", "code"), blocks("python"), ids=[place for place, _ in blocks("python")])
 def test_python_blocks_run(place: str, code: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    done = script(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -45,13 +41,7 @@ def test_make_targets_that_are_named_exist() -> None:
 
 
 def test_spectune_verbs_that_are_named_exist() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HELP],
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    done = spectune("--help", COLUMNS="200", NO_COLOR="1", TERM="dumb")
     assert done.returncode == 0, done.stderr
     # A verb stands first on its line of the help page, behind at most the frame.
     verbs = set(re.findall(r"^[^\w-]*([a-z][a-z-]*)\b", done.stdout, re.M))

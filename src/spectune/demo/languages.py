@@ -59,7 +59,8 @@ class LanguageTask:
 
 def load_languages() -> LanguageTask:
     """Get the task; the same parts on every machine for one release of Django. `MissingExtraError` without it."""
-    rows = _rows({code: _catalogue(code) for code in LANGUAGES})
+    files = _files()
+    rows = _rows({code: _catalogue(files[code]) for code in LANGUAGES})
     messages = sorted({message for message, _, _ in rows})
     random.Random(SPLIT_SEED).shuffle(messages)
     test_end = int(TEST_SHARE * len(messages))
@@ -88,15 +89,23 @@ def _shuffled(rows: list[tuple[str, int]]) -> Sentences:
     return Sentences(tuple(text for text, _ in rows), tuple(target for _, target in rows))
 
 
-def _catalogue(code: str) -> dict[str, str]:
-    """Get message -> translation from Django's compiled catalogues, without importing Django."""
+def _files() -> dict[str, list[Path]]:
+    """Get language -> Django's compiled catalogues in it, in one walk through its folder and without importing it."""
     spec = find_spec("django")
     if spec is None or spec.origin is None:
         raise MissingExtraError(
             "the demo needs the package django for its sentences. Run: pip install 'spectune[demo]'"
         )
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(Path(spec.origin).parent.glob("**/locale/*/LC_MESSAGES/django*.mo")):
+        found[path.parts[-3]].append(path)
+    return found
+
+
+def _catalogue(files: list[Path]) -> dict[str, str]:
+    """Get message -> translation from compiled catalogues; the first of two translations stays."""
     found: dict[str, str] = {}
-    for path in sorted(Path(spec.origin).parent.glob(f"**/locale/{code}/LC_MESSAGES/django*.mo")):
+    for path in files:
         with path.open("rb") as file:
             catalogue = vars(gettext.GNUTranslations(file))["_catalog"]
         for key, translation in catalogue.items():
