@@ -24,14 +24,15 @@ class Echo:
     processing = None
 
     def __init__(self, talks: bool) -> None:
-        self.talks, self.asked, self.on = talks, list[Any](), True
+        self.talks, self.asked, self.on, self.by = talks, list[Any](), True, list[str]()
 
     def as_prompt(self, text: str) -> Any:
         return [{"role": "user", "content": text}] if self.talks else f"Q: {text}"
 
     def generate(self, model: Any, prompts: list[Any], streamer: Any, **options: Any) -> list[str]:
         self.asked.append(prompts[0])
-        return [f" answer {len(self.asked)}{'' if model.on else ' of the base'}"]
+        self.by.append("the adapter" if model.on else "the base")
+        return [f" answer {len(self.asked)}"]
 
     @contextmanager
     def disable_adapter(self) -> Any:
@@ -67,7 +68,7 @@ def test_where_a_run_knows_no_turns_every_line_is_a_prompt_of_its_own() -> None:
 def test_the_base_answers_the_same_and_is_not_part_of_the_conversation() -> None:
     talking, echo = talk(True)
     talking.hear("one"), talking.hear("/base"), talking.hear("two")
-    assert echo.asked[1] == echo.asked[0] and echo.on
+    assert echo.asked[1] == echo.asked[0] and echo.by == ["the adapter", "the base", "the adapter"]
     assert [turn["content"] for turn in echo.asked[2]] == ["one", "answer 1", "two"]
 
 

@@ -18,10 +18,12 @@ from spectune import export_lora, fuse, merge_checkpoint
 from spectune.algebra import dense
 from spectune.checkpoint import LoraFile, open_checkpoint
 from spectune.errors import AdapterError, ExportError, OptionError, OutputError, SpectuneError
+from spectune.fusion import folder
+from spectune.fusion.compact import Compact
 from spectune.records import Delta
 
 from ..models import MODELS, output
-from .parts import base_folder, load_base, lora, save_adapter, spectral
+from .parts import base_folder, load_base, lora, random, save_adapter, spectral
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,17 @@ def test_trained_singular_values_are_fused_saved_and_exported_exactly(shelf: Pat
     assert saved.kind == "spectral_a" and saved.error < 1e-6
     export_lora(shelf / "with_shifts", shelf / "with_shifts_lora", overwrite=True)
     assert_same(update(shelf, "with_shifts_lora"), wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_error_of_a_saved_lora_covers_the_rounding_of_either_factor(side: str) -> None:
+    S_P = torch.tensor([4.0, 1.0], dtype=torch.float64)  # their roots are exact in float32
+    X_OP, Yh_PI = torch.linalg.qr(random(8, 2))[0], torch.linalg.qr(random(8, 2, seed=1))[0].mT
+    exact = torch.eye(8, dtype=torch.float64)[:2]
+    X_OP, Yh_PI = (X_OP, exact) if side == "left" else (exact.mT, Yh_PI)
+    B_OP, A_PI, _ = Compact(X_OP, S_P, Yh_PI).factors(2)
+    missing = torch.linalg.matrix_norm(B_OP.float().double() @ A_PI.float().double() - B_OP @ A_PI)
+    assert 0 < float(missing) / float(S_P.norm()) <= folder._rounding(B_OP, A_PI, float(S_P.norm())) < 1e-6
 
 
 def test_average_takes_every_method_and_rank(shelf: Path, tmp_path: Path) -> None:

@@ -203,6 +203,13 @@ def test_labels_of_one_kind_are_warned_of(tmp_path: Path) -> None:
     assert any("every label of train is True" in said for said in recipe.warnings())
 
 
+def test_rows_sorted_by_label_are_mixed(tmp_path: Path) -> None:
+    train = tiny.lines(tmp_path / "rows.jsonl", [ONE | {"prompt": f"w{i}", "label": i < 8} for i in range(16)])
+    recipe, _ = made(tiny.preference_run(tmp_path, loss="kto", data={"train": train}), tmp_path)
+    labels = [row["label"] for row in recipe.splits["train"]]
+    assert sum(labels) == 8 and labels != sorted(labels, reverse=True)
+
+
 def test_an_adapter_exports_to_a_lora(tmp_path: Path) -> None:
     from spectune import export_lora
 
