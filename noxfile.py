@@ -95,7 +95,7 @@ def _say_what_broke(session: nox.Session, environment: dict[str, str]) -> None:
     told = {**ENVIRONMENT, **environment}
     session.run(python_of(session), "-m", "pip", "check", success_codes=[0, 1], env=told)
     session.run(python_of(session), "-m", "spectune.cli", "env", env=told)
-    words = ["--tb=line", "-rf", "-p", "no:warnings", *(session.posargs or TOUCHING)]
+    words = ["--tb=line", "-rf", "-W", "ignore", *(session.posargs or TOUCHING)]
     session.run(python_of(session), "-m", "pytest", "-q", *words, env=told)
 
 

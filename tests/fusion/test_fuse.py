@@ -378,8 +378,8 @@ def test_loras_are_read_layer_by_layer_and_progress_is_told(tmp_path: Path, monk
 
 def test_targets_in_another_order_are_the_same_targets(tmp_path: Path) -> None:
     folders = [save_adapter(tmp_path, name, lora(3), seed) for seed, name in enumerate("ab")]
-    for folder, names in zip(folders, (["q_proj", "down_proj"], ["down_proj", "q_proj"]), strict=True):
-        path = folder / "adapter_config.json"
+    for saved, names in zip(folders, (["q_proj", "down_proj"], ["down_proj", "q_proj"]), strict=True):
+        path = saved / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": names}))
     written = fuse(folders, rule="average").save(tmp_path / "fused").path / "adapter_config.json"
     assert json.loads(written.read_text())["target_modules"] == ["down_proj", "q_proj"]

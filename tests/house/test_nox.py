@@ -12,3 +12,7 @@ def test_no_session_runs_whatever_python_is_first_on_the_path() -> None:
     calls = [node for node in ast.walk(ast.parse(NOXFILE.read_text("utf-8"))) if isinstance(node, ast.Call)]
     runs = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "run"]
     assert len(runs) > 5 and {ast.unparse(call.args[0]) for call in runs} == {"python_of(session)"}
+
+
+def test_no_session_turns_off_a_plugin_whose_markers_tests_use() -> None:
+    assert "no:warnings" not in NOXFILE.read_text("utf-8")  # pytest refuses `filterwarnings` as unknown then
