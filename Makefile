@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --constra
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench docs release clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,5 +54,13 @@ docs: $(VENV)/test.stamp  ## Write the reference from the code and build the pag
 	@$(BIN)/python docs/make_public.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
+$(VENV)-release/release.stamp: release/requirements.txt
+	@$(PYTHON) -m venv $(VENV)-release
+	@$(VENV)-release/bin/python -m pip install -qq --disable-pip-version-check --requirement $<
+	@touch $@
+
+release: $(VENV)-release/release.stamp  ## Build wheel and sdist twice, check them, try each extra alone (EXTRAS=train,llm or none)
+	@$(VENV)-release/bin/python release/make_release.py $(if $(EXTRAS),--extras $(EXTRAS))
+
 clean:  ## Remove the environment and the caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-release .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,10 @@ Each session makes its own environment; torch is a large download (CPU wheels: P
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import nox
 
@@ -53,7 +56,7 @@ def oldest(session: nox.Session) -> None:
     run_tests(session, "tests")
 
 
-@nox.session(python=["3.10", "3.13"])
+@nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
 def newest(session: nox.Session) -> None:
     """What pip chooses today."""
     session.install("--upgrade", "--editable", ".[test]", *NEWEST.values())
@@ -105,6 +108,30 @@ def next_peft(session: nox.Session) -> None:
     session.install("--editable", ".[test]")
     session.install("--no-deps", "git+https://github.com/huggingface/peft")
     run_tests(session, *TOUCHING)
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+@nox.parametrize("extra", ["", "train", "llm", "vision", "diffusion", "quant", "gguf", "report", "demo"])
+def extra(session: nox.Session, extra: str) -> None:
+    """The wheel without its source tree, with one extra alone: what it promises runs in an empty folder."""
+    session.run(python_of(session), "-m", "pip", "wheel", "-q", "--no-deps", "-w", session.create_tmp(), ".")
+    wheel = max(Path(session.create_tmp()).glob("*.whl"))
+    session.install("torch", "--constraint", "constraints.txt")
+    session.install(f"spectune[{extra}] @ {wheel.resolve().as_uri()}" if extra else str(wheel))
+    script = shutil.copy("release/promises.py", session.create_tmp())
+    session.chdir(tempfile.mkdtemp())
+    session.run(python_of(session), str(script), extra or "core", env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(python=["3.12"])
+def sdist(session: nox.Session) -> None:
+    """All tests of the unpacked sdist, on its own sources."""
+    session.install("build")
+    session.run(python_of(session), "-m", "build", "--sdist", "--outdir", session.create_tmp(), ".")
+    shutil.unpack_archive(max(Path(session.create_tmp()).glob("*.tar.gz")), session.create_tmp())
+    session.chdir(next(path for path in Path(session.create_tmp()).glob("spectune-*") if path.is_dir()))
+    session.install("--editable", ".[test]", *NEWEST.values())
+    run_tests(session, "tests")
 
 
 @nox.session(python=False)

@@ -238,7 +238,7 @@ def truncate(B_OP: torch.Tensor, A_PI: torch.Tensor, rank: int) -> tuple[torch.T
     """
     left_OP, R_left = torch.linalg.qr(B_OP)
     right_IP, R_right = torch.linalg.qr(A_PI.T)
-    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.T)
+    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
     total = float(torch.linalg.vector_norm(S_P))
     lost = float(torch.linalg.vector_norm(S_P[rank:])) / total if total else 0.0
     root_R = S_P[:rank].sqrt()

@@ -48,7 +48,7 @@ def test_what_is_wrong_is_one_line(file: Path, tmp_path: Path, monkeypatch: pyte
         with pytest.raises(AdapterError, match="transformers cannot read this GGUF file"):
             open_checkpoint(tmp_path / name)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(MissingExtraError, match="pip install gguf"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'spectune\[gguf\]'"):
         open_checkpoint(file)
 
 

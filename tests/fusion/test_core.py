@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectune.algebra import dense, rank
+from spectune.algebra import dense, rank, truncate
 from spectune.errors import OptionError
 from spectune.fusion import FUSIONS, Part
+from spectune.fusion.compact import compact
 from spectune.fusion.core import Cores, core_space
 from spectune.fusion.table import build_fusion
 from spectune.records import Delta
@@ -154,3 +155,14 @@ def test_a_share_is_above_0_and_at_most_1(rule: str, option: str) -> None:
     for value in (0.0, 1.5, float("nan")):
         with pytest.raises(OptionError, match=f"{option}={value} must be a share above 0 and at most 1"):
             build_fusion(rule, {option: value})
+
+
+@pytest.mark.parametrize(("rows", "cols", "width"), [(12, 8, 11), (8, 12, 11), (8, 8, 11), (12, 8, 5)])
+def test_an_update_wider_than_a_side_of_its_weight_is_decomposed_and_cut(rows: int, cols: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    B_OP, A_PI = (torch.randn(*shape, generator=generator).double() for shape in ((rows, width), (width, cols)))
+    found = compact(Delta(B_OP, torch.ones(width, dtype=torch.float64), A_PI))
+    torch.testing.assert_close(found.X_OP * found.S_P @ found.Yh_PI, B_OP @ A_PI)
+    left_OR, right_RI, lost = truncate(B_OP, A_PI, width)
+    torch.testing.assert_close(left_OR @ right_RI, B_OP @ A_PI)
+    assert lost < 1e-12

@@ -23,6 +23,14 @@ CASES: dict[str, dict[str, Any]] = {
     "svft-random": {"method": "svft", "pattern": "random", "basis_rank": 6, "gate": True},
     "svft-top_k": {"method": "svft", "pattern": "top_k", "off_diagonals": 1},
     "svft-chosen": {"method": "svft", "pattern": "chosen", "places": 10, "basis_rank": 6},
+    "svft-gradient": {
+        "method": "svft",
+        "pattern": "banded",
+        "off_diagonals": 1,
+        "basis_rank": 6,
+        "directions": "gradient",
+    },
+    "svft-shared": {"method": "svft", "pattern": "dense", "core": [3, 3], "directions": "gradient"},
     "specadapt": {"method": "specadapt", "r": 2, "basis_rank": 5},
     "svft-dense": {"method": "svft", "pattern": "dense", "core": [3, 2]},
     "one_sided": {"method": "one_sided", "r": 2, "side": "left"},
@@ -51,12 +59,17 @@ def targets(options: dict[str, Any]) -> list[str]:
     return ["lin0"] if options.get("pattern") == "top_k" else ["lin0", "lin1"]
 
 
-def config_of(options: dict[str, Any]) -> SpectralConfig:
+# The directions are in a basis file beside the adapter, which others can share.
+SHARED = ("svft-shared",)
+
+
+def config_of(case: str, options: dict[str, Any]) -> SpectralConfig:
     config = SpectralConfig(target_modules=targets(options), **options)
-    if options.get("pattern") != "chosen":
+    if options.get("pattern") != "chosen" and "directions" not in options:
         return config
     batches = [{"x": torch.eye(8)[i : i + 2]} for i in range(0, 8, 2)]
-    return prepare(Base(), config, batches, loss=lambda model, batch: model(batch["x"]).square().sum())
+    save = HERE / case if case in SHARED else None
+    return prepare(Base(), config, batches, loss=lambda model, batch: model(batch["x"]).square().sum(), save=save)
 
 
 def main() -> None:
@@ -66,7 +79,7 @@ def main() -> None:
     for case, options in CASES.items():
         if (HERE / case).exists():
             continue
-        model = get_peft_model(Base(), config_of(options))
+        model = get_peft_model(Base(), config_of(case, options))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for _, parameter in sorted(model.named_parameters()):

@@ -36,7 +36,7 @@ class GgufFile:
             import gguf
         except ImportError:
             raise MissingExtraError(
-                f"{path}: reading a GGUF file needs the package gguf. Run: pip install gguf"
+                f"{path}: reading a GGUF file needs the package gguf. Run: pip install 'spectune[gguf]'"
             ) from None
         check_gguf_header(path)
         try:

@@ -29,7 +29,7 @@ def from_trl(recipe: str, *names: str, module: str = "trl") -> list[Any]:
     except ImportError as error:
         raise MissingExtraError(
             f"recipe {recipe}: cannot import trl, which trains language models ({error}). "
-            f"Run: pip install 'spectune[llm,train]'"
+            f"Run: pip install 'spectune[llm]'"
         ) from None
 
 
