@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: the keys of a run, the commands, the Python names.
+"""Write docs/reference and README's table of methods from the code.
 
     python docs/make_reference.py
 
@@ -7,6 +7,8 @@ A test fails where the committed pages are not what this writes.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from spectune.methods import METHODS
 from spectune.recipes.table import RECIPES, recipe_class
 
 FOLDER = Path(__file__).parent / "reference"
+README = Path(__file__).parents[1] / "README.md"
+# The width of the weight in the table of methods: that of the attention in models of 7 and 8 billion numbers.
+WIDTH = 4096
 NOTE = "<!-- Written by docs/make_reference.py from the code. -->\n"
 
 
@@ -122,6 +127,30 @@ def python_names() -> str:
     return "\n".join([NOTE, "# Python\n", *parts, ""])
 
 
+def methods() -> str:
+    """Get the rows of README's table: what each method trains, when to use it, its size and the rank of its LoRA."""
+    lines = [
+        f"| `method=` | what it does | use it when | numbers in a {WIDTH} × {WIDTH} weight | exact LoRA rank | paper |",
+        "| --- | --- | --- | ---: | ---: | --- |",
+    ]
+    for name, kind in METHODS.items():
+        method = kind().fitted(WIDTH, WIDTH)
+        shapes = [*method.trained_shapes(WIDTH, WIDTH).values(), *method.shared_shapes(WIDTH, WIDTH).values()]
+        count, rank = sum(math.prod(shape) for shape in shapes), method.exact_rank(WIDTH, WIDTH)
+        does = cell((kind.__doc__ or "").splitlines()[0]).rstrip(".")
+        number = re.search(r"arXiv (\S+)$", kind.paper)
+        paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else cell(kind.paper)
+        lines.append(f"| `{name}` | {does} | {kind.use_when} | {count:,} | {rank:,} | {paper} |")
+    return "\n".join(lines)
+
+
+def readme() -> str:
+    """Get README with the table as it should be."""
+    start, end = "<!-- methods -->", "<!-- /methods -->"
+    head, _, rest = README.read_text(encoding="utf-8").partition(start)
+    return f"{head}{start}\n\n{methods()}\n\n{end}{rest.partition(end)[2]}"
+
+
 PAGES = {"run-keys.md": run_keys, "commands.md": commands, "python.md": python_names}
 
 
@@ -130,6 +159,7 @@ def main() -> None:
     for name, page in PAGES.items():
         (FOLDER / name).write_text(page(), encoding="utf-8")
         print(FOLDER / name)
+    README.write_text(readme(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,18 +25,22 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.M | re.S)
 
 
-def written_pages() -> dict[str, Any]:
+def written_pages() -> Any:
     spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return dict(module.PAGES)
+    return module
 
 
 @pytest.mark.parametrize("name", ["run-keys.md", "commands.md", "python.md"])
 def test_the_reference_is_what_the_code_says(name: str) -> None:
     found = (DOCS / "reference" / name).read_text(encoding="utf-8")
-    assert found == written_pages()[name](), "run python docs/make_reference.py"
+    assert found == written_pages().PAGES[name](), "run python docs/make_reference.py"
+
+
+def test_the_readme_has_every_method() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == written_pages().readme(), "run docs/make_reference.py"
 
 
 def places(menu: Any) -> list[str]:

@@ -42,6 +42,8 @@ class Method:
     """The word in `SpectralConfig(method=...)`, in files and in the docs."""
     paper: ClassVar[str]
     """Title and arXiv number."""
+    use_when: ClassVar[str] = ""
+    """When to choose it, for the README's table; empty for a method that is not in it."""
     learning_rate: ClassVar[float]
     """A first guess for AdamW; the subclass says where it comes from."""
 

@@ -32,6 +32,7 @@ class OneSided(Tied):
     name: ClassVar[str] = "one_sided"
     takes_any_directions: ClassVar[bool] = True
     paper: ClassVar[str] = "PiCa, parameter-efficient fine-tuning with column space projection, ICLR 2026"
+    use_when: ClassVar[str] = "One side of each layer must stay as it is; half of a LoRA's numbers at the same rank."
     # Between LoRA's usual 2e-4 and specadapt's 3e-3; chosen, not measured.
     learning_rate: ClassVar[float] = 1e-3
 

@@ -32,6 +32,7 @@ class LiDB(Method):
 
     name: ClassVar[str] = "lidb"
     paper: ClassVar[str] = "HyperDreamBooth (Lightweight DreamBooth), arXiv 2307.06949"
+    use_when: ClassVar[str] = "You compare with the papers on concepts: the smallest adapters among their baselines."
     # Between the Spectral Adapter's comparison (5e-4 for the text encoder, 1e-4 for the UNet) and what suits small
     # models best, 3e-3 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-3
@@ -105,6 +106,7 @@ class OrthogonalAdaptation(Method):
 
     name: ClassVar[str] = "orthogonal_adaptation"
     paper: ClassVar[str] = "Orthogonal Adaptation for Modular Customization of Diffusion Models, arXiv 2312.02432"
+    use_when: ClassVar[str] = "You compare with the papers on merging concepts: their baseline trained to be merged."
     # Between LoRA's in the same comparison (1e-4, UNet) and what suits small models best, 3e-3
     # (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-4

@@ -40,6 +40,7 @@ class SpecAdapt(Method):
     paper: ClassVar[str] = (
         "SpecAdapt, optimizer-level adaptation in a truncated SVD basis (zhangkunzk/SpecAdapt_pytorch)"
     )
+    use_when: ClassVar[str] = "Numbers are few but many directions matter; decay can spare the large singular values."
     # The trainer's rate for all nineteen VTAB-1k tasks, with gradients normalised to unit rms; it also suits small
     # models best, without that (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-3

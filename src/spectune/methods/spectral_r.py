@@ -31,6 +31,9 @@ class SpectralR(Tied):
 
     name: ClassVar[str] = "spectral_r"
     paper: ClassVar[str] = "Spectral Adapter: Fine-Tuning in Spectral Space, arXiv 2405.13952"
+    use_when: ClassVar[str] = (
+        "Numbers must be few and the singular values stay: small tasks, styles, learning from rewards."
+    )
     # The rate of the paper's r = 2 and r = 40 runs on the UNet (section 4.3 settings, r = 8 took 5e-2); small models do
     # best at 1e-2 to 3e-2 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 1e-2

@@ -28,6 +28,9 @@ class SVDiff(Tied):
 
     name: ClassVar[str] = "svdiff"
     paper: ClassVar[str] = "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning, arXiv 2303.11305"
+    use_when: ClassVar[str] = (
+        "The singular vectors must stay, and a step may take longer: it needs the full SVD, and no small LoRA holds it."
+    )
     # Between the Spectral Adapter's comparison (1e-3 for the text encoder, 1e-4 for the UNet) and what suits small
     # models best, 1e-2 (benchmarks/results/rates.json).
     learning_rate: ClassVar[float] = 3e-3
