@@ -8,11 +8,13 @@ from typing import Any
 
 from spectune.runs import (
     Check,
+    Confusion,
     Example,
     LayerMove,
     LayerSpectrum,
     Metric,
     RunResult,
+    Sample,
     Size,
     machine,
     versions,
@@ -63,6 +65,17 @@ def full_record(**more: Any) -> RunResult:
             Check(name="the base is untouched", ok=True, text="all 103 tensors bit for bit as before"),
             Check(name="the LoRA export is exact", ok=True, text="largest difference of logits 2.4e-7"),
             Check(name="the file loads on a bfloat16 base", ok=False, text="off by 0.4%, at most 0.1% was asked for"),
+        ],
+        confusion=Confusion(
+            split="test",
+            labels=["account", "humor", "shipping"],
+            counts=[[61, 2, 4], [1, 38, 9], [3, 5, 77]],
+        ),
+        samples=[
+            Sample(
+                prompt="Where is my parcel?", expected="It is on its way.", before="I am a model", after="On its way."
+            ),
+            Sample(prompt="Tell me a joke", before="", after="A parcel walks into a bar."),
         ],
         examples=[*examples, Example(text="Tell me a joke about parcels", expected="humor", predicted="shipping")],
     )

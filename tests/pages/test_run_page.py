@@ -10,8 +10,8 @@ import pytest
 
 from spectune.errors import MissingExtraError, OutputError
 from spectune.pages import write_report
-from spectune.pages.run_page import MOST_EXAMPLES, headline, readable_bytes, render
-from spectune.runs import Check, Example, LayerSpectrum, Metric, Size
+from spectune.pages.run_page import MOST_CLASSES, MOST_EXAMPLES, headline, readable_bytes, render
+from spectune.runs import Check, Confusion, Example, LayerSpectrum, Metric, Sample, Size
 
 from .records import bare_record, full_record
 
@@ -66,9 +66,25 @@ def test_every_part_of_the_record_is_on_the_page() -> None:
         "test loss",
         "2.4e-7",
         "humor",
+        "always shipping",
+        "A parcel walks into a bar.",
+        "in the data: It is on its way.",
+        '<td class="n">85</td><td class="n">85.6%</td><td class="n">90.6%</td><td class="n">88.0%</td>',
     ):
         assert words in page, words
-    for part in ("results", "loss", "figures", "spectra", "sizes", "checks", "examples", "configuration", "versions"):
+    for part in (
+        "results",
+        "loss",
+        "figures",
+        "classes",
+        "samples",
+        "spectra",
+        "sizes",
+        "checks",
+        "examples",
+        "configuration",
+        "versions",
+    ):
         assert f'id="{part}"' in page, part
     assert page.count('aria-label="holds"') == 2 and page.count('aria-label="fails"') == 1
     assert record.versions["torch"] in page and record.machine["platform"] in page
@@ -93,6 +109,8 @@ def test_hostile_text_is_shown_and_not_obeyed() -> None:
         sizes=[Size(name=HOSTILE, trainable=1, file_bytes=1)],
         spectra=[LayerSpectrum(name=HOSTILE, before=[2.0, 1.0], after=[2.5, 1.0])],
         checks=[Check(name=HOSTILE, ok=True, text=HOSTILE)],
+        confusion=Confusion(split=HOSTILE, labels=[HOSTILE, "b"], counts=[[1, 0], [0, 1]]),
+        samples=[Sample(prompt=HOSTILE, expected=HOSTILE, before=HOSTILE, after=HOSTILE)],
         examples=[Example(text=HOSTILE, expected=HOSTILE, predicted=name) for name in (HOSTILE, "x")],
     )
     tags = Tags(render(record))
@@ -103,6 +121,20 @@ def test_hostile_text_is_shown_and_not_obeyed() -> None:
 def test_an_empty_record_is_a_page_without_empty_figures() -> None:
     page = render(bare_record())
     assert "<svg" not in page and 'id="checks"' not in page and 'id="versions"' in page
+
+
+def test_a_run_is_compared_with_always_answering_the_largest_class() -> None:
+    said = headline(full_record(compared=[]))
+    assert said.startswith("test accuracy: 87.4%, against 42.5% (always shipping)")
+    other = full_record(compared=[], metrics={"test": {"macro_f1": 0.8}})
+    assert "always" not in headline(other)  # an accuracy says nothing about another metric
+
+
+def test_many_classes_are_listed_without_a_matrix() -> None:
+    names = [f"class {i}" for i in range(MOST_CLASSES + 1)]
+    counts = [[int(i == j) * 1234 for j in range(len(names))] for i in range(len(names))]
+    page = render(full_record(confusion=Confusion(split="test", labels=names, counts=counts)))
+    assert page.count("1,234") == len(names) and "draws no table of 13 x 13 classes" in page
 
 
 def test_a_long_list_of_examples_is_cut_and_says_so() -> None:

@@ -85,10 +85,14 @@ def train(
     if not main:
         return
     if as_json:
-        long = {"losses", "spectra", "updates", "examples", "drawings", "curves", "completions"}
+        long = {"losses", "spectra", "updates", "examples", "drawings", "curves", "completions", "samples", "confusion"}
         print(json.dumps(result.model_dump(mode="json", exclude=long) | {"folder": result.folder}, indent=2))
         return
     print_metrics(result.metrics, console)
+    if result.confusion:
+        label, share = result.confusion.most_frequent
+        said = f"always answering {label} is right in {share:.1%} of {result.confusion.split}"
+        console.print(printable(said), markup=False, soft_wrap=True)
     if result.directions:
         console.print(f"directions: {result.directions}", markup=False, soft_wrap=True)
     console.print(f"{result.trainable:,} numbers trained; the run is in {folder}", soft_wrap=True)

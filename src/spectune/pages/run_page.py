@@ -14,6 +14,8 @@ from .frame import fill
 
 # Examples of each kind that the page shows; it says how many there are. Chosen, not measured.
 MOST_EXAMPLES = 12
+# Classes up to which the table of right and answered classes is drawn; more are listed without it. Chosen.
+MOST_CLASSES = 12
 PEAK = "peak memory"
 # Layers that the page names, those that moved farthest first. Chosen.
 MOST_LAYERS = 8
@@ -50,6 +52,7 @@ def _parts(result: RunResult) -> dict[str, Any]:
         "lost_steps": len(result.losses) - len(finite),
         "spectra": [(layer.name, spectrum_chart(layer), _moved(layer.before, layer.after)) for layer in result.spectra],
         "largest": max((size.trainable for size in result.sizes), default=0) or 1,
+        "matrix": result.confusion is not None and len(result.confusion.labels) <= MOST_CLASSES,
         "right": [example for example in result.examples if example.right],
         "wrong": [example for example in result.examples if not example.right],
         "most": MOST_EXAMPLES,
@@ -62,18 +65,30 @@ def figures(result: RunResult) -> list[Metric]:
 
     The last share is the run's result: the first metric of its test (else validation) examples.
     """
+    main = main_figure(result)
     own = [
         Metric(name=f"{split} {name}", value=value, share=name in SHARES and 0 <= value <= 1)
         for split, metrics in result.metrics.items()
         for name, value in metrics.items()
     ]
-    main = main_figure(result)
     own = [metric for metric in own if metric != main] + ([main] if main else [])
     if result.step_seconds is not None:
         own.append(Metric(name="seconds a step", value=result.step_seconds, note="median", share=False))
     if result.peak_bytes is not None:
         own.append(Metric(name=PEAK, value=result.peak_bytes, note=result.device, share=False))
-    return [*result.compared, *own]
+    return [*baselines(result), *own]
+
+
+def baselines(result: RunResult) -> list[Metric]:
+    """Get what to compare the main figure with: the run's baselines, and always answering the most frequent class."""
+    main, confusion = main_figure(result), result.confusion
+    if confusion is None or main is None or main.name != f"{confusion.split} accuracy":
+        return result.compared
+    label, share = confusion.most_frequent
+    return [
+        *result.compared,
+        Metric(name=f"always {label}", value=share, note=f"the largest class of {confusion.split}"),
+    ]
 
 
 def main_figure(result: RunResult) -> Metric | None:
@@ -93,7 +108,7 @@ def headline(result: RunResult) -> str:
     main, said = main_figure(result), f"{result.method}, {result.steps:,} steps"
     if main is not None:
         said = f"{main.name}: {main.value:.1%}"
-        ends = sorted((metric for metric in result.compared if metric.share), key=lambda metric: metric.value)
+        ends = sorted((metric for metric in baselines(result) if metric.share), key=lambda metric: metric.value)
         rivals = ends if len(ends) < 2 else [ends[0], ends[-1]]
         if rivals:
             said += ", against " + " and ".join(f"{metric.value:.1%} ({metric.name})" for metric in rivals)
@@ -107,7 +122,7 @@ def headline(result: RunResult) -> str:
 def _tiles(result: RunResult) -> list[tuple[str, str]]:
     """Get the few large figures under the headline; the gain is over the strongest baseline."""
     tiles, main = [], main_figure(result)
-    rivals = [metric for metric in result.compared if metric.share]
+    rivals = [metric for metric in baselines(result) if metric.share]
     if rivals and main is not None:
         rival = max(rivals, key=lambda metric: metric.value)
         tiles.append((f"{100 * (main.value - rival.value):+.1f} points", f"over {rival.name}"))

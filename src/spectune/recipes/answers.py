@@ -163,3 +163,12 @@ def harness_scores(
         # lm-eval lists the number of questions among the figures.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and metric != "sample_len"
     }
+
+
+def before_and_after(model: Any, write: Callable[[], list[str]], count: int) -> tuple[list[str], list[str]]:
+    """Get what is written with the model's adapter off, empty if it has none, and with it on."""
+    after = [text.strip() for text in write()]
+    if not hasattr(model, "disable_adapter"):
+        return [""] * count, after
+    with model.disable_adapter():
+        return [text.strip() for text in write()], after

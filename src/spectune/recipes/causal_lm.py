@@ -18,7 +18,7 @@ from ..training.arguments import checked_arguments, loop_arguments
 from ..training.loop import Plan, looped
 from .answers import (
     GENERATED,
-    begins_texts,
+    before_and_after,
     continuations,
     end_ids,
     gsm8k_answer,
@@ -26,9 +26,9 @@ from .answers import (
     harness_scores,
 )
 from .causal_lm_config import CausalLMConfig
-from .conversations import PLAIN_TEMPLATE, answer_of, as_asked, prepared, prompt_of
+from .conversations import answer_of, as_asked, prepared, prompt_of, question_of, template
 from .data import Row, limited, load_splits, place
-from .recipe import Answered, Recipe, Shown, pretrained, some
+from .recipe import Answered, Recipe, Sampled, Shown, pretrained, some
 from .tokens import IGNORED, Tokens
 from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, is_silent, losses
 from .trl_trainers import from_trl, trl_trainer
@@ -67,7 +67,7 @@ class CausalLM(Recipe):
         tokenizer = load_tokenizer(self.config.model, self.config.revision)
         asked = self.config.data.chat_template
         if asked is not None:
-            tokenizer.chat_template = _plain_template(tokenizer) if asked == "plain" else _read_template(asked)
+            tokenizer.chat_template = template(tokenizer, asked)
         if self.config.data.talks and tokenizer.chat_template is None:
             raise OptionError(
                 f"data: the rows are conversations, but the tokenizer of {self.config.model} has no chat template. "
@@ -230,6 +230,10 @@ class CausalLM(Recipe):
         words = [str(p).translate(marks) for p in self.processing.convert_ids_to_tokens(ids)]
         return [(word, label != IGNORED) for word, label in zip(words, labels, strict=True)]
 
+    def wanted(self, split: str) -> list[Row]:
+        """Get the prompts of a split with the answers that the model should give."""
+        return self.splits[split]
+
     def learned(self, split: str) -> list[Row]:
         """Get everything that is learned from a split, as rows of `Tokens.taught`."""
         return self.splits[split]
@@ -278,16 +282,15 @@ class CausalLM(Recipe):
             return []
         rows = [self.splits[split][i] for i in some(self.splits[split], count, self.config.seed)]
         written = self.generate(model, [self.asked(row) for row in rows])
-        shown = [row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"] for row in rows]
-        return [Answered(t, answer_of(row).strip(), w.strip()) for t, row, w in zip(shown, rows, written, strict=True)]
+        return [
+            Answered(question_of(row), answer_of(row).strip(), said.strip())
+            for row, said in zip(rows, written, strict=True)
+        ]
 
-
-def _plain_template(tokenizer: Any) -> str:
-    """Get the plain template; conversations begin the way the tokenizer begins a text."""
-    return ("{{ bos_token }}" if begins_texts(tokenizer) else "") + PLAIN_TEMPLATE
-
-
-def _read_template(path: str) -> str:
-    if not Path(path).is_file():
-        raise OptionError(f"data.chat_template: the file {path} does not exist. Give a .jinja file, or plain.")
-    return Path(path).read_text("utf-8")
+    def samples(self, model: nn.Module, split: str, count: int) -> list[Sampled]:
+        rows = [row for row in self.wanted(split) if "prompt" in row]
+        rows = [rows[i] for i in some(rows, count, self.config.seed)]
+        asked = [self.asked(row) for row in rows]
+        before, after = before_and_after(model, lambda: self.generate(model, asked), len(rows))
+        right = [answer_of(row).strip() for row in rows]
+        return [Sampled(*one) for one in zip(map(question_of, rows), right, before, after, strict=True)]

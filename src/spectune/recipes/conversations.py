@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, OptionError, nearest
+from .answers import begins_texts
 from .data import Row, each, filled
 from .messages import conversation
 
@@ -155,3 +157,18 @@ def answer_of(row: Mapping[str, Any]) -> str:
     """Get the answer of a prepared row."""
     completion = row["completion"]
     return str(completion[-1]["content"] if isinstance(completion, list) else completion)
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """Get the prompt of a prepared row, or the last message of it."""
+    prompt = row["prompt"]
+    return str(prompt[-1]["content"] if isinstance(prompt, list) else prompt)
+
+
+def template(tokenizer: Any, asked: str) -> str:
+    """Get the chat template of a file, or the plain one, which begins the way the tokenizer begins a text."""
+    if asked == "plain":
+        return ("{{ bos_token }}" if begins_texts(tokenizer) else "") + PLAIN_TEMPLATE
+    if not Path(asked).is_file():
+        raise OptionError(f"data.chat_template: the file {asked} does not exist. Give a .jinja file, or plain.")
+    return Path(asked).read_text("utf-8")

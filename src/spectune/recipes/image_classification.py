@@ -21,7 +21,7 @@ from ..training.loop import Plan
 from .data import held_out, limited
 from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of, unread
 from .labels import count, ordered, spellings, unlearned
-from .metrics import measure, try_metrics
+from .metrics import confused, measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, refuse_other_labels, some, task_of
 
 ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
@@ -225,6 +225,9 @@ class ImageClassification(Recipe):
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         return measure(self.config.evaluation.metrics, self.predict(model, split), self.targets(split))
+
+    def confusion(self, model: nn.Module, split: str) -> tuple[list[str], list[list[int]]] | None:
+        return self.labels, confused(self.predict(model, split), self.targets(split), len(self.labels))
 
     def show(self) -> Shown:
         picture = self.splits["train"][0]

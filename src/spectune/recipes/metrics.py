@@ -85,3 +85,11 @@ def measure(names: Sequence[str], found: Sequence[Any], right: Sequence[Any]) ->
         if name not in METRICS:
             raise DataError(f"metric {name!r} does not exist. {nearest(name, list(METRICS))}")
     return {name: METRICS[name](found, right) for name in names}
+
+
+def confused(found: Sequence[int], right: Sequence[int], classes: int) -> list[list[int]]:
+    """Get how many examples of each class, a row, were taken for which class."""
+    counts = [[0] * classes for _ in range(classes)]
+    for answer, truth in zip(found, right, strict=True):
+        counts[truth][answer] += 1
+    return counts

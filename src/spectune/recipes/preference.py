@@ -78,6 +78,9 @@ class Preference(CausalLM):
     def ready(self, split: str) -> None:
         self.rows(split)
 
+    def wanted(self, split: str) -> list[Row]:
+        return [self._answers(row)[0] for row in self.splits[split] if row.get("label", True)]
+
     def learned(self, split: str) -> list[Row]:
         return [answer for row in self.splits[split] for answer in self._answers(row)]
 

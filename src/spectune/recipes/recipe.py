@@ -44,6 +44,16 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """What the model wrote for a held-out prompt with its adapter off and on."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class Written:
     """One text that a model wrote while it learned, and its reward."""
 
@@ -179,6 +189,14 @@ class Recipe:
 
     def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
         """Get some held-out examples with the model's answers, for the report."""
+        return []
+
+    def confusion(self, model: nn.Module, split: str) -> tuple[list[str], list[list[int]]] | None:
+        """Get the classes, and how many examples of each (a row) the model takes for which; None without classes."""
+        return None
+
+    def samples(self, model: nn.Module, split: str, count: int) -> list[Sampled]:
+        """Get what the model writes for some held-out prompts, before and after training."""
         return []
 
     def generate(self, model: nn.Module, prompts: Sequence[str], **options: Any) -> list[str]:

@@ -20,7 +20,7 @@ from .causal_lm import CausalLM
 from .conversations import fill
 from .data import Row, each, limited, load_splits
 from .messages import read_messages
-from .recipe import Answered, Shown, Written
+from .recipe import Answered, Sampled, Shown, Written
 from .reward_config import RewardConfig
 from .scoring import COMPLETIONS, SHOWN, Scoring, read_log
 from .tokens import IGNORED, Tokens
@@ -186,6 +186,9 @@ class FromRewards(CausalLM):
 
     def answers(self, model: nn.Module, split: str, count: int) -> list[Answered]:
         return []  # the page shows what was written while it learned
+
+    def samples(self, model: nn.Module, split: str, count: int) -> list[Sampled]:
+        return []
 
     def written(self, run: Path) -> list[Written]:
         found = read_log(run)

@@ -22,7 +22,7 @@ from ..errors import DataError, OptionError
 from ..training.loop import Loss
 from .data import Row, column, limited, load_splits, place, texts
 from .labels import class_name, count, labels_of, ordered, spellings, unlearned
-from .metrics import FOR_SCORES, METRICS, measure, try_metrics
+from .metrics import FOR_SCORES, METRICS, confused, measure, try_metrics
 from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, refuse_other_labels, some, task_of
 from .text_classification_config import GLUE, LABEL, RAW_SCORE, TextClassificationConfig
 
@@ -233,6 +233,11 @@ class TextClassification(Recipe):
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         return measure(self.metrics, self.predict(model, split), self.targets(split))
+
+    def confusion(self, model: nn.Module, split: str) -> tuple[list[str], list[list[int]]] | None:
+        if self.config.scores:
+            return None
+        return self.labels, confused(self.predict(model, split), self.targets(split), len(self.labels))
 
     def show(self) -> Shown:
         row = self.rows("train")[0]

@@ -15,12 +15,14 @@ from .provenance import versions as versions
 from .range_test import RangeTest as RangeTest
 from .range_test import range_test as range_test
 from .result import Check as Check
+from .result import Confusion as Confusion
 from .result import Drawing as Drawing
 from .result import Example as Example
 from .result import LayerMove as LayerMove
 from .result import LayerSpectrum as LayerSpectrum
 from .result import Metric as Metric
 from .result import RunResult as RunResult
+from .result import Sample as Sample
 from .result import Size as Size
 from .spectra import layer_spectra as layer_spectra
 from .train import Trained as Trained

@@ -9,12 +9,12 @@ from typing import Any
 from ..recipes.recipe import Recipe
 from ..training.rates import method_of
 from .folder import Run
-from .result import Example, RunResult, Size
+from .result import Confusion, Example, RunResult, Sample, Size
 from .spectra import layer_spectra
 from .updates import layer_updates
 
-# Held-out examples whose answers are shown. Chosen.
-MOST_EXAMPLES = 12
+# Held-out examples whose answers are shown; texts that a language model writes before and after. Chosen.
+MOST_EXAMPLES, MOST_SAMPLES = 12, 4
 
 
 def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
@@ -38,9 +38,18 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
             ],
             "spectra": layer_spectra(model) if spectral else [],
             "updates": layer_updates(model) if adapted else [],
+            "confusion": _confusion(recipe, model),
+            "samples": [Sample(**vars(s)) for s in recipe.samples(model, split, MOST_SAMPLES)] if split else [],
             "examples": [Example(text=a.text, expected=a.expected, predicted=a.predicted) for a in answers],
         }
     )
+
+
+def _confusion(recipe: Recipe, model: Any) -> Confusion | None:
+    """Get it for the split of the run's main figure."""
+    split = next((split for split in ("test", "validation") if split in recipe.splits), None)
+    found = recipe.confusion(model, split) if split else None
+    return None if found is None or split is None else Confusion(split=split, labels=found[0], counts=found[1])
 
 
 def _parts(parts: Mapping[str, int], tuned: Path) -> list[Size]:

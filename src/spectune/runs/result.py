@@ -84,6 +84,48 @@ class Example(Record):
         return self.expected == self.predicted
 
 
+class Confusion(Record):
+    """How many held-out examples of each class the model took for which class."""
+
+    split: Text
+    labels: list[Text]
+    counts: list[list[int]]
+    """A row for each right class, in it a number for each answer."""
+
+    @model_validator(mode="after")
+    def _square(self) -> Confusion:
+        sizes = {len(self.labels), len(self.counts), *map(len, self.counts)}
+        if len(sizes) != 1 or not self.labels or min(map(min, self.counts)) < 0:
+            raise ValueError("confusion: it needs a row and a column of counts for each label")
+        return self
+
+    @property
+    def most_frequent(self) -> tuple[str, float]:
+        """The most frequent class of the split, and the accuracy of always answering it."""
+        sizes = [sum(row) for row in self.counts]
+        place = max(range(len(sizes)), key=sizes.__getitem__)
+        return self.labels[place], sizes[place] / max(sum(sizes), 1)
+
+    def scores(self) -> list[tuple[str, int, float, float, float]]:
+        """Get (class, examples, precision, recall, F1) of each class; 0 where nothing is divided."""
+        found = []
+        for i, label in enumerate(self.labels):
+            right, asked, said = self.counts[i][i], sum(self.counts[i]), sum(row[i] for row in self.counts)
+            shares = [right / max(said, 1), right / max(asked, 1), 2 * right / max(asked + said, 1)]
+            found.append((label, asked, shares[0], shares[1], shares[2]))
+        return found
+
+
+class Sample(Record):
+    """What a language model wrote for one held-out prompt, before and after training."""
+
+    prompt: Text
+    expected: Text = ""
+    before: Text = ""
+    """The answer of the base; empty where every weight was trained."""
+    after: Text
+
+
 class Completion(Record):
     """One text that the model wrote while it learned from rewards."""
 
@@ -160,6 +202,9 @@ class RunResult(Record):
     updates: list[LayerMove] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     examples: list[Example] = Field(default_factory=list)
+    confusion: Confusion | None = None
+    """Right and answered classes of the test examples, else of the validation examples; None without classes."""
+    samples: list[Sample] = Field(default_factory=list)
     completions: list[Completion] = Field(default_factory=list)
     """Texts of the first and of the last step of a run that learned from rewards."""
     drawings: list[Drawing] = Field(default_factory=list)
