@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
@@ -29,11 +31,9 @@ SDIST_TESTS = ("tests/golden", "tests/methods", "tests/house/test_public.py")
 
 
 def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> None:
-    """Run a command; end with its status if it fails."""
+    """Run a command; `CalledProcessError` if it fails."""
     print("$", *words, flush=True)
-    done = subprocess.run([str(word) for word in words], cwd=cwd, env={**os.environ, **environment})
-    if done.returncode:
-        sys.exit(done.returncode)
+    subprocess.run([str(word) for word in words], cwd=cwd, env={**os.environ, **environment}, check=True)
 
 
 def output_of(*words: str) -> str:
@@ -86,6 +86,13 @@ def core_environment(place: Path, wheel: Path) -> Path:
     install(place / "core", "torch")
     install(place / "core", str(wheel))
     return place / "core"
+
+
+def check_types(core: Path, place: Path) -> None:
+    """Check a script with every public name against the installed wheel, strictly and without our settings."""
+    script = shutil.copy(ROOT / "release" / "every_name.py", place)
+    tool = Path(sys.executable).parent / "mypy"
+    run(tool, "--strict", "--python-executable", python_of(core), "--cache-dir", place / "mypy", script, cwd=place)
 
 
 def write_bill(core: Path) -> None:
@@ -141,6 +148,16 @@ def try_sdist(sdist: Path, core: Path, place: Path, tests: list[str]) -> None:
     run(python_of(core), *words, cwd=source, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
 
+def kept(try_it: Callable[..., None], *words: Any) -> bool:
+    """Get whether a trial went well; one that did not does not end the others."""
+    try:
+        try_it(*words)
+    except subprocess.CalledProcessError as error:
+        print(error)
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--extras", default=",".join(EXTRAS), help="which to try, with commas; none tries nothing")
@@ -154,13 +171,15 @@ def main() -> None:
         wheel, sdist = (next(DIST / name for name in built if name.endswith(end)) for end in (".whl", ".tar.gz"))
         check(wheel, sdist)
         core = core_environment(place, wheel)
+        check_types(core, place)
         write_bill(core)
         write_hashes()
-        for extra in told.extras.split(",") if told.extras != "none" else ():
-            try_extra(extra, core, wheel)
-        if told.sdist_tests:
-            try_sdist(sdist, core, place, told.sdist_tests)
-    print("released into", DIST)
+        tried = told.extras.split(",") if told.extras != "none" else []
+        broken = [extra for extra in tried if not kept(try_extra, extra, core, wheel)]
+        if told.sdist_tests and not kept(try_sdist, sdist, core, place, told.sdist_tests):
+            broken.append("sdist")
+    print("tried:", *tried, "sdist" if told.sdist_tests else "")
+    sys.exit(f"promises that were not kept: {', '.join(broken)}" if broken else 0)
 
 
 if __name__ == "__main__":
