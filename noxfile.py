@@ -20,6 +20,11 @@ nox.options.reuse_existing_virtualenvs = True
 # The lower and upper ends of the ranges in pyproject.toml.
 OLDEST = {"torch": "torch==2.6.*", "peft": "peft==0.21.0", "transformers": "transformers==5.6.*"}
 NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5.6,<5.24"}
+# The lower ends of all others that the core needs.
+LOWEST = [
+    "safetensors==0.5.*", "numpy==1.26.*", "scipy==1.11.*", "threadpoolctl==3.1.*", "filelock==3.16.*", "typer==0.15.*",
+    "rich==13.0.*", "pydantic==2.0.*", "pyyaml==6.0.*", "regex==2025.10.22",
+]  # fmt: skip
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
 # What `beyond` takes the newest of.
@@ -114,13 +119,23 @@ def next_peft(session: nox.Session) -> None:
 @nox.parametrize("extra", ["", "train", "llm", "vision", "diffusion", "quant", "gguf", "report", "demo"])
 def extra(session: nox.Session, extra: str) -> None:
     """The wheel without its source tree, with one extra alone: what it promises runs in an empty folder."""
+    _keep_promises(session, extra or "core", "torch", "--constraint", "constraints.txt")
+
+
+@nox.session(python=["3.10", "3.11"])
+def lowest(session: nox.Session) -> None:
+    """The wheel on the lower end of every core dependency: what the core promises runs in an empty folder."""
+    _keep_promises(session, "core", *OLDEST.values(), *LOWEST)
+
+
+def _keep_promises(session: nox.Session, extra: str, *first: str) -> None:
     session.run(python_of(session), "-m", "pip", "wheel", "-q", "--no-deps", "-w", session.create_tmp(), ".")
     wheel = max(Path(session.create_tmp()).glob("*.whl"))
-    session.install("torch", "--constraint", "constraints.txt")
-    session.install(f"spectune[{extra}] @ {wheel.resolve().as_uri()}" if extra else str(wheel))
+    session.install(*first)
+    session.install(str(wheel) if extra == "core" else f"spectune[{extra}] @ {wheel.resolve().as_uri()}")
     script = shutil.copy("release/promises.py", session.create_tmp())
     session.chdir(tempfile.mkdtemp())
-    session.run(python_of(session), str(script), extra or "core", env={"HF_HUB_OFFLINE": "1"})
+    session.run(python_of(session), str(script), extra, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(python=["3.12"])

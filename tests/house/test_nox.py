@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 NOXFILE = Path(__file__).parents[2] / "noxfile.py"
@@ -16,3 +17,16 @@ def test_no_session_runs_whatever_python_is_first_on_the_path() -> None:
 
 def test_no_session_turns_off_a_plugin_whose_markers_tests_use() -> None:
     assert "no:warnings" not in NOXFILE.read_text("utf-8")  # pytest refuses `filterwarnings` as unknown then
+
+
+def test_the_lower_ends_that_nox_installs_are_those_that_we_promise() -> None:
+    promised = re.search(
+        r"^dependencies = \[\n(.*?)^\]", (NOXFILE.parent / "pyproject.toml").read_text("utf-8"), re.M | re.S
+    )
+    assert promised is not None
+    ends = dict(re.findall(r'^ *"([a-z]+)>=([\d.]+)', promised[1], re.M))
+    tested = dict(re.findall(r'"([a-z]+)==([\d.]+?)(?:\.\*|\.0)?"', NOXFILE.read_text("utf-8")))
+    assert len(ends) == 13 and all(f"{tested[name]}.".startswith(f"{end}.") for name, end in ends.items()), (
+        ends,
+        tested,
+    )
