@@ -43,6 +43,7 @@ _HOME = {
     "METHODS": "methods",
     "attach_dynamics": "adapter",
     "export_lora": "export",
+    "export_gguf": "export",
     "merge_checkpoint": "export",
     "fuse": "fusion",
     "collect_grams": "fusion",

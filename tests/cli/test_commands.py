@@ -68,7 +68,7 @@ FAILURES = [
     (["demo", "--output", "full"], 1, "full"),
     (["export", "nowhere", "-o", "out"], 1, "nowhere: an adapter folder is needed, but there is nothing"),
     (["export", "full", "-o", "out"], 1, "adapter_config.json"),
-    (["export", "full", "-o", "out", "--to", "merged", "--max-rank", "2"], 1, "work only with --to lora"),
+    (["export", "full", "-o", "out", "--to", "merged", "--max-rank", "2"], 1, "works only with --to lora or gguf"),
     (["demmo"], 2, "No such command 'demmo'"),
     (["demo", "--stepz", "3"], 2, "No such option"),
 ]

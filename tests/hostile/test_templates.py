@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spectune.checkpoint import chat_rendering
+from spectune.checkpoint.chat_rendering import rendered
 from spectune.errors import OptionError
-from spectune.recipes import chat_rendering
-from spectune.recipes.chat_rendering import rendered
 from tests.recipes import tiny
 
 from .test_foreign_code import command

@@ -24,7 +24,7 @@ class Form(str, Enum):
 
 
 class Dtype(str, Enum):
-    """How factors are stored."""
+    """How factors and matrices are stored."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

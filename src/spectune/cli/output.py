@@ -15,9 +15,9 @@ Overwrite = Annotated[
         "--overwrite", help="Replace the adapter or model in the output folder, once the new one is complete."
     ),
 ]
-CONFIGS = ("adapter_config.json", "config.json")
+CONFIGS = ("adapter_config.json", "config.json", "adapter.gguf", "model.gguf")
 # What adapters and models are made of, tokenizers and their vocabularies with them.
-ENDINGS = {".safetensors", ".json", ".md", ".jinja", ".model", ".txt", ".gitattributes"}
+ENDINGS = {".safetensors", ".json", ".md", ".jinja", ".model", ".txt", ".gitattributes", ".gguf", "Modelfile"}
 
 
 def may_replace(output: Path, overwrite: bool) -> bool:
@@ -28,7 +28,8 @@ def may_replace(output: Path, overwrite: bool) -> bool:
         return overwrite
     if not any((output / name).is_file() for name in CONFIGS):
         raise OutputError(
-            f"{output}: no adapter_config.json or config.json is in it, so --overwrite keeps it. Choose another folder."
+            f"{output}: no adapter_config.json, config.json or GGUF file is in it, so --overwrite keeps it. Choose "
+            "another folder."
         )
     for path in sorted(output.iterdir()):
         known = path.is_file() and not path.is_symlink() and (path.suffix or path.name) in ENDINGS

@@ -83,6 +83,7 @@ def merge_checkpoint(
     *,
     overwrite: bool = False,
     on_tensor: OnTensor | None = None,
+    rounded_later: torch.dtype | None = None,
 ) -> Merged:
     """Write a base checkpoint with an adapter merged in: W' = W + dW in float32, rounded once to the base's dtype.
 
@@ -91,7 +92,8 @@ def merge_checkpoint(
     trained head makes the folder a model of the adapter's class, with the names of its classes in config.json.
     Tokenizer and processor are the adapter's, else the base's. Where the adapter changes one of two layers that
     share a weight, both are written and the config ties them no more. In memory at once: one output shard and one
-    decomposed weight. The folder appears only when complete.
+    decomposed weight. The folder appears only when complete. With `rounded_later` the merged weights stay in float32,
+    and the report says what rounding to that dtype will lose.
 
     `ExportError` for a quantised base (merging would round the update away) and for shared weights that the model's
     class cannot separate, `AdapterError` for another base and for NaN, `OutputError` for an output that would
@@ -107,7 +109,7 @@ def merge_checkpoint(
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         scratch = partial / ".merged"
         scratch.mkdir()
-        report, merged = _merge(plan, folder, scratch, on_tensor)
+        report, merged = _merge(plan, folder, scratch, on_tensor, rounded_later)
         changed = {name: _trained(plan.checkpoint, folder, name, key) for name, key in plan.trained.items()}
         changed |= merged  # PEFT saves an adapted embedding's own weight too, as it was
         write_shards(
@@ -124,7 +126,7 @@ def merge_checkpoint(
             Path(output_dir),
             report,
             tuple(sorted({name.rpartition(".")[0] for name in plan.trained.keys() - merged.keys()})),
-            ", ".join(sorted({_word(plan.checkpoint.dtypes[tensor.name]) for tensor in report})),
+            ", ".join(sorted({_word(rounded_later or plan.checkpoint.dtypes[tensor.name]) for tensor in report})),
             None if plan.target is None else type(plan.target.model).__name__,
             tuple(sorted(name for name, written in plan.names.items() if written is None)),
             plan.apart,
@@ -134,7 +136,7 @@ def merge_checkpoint(
 
 
 def _merge(
-    plan: MergePlan, folder: AdapterFolder, scratch: Path, on_tensor: OnTensor | None
+    plan: MergePlan, folder: AdapterFolder, scratch: Path, on_tensor: OnTensor | None, later: torch.dtype | None
 ) -> tuple[tuple[MergedTensor, ...], dict[str, Read]]:
     """Merge each adapted weight into a file of its own; get the report, and live name -> how to read it."""
     report, changed, count = [], {}, len(saved_layers(folder))
@@ -143,11 +145,11 @@ def _merge(
         update = dense(module.delta())
         update = (update.T if transposed else update).reshape(weight.shape)
         exact = weight.to(update.dtype) + update
-        stored = exact.to(weight.dtype)
+        stored = exact.to(later or weight.dtype)
         _refuse_infinite(name, stored)
         report.append(_measure(name, weight, update, stored, exact))
         path = scratch / f"{place}.safetensors"
-        save_tensors(path, {name: stored})
+        save_tensors(path, {name: exact if later else stored})
         changed[name] = reader(path, name)
         if on_tensor is not None:
             on_tensor(place + 1, count, name)

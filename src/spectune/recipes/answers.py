@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.chat_rendering import rendered
 from ..errors import DataError, MissingExtraError, OptionError, nearest, one_line
-from .chat_rendering import rendered
 
 # openai/grade-school-math, dataset.py: the number after "#### ", without its commas; the texts must be equal. A full
 # stop right after the number counts as part of it, so "#### 42." is wrong; kept, so that figures are comparable.

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..checkpoint.chat_rendering import in_time, rendered
 from ..errors import DataError, OptionError, one_line
 from .answers import SPACES, prompt_ids
-from .chat_rendering import in_time, rendered
 from .messages import Message, refuse_what_is_lost
 
 IGNORED = -100  # torch's cross entropy leaves this label out
