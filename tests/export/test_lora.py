@@ -104,9 +104,9 @@ def test_transposed_layers_are_declared(answers, case, expected):
     assert config["fan_in_fan_out"] is expected
 
 
-def test_a_folder_holds_config_and_tensors_and_nothing_else(tmp_path):
+def test_a_folder_holds_card_config_and_tensors_and_nothing_else(tmp_path):
     exported = export_lora(adapted("llama-spectral_a"), tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert exported.path == tmp_path / "out"
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     stem = "base_model.model.model.layers.0.self_attn.v_proj.lora_"

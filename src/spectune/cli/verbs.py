@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": (COMPARING, "spectune compare sweep.yaml -o sweeps/first --jobs 2"),
     "reproduce": (COMPARING, "spectune reproduce glue-deberta --small"),
     "export": (ADAPTERS, "spectune export runs/first --to lora -o first-lora"),
+    "push": (ADAPTERS, "spectune push runs/first me/first --dry-run"),
     "extract": (ADAPTERS, "spectune extract base-model tuned-model --rank 16 -o change"),
     "resize": (ADAPTERS, "spectune resize first-lora --rank 4 -o smaller"),
     "fuse": (ADAPTERS, "spectune fuse runs/one runs/other --rule auto -o both"),

@@ -23,6 +23,7 @@ from ..checkpoint import (
     refuse_to_replace,
 )
 from ..errors import ExportError
+from .card import GGUF, write_export_card
 from .gguf_facts import looks_further
 from .gguf_family import WEIGHT, Family, Names, family_of, load_gguf
 from .gguf_lora import write_lora
@@ -101,6 +102,7 @@ def export_gguf(
             found["lora"] = export_lora(folder.path, scratch, base_model=base.name, dtype=dtype, **limits)  # type: ignore[arg-type]
             write_lora(read_adapter_folder(scratch), partial / ADAPTER_FILE, _title(base), family, config)
         shutil.rmtree(scratch)
+        write_export_card(partial, GGUF, folder, base.name, notes)
     file = Path(output_dir, MODEL_FILE if merged else ADAPTER_FILE)
     return GgufExport(file, family.arch, DTYPES[dtype], notes, **found)
 

@@ -24,6 +24,7 @@ from ..checkpoint import (
 )
 from ..checkpoint.task_file import Task
 from ..errors import ExportError, nearest
+from .card import LORA, write_export_card
 from .companions import copy_companions
 from .layers import AdaptedLayer, adapted_layers, in_double, inner_model
 from .lora_config import lora_config, refuse_trained_biases
@@ -121,6 +122,8 @@ def export_lora(
         if diffusers is not None:
             _write_for_diffusers(partial, diffusers)
         _write_beside(adapter, source, partial)
+        folder = None if isinstance(adapter, nn.Module) else read_adapter_folder(adapter)
+        write_export_card(partial, LORA, folder, str(named or ""))
         refused = refusals(read_adapter_folder(partial))
     return LoraExport(Path(output_dir), source.adapter_name, ranks, proof, lost, exact_ranks, refused)
 

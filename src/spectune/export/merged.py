@@ -131,7 +131,7 @@ def merge_checkpoint(
             tuple(sorted(name for name, written in plan.names.items() if written is None)),
             plan.apart,
         )
-        write_card(partial, done, folder, found.name)
+        write_card(partial, done, folder, found.name, base)
     return done
 
 

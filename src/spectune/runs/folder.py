@@ -8,6 +8,7 @@ report.html   the page
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..checkpoint import hold_folder, write_atomically
 from ..checkpoint.claim import LOCK_FILE
 from ..checkpoint.run_folder import ADAPTER, MODEL, RUN_FILE
 from ..errors import AdapterError, OptionError, OutputError
+from ..export.card import write_run_card
 from ..recipes.table import load_config
 from ..training.checkpoints import checkpoints, clear_partial, examples_a_step
 from ..training.config import RunConfig
@@ -73,8 +75,11 @@ class Run:
         return RunResult.read(self.folder)
 
     def write(self, result: RunResult) -> None:
-        """Write the whole result or nothing."""
+        """Write the whole result or nothing, and the card of what was trained."""
         result.write(self.folder / RESULT_FILE)
+        for name in (ADAPTER, MODEL):
+            if (self.folder / name).is_dir():
+                write_run_card(self.folder / name, json.loads(result.to_json()))
 
     @property
     def page(self) -> Path:

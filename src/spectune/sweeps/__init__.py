@@ -7,6 +7,7 @@ from .method_comparison import as_method_comparison as as_method_comparison
 from .method_comparison import write_method_comparison as write_method_comparison
 from .record import SweepRecord as SweepRecord
 from .run_sweep import run_sweep as run_sweep
+from .seeds import seeds_like as seeds_like
 from .summary import shown as shown
 from .summary import spread as spread
 from .summary import summarise as summarise
