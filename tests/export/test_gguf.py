@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from spectune import SpectralConfig, export_gguf
@@ -20,6 +19,7 @@ from spectune.errors import ExportError, MissingExtraError, SpectuneError
 from ..abilities import needs_gguf
 from ..gguf_model import write_gguf
 from ..models import INIT, MODELS, ids
+from .words import tokenizer
 
 gguf = pytest.importorskip("gguf")
 pytestmark = [needs_gguf, pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -159,23 +159,6 @@ def test_half_precision_rounds_matrices_once_and_leaves_vectors(tmp_path: Path) 
     assert done.merged is not None and 0 < done.merged.worst_rounding < 0.1
     for name, part in tensors(done.path).items():
         assert torch.equal(part, exact[name].to(torch.bfloat16).double() if part.ndim > 1 else exact[name])
-
-
-def tokenizer(kind: str) -> Any:
-    made = Tokenizer(models.BPE(byte_fallback=kind == "llama", unk_token="<unk>" if kind == "llama" else None))
-    special = ["<unk>", "<s>", "</s>"]
-    if kind == "llama":
-        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        letters: list[str] = [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special + letters)
-    else:
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        letters = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=letters)
-    made.train_from_iterator(["the cat sat on the mat and the dog on the log", "don't, he said"] * 3, trainer)
-    return tf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt-2"])

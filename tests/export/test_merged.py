@@ -19,6 +19,7 @@ from spectune.errors import AdapterError, ExportError, OutputError
 
 from ..models import MODELS, Tiny, output
 from ..tuner.conftest import adapted, config_for, train
+from .words import tokenizer
 
 
 def saved_base(tiny: Tiny, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
@@ -308,3 +309,23 @@ def test_rank_pattern_survives_the_merge(tmp_path: Path) -> None:
     merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
     merged = reopened(tiny, tmp_path / "merged")
     torch.testing.assert_close(output(merged, tiny.inputs()), output(model.eval(), tiny.inputs()), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("base_says", [None, {"eos_token_id": 7, "temperature": 0.5}])
+def test_a_merged_model_ends_its_answers_where_training_did(base_says: dict[str, Any] | None, tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    base = saved_base(tiny, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    if base_says:
+        (base / "generation_config.json").write_text(json.dumps(base_says))
+    adapted(tiny, "spectral_a").save_pretrained(tmp_path / "adapter")
+    words = tokenizer("gpt-2")
+    words.chat_template = "{{ messages[0].content }}"
+    words.save_pretrained(tmp_path / "adapter")
+    done = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    said = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert words.eos_token_id == 2 and "an answer ends at '</s>'" in done.generation
+    assert said["eos_token_id"] == ([2, 7] if base_says else 2)
+    assert said.get("temperature") == (0.5 if base_says else None)
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == words.chat_template
+    assert reopened(tiny, tmp_path / "merged").generation_config.eos_token_id == said["eos_token_id"]

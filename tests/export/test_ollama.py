@@ -14,7 +14,8 @@ from spectune.export.chat_turns import NoTurnsError, turns_of
 
 from ..abilities import needs_gguf
 from ..models import MODELS
-from .test_gguf import saved, tokenizer
+from .test_gguf import saved
+from .words import tokenizer
 
 pytest.importorskip("gguf")
 CHATML = (

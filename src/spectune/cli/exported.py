@@ -99,6 +99,8 @@ def _show_change(done: Merged) -> None:
     if done.left_out:
         more = f" and {len(done.left_out) - 1} more" if len(done.left_out) > 1 else ""
         say(f"left out, because this class has no place for it: {done.left_out[0]}{more}")
+    if done.generation:
+        say(done.generation)
     if done.untied:
         say(f"no longer tied: {', '.join(done.untied)}")
 

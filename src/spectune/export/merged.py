@@ -27,6 +27,7 @@ from ..checkpoint.stacks import join_slices
 from ..errors import AdapterError, ExportError
 from .card import write_card
 from .companions import copy_for_model
+from .generation import complete_generation
 from .plan import MergePlan, plan_merge, saved_layers
 from .shards import Read, reader, stored_changes, write_shards
 from .target import write_config
@@ -64,6 +65,8 @@ class Merged:
     """Tensors of the base's own head, which the adapter's class does not have."""
     untied: tuple[str, ...] = ()
     """Layers that shared a weight in the base and now have their own, because the adapter changed only one of them."""
+    generation: str = ""
+    """What was added to generation_config.json; empty where it is the base's."""
 
     @property
     def worst_rounding(self) -> float:
@@ -90,10 +93,10 @@ def merge_checkpoint(
     `base` is a folder of safetensors (single or sharded), a file or a hub name; None takes what the adapter names.
     Files, index and tensors keep the base's names, also where transformers renames, splits or joins them on load. A
     trained head makes the folder a model of the adapter's class, with the names of its classes in config.json.
-    Tokenizer and processor are the adapter's, else the base's. Where the adapter changes one of two layers that
-    share a weight, both are written and the config ties them no more. In memory at once: one output shard and one
-    decomposed weight. The folder appears only when complete. With `rounded_later` the merged weights stay in float32,
-    and the report says what rounding to that dtype will lose.
+    Tokenizer and processor are the adapter's, else the base's; generation ends at the tokenizer's end token, too. Where
+    the adapter changes one of two layers that share a weight, both are written and the config ties them no more. In
+    memory at once: one output shard and one decomposed weight. The folder appears only when complete. With
+    `rounded_later` the merged weights stay in float32, and the report says what rounding to that dtype will lose.
 
     `ExportError` for a quantised base (merging would round the update away) and for shared weights that the model's
     class cannot separate, `AdapterError` for another base and for NaN, `OutputError` for an output that would
@@ -122,6 +125,8 @@ def merge_checkpoint(
         if plan.target is not None and plan.vocabulary is not None:
             write_vocabulary(base, partial, plan.target.model, plan.vocabulary)
         copy_for_model(folder.path, partial, base)
+        own_words = (folder.path / "tokenizer_config.json").is_file()
+        generates = plan.target is not None and plan.target.model.can_generate()
         done = Merged(
             Path(output_dir),
             report,
@@ -130,6 +135,7 @@ def merge_checkpoint(
             None if plan.target is None else type(plan.target.model).__name__,
             tuple(sorted(name for name, written in plan.names.items() if written is None)),
             plan.apart,
+            complete_generation(partial) if own_words and generates else "",
         )
         write_card(partial, done, folder, found.name, base)
     return done
