@@ -32,7 +32,7 @@ RESULT: dict[str, Any] = {
     "losses": [2.0, 1.5, 1.0],
     "learning_rate": 0.002,
     "trainable": 12345,
-    "versions": {"spectune": "0.1"},
+    "versions": {"spectune": "0.1", "timm": "not installed"},
 }
 
 
@@ -63,6 +63,7 @@ def test_a_runs_card_says_how_it_was_made(tmp_path: Path) -> None:
         "| learning rate | 0.002 |",
         "| seed | 7 |",
         "| steps | 3 |",
+        "| versions | spectune 0.1 |",
         "| test | gsm8k | 0.125 |",
     ):
         assert row in body, row
@@ -101,7 +102,7 @@ def test_no_path_of_this_machine_is_in_a_card(tmp_path: Path) -> None:
     }
     front, body = card(tmp_path / "adapter", config=config)
     assert "base_model" not in front and "# my-base, fine-tuned" in body
-    assert "train.csv, test.csv" in body and "secret-place" not in body and "C:" not in body
+    assert "| data | train: train.csv, test: test.csv |" in body and "secret-place" not in body and "C:" not in body
 
 
 def test_words_of_strangers_break_neither_yaml_nor_markdown(tmp_path: Path) -> None:

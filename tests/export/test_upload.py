@@ -125,7 +125,7 @@ def test_only_what_belongs_goes_up(run: Path) -> None:
     words = json.loads(next(f for f in plan.files if f.name == "tokenizer_config.json").content or b"{}")
     assert words == {"name_or_path": "tok", "chat_template": "{# /keep/this/here #}", "eos_token": "</s>"}
     assert any(line.startswith("adapter_config.json: ") and line.endswith("-> private base") for line in plan.rewritten)
-    assert "| data | train.csv |" in plan.card
+    assert "| data | train: train.csv |" in plan.card
 
 
 def test_paths_are_told_from_addresses_and_words() -> None:

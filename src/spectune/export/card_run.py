@@ -12,6 +12,8 @@ from ..errors import SpectuneError
 from .card_words import plain, table
 
 RESULT_FILE = "result.json"
+# What a result says of a package that was not there.
+ABSENT = "not installed"
 # Losses of a million steps and some drawings. Chosen.
 LIMIT = 2**27
 
@@ -43,7 +45,7 @@ def training_lines(result: Mapping[str, Any]) -> list[str]:
         "examples used": ", ".join(f"{split} {count}" for split, count in _part(data, "limit").items()),
         "method": result.get("method"),
         "options": ", ".join(f"{name}={_short(value)}" for name, value in options.items()),
-        "quantised base": config.get("quantization"),
+        "quantised base": None if config.get("quantization") == "none" else config.get("quantization"),
         "trained numbers": _count(result.get("trainable")),
         "and a head of": _count(result.get("head") or None),
         "numbers of the base": _count(result.get("total")),
@@ -54,7 +56,9 @@ def training_lines(result: Mapping[str, Any]) -> list[str]:
         "precision": training.get("precision"),
         "directions": result.get("directions"),
         "device": result.get("device"),
-        "versions": ", ".join(f"{name} {version}" for name, version in _part(result, "versions").items()),
+        "versions": ", ".join(
+            f"{name} {found}" for name, found in _part(result, "versions").items() if found != ABSENT
+        ),
     }
     return ["## Training", "", *table(rows)]
 
@@ -116,10 +120,10 @@ def _part(said: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _data(data: Mapping[str, Any]) -> str:
     """Get a hub name with its splits, or the names of files without the folders of this machine."""
-    splits = [str(data[split]) for split in ("train", "validation", "test") if data.get(split)]
+    splits = {split: str(data[split]) for split in ("train", "validation", "test") if data.get(split)}
     if data.get("hub"):
-        return f"{data['hub']} ({', '.join(filter(None, [str(data.get('hub_config') or ''), *splits]))})"
-    return ", ".join(file_name(split) for split in splits)
+        return f"{data['hub']} ({', '.join(filter(None, [str(data.get('hub_config') or ''), *splits.values()]))})"
+    return ", ".join(f"{split}: {file_name(file)}" for split, file in splits.items())
 
 
 def file_name(path: str) -> str:
