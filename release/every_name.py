@@ -20,6 +20,7 @@ from spectune import (
     attach_dynamics,
     collect_grams,
     decompose,
+    export_gguf,
     export_lora,
     fuse,
     merge_checkpoint,
@@ -58,9 +59,10 @@ def give_away(model: nn.Module, base: Path, adapters: list[Path], batches: list[
     try:
         exported = export_lora(model, "lora", overwrite=True)
         merged = merge_checkpoint(base, adapters[0], "merged")
+        file: Path = export_gguf(adapters[0], "gguf", base_model=base, dtype=torch.float16).path
         grams = [collect_grams(model, batches) for _ in adapters]
         fused = fuse(adapters, rule="gradient", base=base, activations=grams)
         saved = fused.save("fused", as_lora=True)
     except SpectuneError as error:
         return str(error)
-    return f"{exported.max_rank} {merged.worst_rounding} {fused.report} {saved}"
+    return f"{exported.max_rank} {merged.worst_rounding} {file} {fused.report} {saved}"
