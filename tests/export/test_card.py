@@ -154,3 +154,12 @@ def test_exports_of_a_run_carry_its_figures_on(tmp_path: Path) -> None:
         assert (front["library_name"], front["base_model_relation"], front["license"]) == (library, relation, "mit")
         assert "| test | gsm8k | 0.125 |" in body and str(tmp_path) not in body and "mit, as the base's card" in body
     assert plain("a*b") == "a\\*b"
+
+
+def test_a_base_without_a_name_takes_no_licence_from_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.chdir(tmp_path)
+    front, body = card(tmp_path / "adapter", config={**RESULT["config"], "model": ""})
+    assert front["license"] == "unknown" and "# a model, fine-tuned" in body

@@ -168,7 +168,9 @@ def test_the_tokenizer_goes_along(kind: str, tmp_path: Path) -> None:
     saved(model, tmp_path)
     words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     words.save_pretrained(tmp_path / "adapter")
-    file = export_gguf(tmp_path / "adapter", tmp_path / "out", merged=True).path
+    done = export_gguf(tmp_path / "adapter", tmp_path / "out", merged=True)
+    file = done.path
+    assert done.notes == ()
     tokens = said(file, "tokenizer.ggml.tokens")
     known = words.get_vocab()
     assert len(tokens) == 352 and tokens[351] == "[PAD351]"
@@ -209,6 +211,13 @@ def test_what_cannot_become_gguf_is_one_line_before_any_work(tmp_path: Path, mon
     odd = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
     tf.Qwen2Config(**SIZES, rope_parameters=odd).save_pretrained(tmp_path / "base")
     refused("its config has rope_type yarn, which llama.cpp computes otherwise", merged=True)
+    tf.Qwen2Config(**{**SIZES, "vocab_size": 2**31}).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    refused("its config says vocab_size=2147483648, but the embedding has 64 rows", merged=True)
+    tf.Qwen2Config(**{**SIZES, "num_hidden_layers": 2}).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**7}))
+    refused("num_hidden_layers=1e\\+07 is more than any model has", SpectuneError)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     refused(r"pip install 'spectune\[gguf\]'", MissingExtraError)
 

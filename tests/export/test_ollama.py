@@ -29,6 +29,7 @@ LLAMA3 = (
 )
 COUNTS = "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %}"
 SHOUTS = "{% for m in messages %}{{ m.content | upper }}\n{% endfor %}"
+LONG = CHATML + "{% if messages | length > 4 %}This is long.{% endif %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
 
 
@@ -50,7 +51,14 @@ def test_turns_render_as_the_template_does(text: str) -> None:
     assert ("system" in turns.around) == (text != NO_SYSTEM)
 
 
-@pytest.mark.parametrize(("text", "why"), [(COUNTS, "differently by their place"), (SHOUTS, "leaves a message out")])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (COUNTS, "differently by their place"),
+        (SHOUTS, "leaves a message out"),
+        (LONG, "does more than put fixed texts"),
+    ],
+)
 def test_a_template_that_does_more_is_not_written(text: str, why: str) -> None:
     with pytest.raises(NoTurnsError, match=why):
         turns_of(with_template(text))

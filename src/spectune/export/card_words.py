@@ -56,6 +56,8 @@ class BaseSaid:
     @classmethod
     def of(cls, name: str, folder: Path | None = None) -> BaseSaid:
         """Get what is known of a base; `folder` is where its files are."""
+        if not name:  # a live model that was built from a config
+            return cls("a model", None)
         folder = folder or (Path(name) if Path(name).is_dir() else None)
         here = Path(name).exists() or name.startswith(("/", "\\", ".", "~"))
         hub = None if here or not HUB_NAME.fullmatch(name) else name

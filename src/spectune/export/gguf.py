@@ -13,6 +13,7 @@ import transformers
 
 from ..adapter.saved import tensors_by_layer
 from ..checkpoint import (
+    CONFIG_LIMIT,
     PEFT_PREFIX,
     AdapterFolder,
     Base,
@@ -22,12 +23,15 @@ from ..checkpoint import (
     read_adapter_folder,
     refuse_to_replace,
 )
+from ..checkpoint.config_limits import refuse_absurd_size
+from ..checkpoint.reader import read_json
 from ..errors import ExportError
 from .card import GGUF, write_export_card
 from .gguf_facts import looks_further
 from .gguf_family import WEIGHT, Family, Names, family_of, load_gguf
 from .gguf_lora import write_lora
-from .gguf_model import DTYPES, HEAD, plan_model, write_model
+from .gguf_model import DTYPES, EMBEDDING, HEAD, plan_model, write_model
+from .gguf_words import refuse_unknown
 from .lora import LoraExport, export_lora
 from .merged import Merged, OnTensor, merge_checkpoint
 
@@ -84,8 +88,9 @@ def export_gguf(
     family = family_of(config, base.name)
     if merged:
         dtype = dtype or _common_dtype(base)
-        words = plan_model(base.model_folder, base.checkpoint).words if base.gguf is None else None
-        notes = _notes(family, config, words is None)
+        if base.gguf is None:  # else merging refuses it
+            plan_model(base.model_folder, base.checkpoint)
+        notes = _notes(family, config, not refuse_unknown(folder.path, base.model_folder))
     else:
         _refuse_nameless(folder, family, config)
         dtype, notes = dtype or torch.float32, _notes(family, config, False)
@@ -111,8 +116,10 @@ def base_config(base: Base) -> Any:
     """Get the config of a base, also of a GGUF file."""
     if base.gguf is not None:
         return load_auto(transformers.AutoConfig, base.gguf.parent, gguf_file=base.gguf.name)
-    if not (base.config_folder / "config.json").is_file():
+    path = base.config_folder / "config.json"
+    if not path.is_file():
         raise ExportError(f"{base.name}: it has no config.json, which says what model this is. Pass another --base.")
+    refuse_absurd_size(path, read_json(path, CONFIG_LIMIT))
     return load_auto(transformers.AutoConfig, base.config_folder)
 
 
@@ -132,7 +139,7 @@ def _refuse_nameless(folder: AdapterFolder, family: Family, config: Any) -> None
     names = Names(family, config.num_hidden_layers).all_of(layers, folder.path)
     instead = "Use --to gguf --merged."
     for ours, theirs in names.items():
-        if theirs == f"token_embd{WEIGHT}" or (ours == HEAD and config.tie_word_embeddings):
+        if theirs == EMBEDDING or (ours == HEAD and config.tie_word_embeddings):
             raise ExportError(
                 f"{folder.path}: {ours.removesuffix(WEIGHT)} is an embedding or shares its weight with one, and "
                 f"llama.cpp keeps one tensor for both. {instead}"

@@ -14,10 +14,10 @@ from ..checkpoint import Checkpoint, load_auto, open_checkpoint
 from ..errors import ExportError
 from .gguf_facts import add_facts, llama3_factors, refuse_unwritable
 from .gguf_family import Family, Names, family_of, load_gguf, row_order, stored_matrix
-from .gguf_words import Vocabulary, add_words, read_words
+from .gguf_words import add_words, read_words
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "token_embd.weight"
 # Written by older versions of transformers, computed from the config by llama.cpp.
 COMPUTED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -30,7 +30,6 @@ class ModelPlan:
     config: Any
     names: dict[str, str]
     """transformers' name -> llama.cpp's, for every tensor."""
-    words: Vocabulary | None
 
 
 def plan_model(folder: Path, checkpoint: Checkpoint) -> ModelPlan:
@@ -42,7 +41,13 @@ def plan_model(folder: Path, checkpoint: Checkpoint) -> ModelPlan:
     own = [name for name in checkpoint.names if not name.endswith(COMPUTED) and not (tied and name == HEAD)]
     blocks = getattr(config, "num_hidden_layers", 0)
     names = Names(family, blocks).all_of(own, folder)
-    return ModelPlan(family, config, names, read_words(folder, config.vocab_size))
+    rows = next((checkpoint.shapes[name][0] for name, theirs in names.items() if theirs == EMBEDDING), None)
+    if rows != config.vocab_size:
+        raise ExportError(
+            f"{folder}: its config says vocab_size={config.vocab_size}, but the embedding has {rows or 'no'} rows. "
+            "Save the model again."
+        )
+    return ModelPlan(family, config, names)
 
 
 def write_model(folder: Path, file: Path, name: str, dtype: torch.dtype | None = None) -> ModelPlan:
@@ -53,6 +58,7 @@ def write_model(folder: Path, file: Path, name: str, dtype: torch.dtype | None =
     gguf = load_gguf()
     checkpoint = open_checkpoint(folder)
     plan = plan_model(folder, checkpoint)
+    words = read_words(folder, plan.config.vocab_size)
     kinds = {theirs: _kind(checkpoint, ours, dtype) for ours, theirs in plan.names.items()}
     writer = gguf.GGUFWriter(file, plan.family.arch)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -61,7 +67,7 @@ def write_model(folder: Path, file: Path, name: str, dtype: torch.dtype | None =
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{matrices[0]}" if matrices else "ALL_F32"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_facts(writer, plan.family, plan.config)
-    add_words(writer, plan.words, folder, plan.config.vocab_size)
+    add_words(writer, words, folder, plan.config.vocab_size)
     for theirs, tensor in _tensors(plan, checkpoint):
         kind = kinds.get(theirs, torch.float32)
         size = tensor.numel() * kind.itemsize

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checkpoint.pretrained import load_tokenizer
 from ..checkpoint.reader import read_json
@@ -19,6 +20,7 @@ LIMIT = 2**28
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # No word is worse than one that no merge makes: it is only matched whole.
 NEVER = -1e9
+_Got = TypeVar("_Got")
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,21 @@ def read_words(folder: Path, rows: int) -> Vocabulary | None:
     """
     if not (folder / FILE).is_file():
         return None
+    return _read(folder, lambda said: _words(said, rows, folder))
+
+
+def refuse_unknown(*folders: Path) -> bool:
+    """Raise `ExportError` if the first tokenizer in these folders is of an unknown kind; get whether there is one."""
+    found = next((folder for folder in folders if (folder / FILE).is_file()), None)
+    if found is not None:
+        _read(found, lambda said: _known_kind(said, found))
+    return found is not None
+
+
+def _read(folder: Path, use: Callable[[dict[str, Any]], _Got]) -> _Got:
     said = read_json(folder / FILE, LIMIT)
     try:
-        return _words(said, rows, folder)
+        return use(said)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, ExportError):
             raise
@@ -67,12 +81,7 @@ def read_words(folder: Path, rows: int) -> Vocabulary | None:
 
 
 def _words(said: dict[str, Any], rows: int, folder: Path) -> Vocabulary:
-    model, kind = said["model"], _kind(said)
-    if kind is None:
-        raise ExportError(
-            f"{folder / FILE}: how llama.cpp cuts the text of this tokenizer ({said['model']['type']}) is not known "
-            "here. Export with --to merged and use llama.cpp's convert_hf_to_gguf.py."
-        )
+    model, kind = said["model"], _known_kind(said, folder)
     types = load_gguf().TokenType
     known = {place: word for word, place in model["vocab"].items()}
     merges = [
@@ -98,6 +107,16 @@ def _words(said: dict[str, Any], rows: int, folder: Path) -> Vocabulary:
         [] if kind == "llama" else merges,
         kind == "llama" and _prefixes_space(said),
     )
+
+
+def _known_kind(said: dict[str, Any], folder: Path) -> str:
+    kind = _kind(said)
+    if kind is None:
+        raise ExportError(
+            f"{folder / FILE}: how llama.cpp cuts the text of this tokenizer ({said['model']['type']}) is not known "
+            "here. Export with --to merged and use llama.cpp's convert_hf_to_gguf.py."
+        )
+    return kind
 
 
 def _kind(said: dict[str, Any]) -> str | None:

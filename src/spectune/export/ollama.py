@@ -24,6 +24,7 @@ from ..errors import ExportError, printable
 from .chat_turns import ASSISTANT, SYSTEM, USER, NoTurnsError, Turns, turns_of
 from .gguf import ADAPTER_FILE, GgufExport, export_gguf
 from .gguf_model import plan_model, write_model
+from .gguf_words import refuse_unknown
 from .merged import OnTensor
 
 MODELFILE, BASE_FILE = "Modelfile", "base.gguf"
@@ -75,6 +76,7 @@ def export_ollama(
                 f"{base.name}: the base is a GGUF file already. Pass --ollama-base with its path or name."
             )
         plan_model(base.model_folder, base.checkpoint)
+        refuse_unknown(base.model_folder)
     with fresh_folder(output_dir, overwrite=overwrite) as partial:
         done = export_gguf(
             folder.path, partial / "gguf", merged=merged, dtype=dtype, base_model=base.name, on_tensor=on_tensor, **lora
