@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     peft comes huggingface_hub, which reads the environment once.
     """
     config.addinivalue_line("filterwarnings", "ignore::peft.utils.warning.PeftWarning")
+    # The tiny ViT has three classes and the tests' pictures have two; where it matters a test looks for the words.
+    config.addinivalue_line("filterwarnings", "ignore:model. the head of .* is for other classes:UserWarning")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -317,6 +317,10 @@ def test_modules_trained_in_full_must_be_equal(tmp_path: Path) -> None:
     refused(
         AdapterError, "classifier.*: trained in full, but not the same in a and b", [tmp_path / "a", tmp_path / "b"]
     )
+    told: list[int] = []
+    with pytest.raises(AdapterError, match="classifier"):
+        fuse([tmp_path / "a", tmp_path / "b"], rule="average", on_layers=lambda done, layers: told.append(done))
+    assert told == []  # before the work
     saved = fuse([tmp_path / "a"], weights=1).save(tmp_path / "again")
     again, a = (load_file(path / "adapter_model.safetensors") for path in (saved.path, tmp_path / "a"))
     assert all(torch.equal(again[name], tensor) for name, tensor in a.items() if "classifier" in name)

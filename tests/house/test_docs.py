@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
-
-from spectune.cli.app import app
-from spectune.demo import base_folder
 
 from ..effort import PATIENCE
 
@@ -74,20 +69,3 @@ def test_the_site_builds_without_a_warning_or_a_network(tmp_path: Path) -> None:
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     page = (tmp_path / "site" / "reference" / "python" / "index.html").read_text()
     assert "save_basis" in page  # the docstring of SpectralConfig is there
-
-
-@pytest.mark.slow
-def test_the_first_run_works_as_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for language, title, text in BLOCK.findall((DOCS / "tutorials" / "first-run.md").read_text()):
-        if title:
-            text = text.replace("sentence-transformers/all-MiniLM-L6-v2", str(base_folder()))
-            (tmp_path / title).write_text(text)
-        elif language == "console":
-            for line in text.splitlines():
-                program, *words = shlex.split(line.removeprefix("$ "))
-                assert program == "spectune"
-                done = CliRunner().invoke(app, words)
-                assert done.exit_code == 0, f"{line}: {done.output} {done.exception}"
-    assert (tmp_path / "first" / "report.html").is_file()
-    assert (tmp_path / "first-lora" / "adapter_model.safetensors").is_file()

@@ -23,7 +23,11 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("place", "code"), blocks("python"), ids=[place for place, _ in blocks("python")])
+# The blocks of the tutorials belong together: test_journeys.py runs them in order.
+ALONE = [(place, code) for place, code in blocks("python") if not place.startswith("docs/tutorials")]
+
+
+@pytest.mark.parametrize(("place", "code"), ALONE, ids=[place for place, _ in ALONE])
 def test_python_blocks_run(place: str, code: str, tmp_path: Path) -> None:
     done = script(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

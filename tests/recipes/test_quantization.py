@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from spectune import export_lora, merge_checkpoint
 from spectune.errors import OptionError
 from spectune.recipes import parse_config
-from spectune.recipes.recipe import pretrained
+from spectune.recipes.pretrained import pretrained
 from spectune.recipes.table import recipe_class
 from spectune.runs import run
 from spectune.runs.building import build

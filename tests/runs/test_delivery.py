@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import pipeline
 
 from spectune import export_lora, merge_checkpoint
 from spectune.checkpoint.task_file import read_task
-from spectune.errors import DataError
+from spectune.errors import DataError, ExportError, OptionError
 from spectune.recipes import parse_config
 from spectune.runs import load_run, train_run
 from tests.recipes import tiny
@@ -42,7 +43,7 @@ def assert_same(folder: Path, live: Any, kind: Any, inputs: Any) -> Any:
     return loaded
 
 
-@pytest.mark.parametrize("base", ["body", "language model", "decoder"])
+@pytest.mark.parametrize("base", ["body", "language model", "other classes", "decoder"])
 def test_a_text_classifier_is_loaded_with_its_head_and_its_classes(base: str, tmp_path: Path) -> None:
     """Whatever class the base's config names: its body alone, or a model with another head."""
     values = tiny.text_run(tmp_path)
@@ -51,9 +52,14 @@ def test_a_text_classifier_is_loaded_with_its_head_and_its_classes(base: str, tm
         torch.manual_seed(0)
         whole = tf.BertForPreTraining(config)  # with a pooler and a head of its own
         whole.save_pretrained(values["model"])
+    if base == "other classes":
+        torch.manual_seed(0)
+        whole = tf.BertForSequenceClassification(tf.BertConfig.from_pretrained(values["model"], num_labels=5))
+        whole.save_pretrained(values["model"])
     if base == "decoder":
         values |= {"model": tiny.llama(tmp_path / "llama"), "adapter": DECODER}
-    live = trained(values, tmp_path)
+    with pytest.warns(UserWarning, match="is for other classes") if base == "other classes" else nullcontext():
+        live = trained(values, tmp_path)
     said = json.loads((tmp_path / "merged" / "config.json").read_text())
     kind = "LlamaForSequenceClassification" if base == "decoder" else "BertForSequenceClassification"
     assert said["architectures"] == [kind] and said["id2label"] == {"0": "no", "1": "yes"}
@@ -66,6 +72,7 @@ def test_a_text_classifier_is_loaded_with_its_head_and_its_classes(base: str, tm
     assert not report["missing_keys"] and not report["unexpected_keys"] and type(loaded).__name__ == kind
     expected = logits_of(live, inputs)
     torch.testing.assert_close(logits_of(loaded, inputs), expected, rtol=0, atol=TOLERANCE)
+    export_lora(tmp_path / "run", tmp_path / "lora")  # on a base whose head may be another
     (answer,) = pipeline("text-classification", model=str(tmp_path / "merged"))([TEXT])
     assert answer["label"] == ("no", "yes")[int(expected.argmax())]
     assert answer["score"] == pytest.approx(float(expected.softmax(-1).max()), abs=1e-3)
@@ -108,6 +115,24 @@ def test_the_lora_of_a_classifier_carries_classes_and_tokenizer(tmp_path: Path) 
     )
     loaded.load_adapter(str(tmp_path / "lora"))
     assert loaded.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_a_base_that_lacks_what_its_config_says_is_refused(tmp_path: Path) -> None:
+    """Only the head that an adapter brings may differ: transformers would fill anything else with random numbers."""
+    values = tiny.text_run(tmp_path)
+    train_run(parse_config(values), tmp_path / "run")
+    config = tf.BertConfig.from_pretrained(values["model"], intermediate_size=52)
+    config.save_pretrained(values["model"])
+    with pytest.raises(ExportError, match="cannot be loaded: its .*intermediate.* has another shape than config.json"):
+        export_lora(tmp_path / "run", tmp_path / "lora")
+
+
+@pytest.mark.parametrize("values", [tiny.text_run, tiny.lm_run, tiny.image_run], ids=["texts", "words", "pictures"])
+def test_training_refuses_a_base_that_lacks_what_its_config_says(values: Any, tmp_path: Path) -> None:
+    asked = values(tmp_path)
+    tf.AutoConfig.from_pretrained(asked["model"], intermediate_size=52).save_pretrained(asked["model"])
+    with pytest.raises(OptionError, match="cannot load .*: its .* has another shape than its config says"):
+        train_run(parse_config(asked), tmp_path / "run")
 
 
 def test_other_classes_than_the_run_was_trained_on_are_refused(tmp_path: Path) -> None:

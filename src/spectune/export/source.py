@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
     loader = model_class(folder)
     base = find_base(said, folder)
     try:
-        return _live(loader, base, config_options(folder)), base
+        return _live(loader, base, config_options(folder), folder.config.get("modules_to_save") or ()), base
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
@@ -99,12 +100,16 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
         ) from error
 
 
-def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
-    """Get a model out of what `find_base` found: a folder as transformers saves it, a GGUF file, or any one file."""
+def _live(loader: Any, base: Base, options: dict[str, Any], heads: Sequence[str]) -> nn.Module:
+    """Get a model out of what `find_base` found: a folder as transformers saves it, a GGUF file, or any one file.
+
+    A base may have a head of other classes where the adapter carries its own (`heads`).
+    """
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if base.gguf is not None:
-        model: nn.Module = load_auto(loader, base.gguf.parent, gguf_file=base.gguf.name, **options)
+        model, info = load_auto(loader, base.gguf.parent, gguf_file=base.gguf.name, **told, **options)
     elif base.path.is_dir() and any((base.path / name).exists() for name in OF_TRANSFORMERS):
-        model = load_auto(loader, base.path, use_safetensors=True, **options)
+        model, info = load_auto(loader, base.path, use_safetensors=True, **told, **options)
     else:
         if not (base.config_folder / "config.json").is_file():
             raise ValueError(f"{base.config_folder} has no config.json, which says what model this is")
@@ -114,8 +119,14 @@ def _live(loader: Any, base: Base, options: dict[str, Any]) -> nn.Module:
         if not issubclass(loader, transformers.PreTrainedModel):  # an Auto class, which takes no tensors
             with torch.device("meta"):
                 loader = type(loader.from_config(config, trust_remote_code=False))
-        model = loader.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False)
-    return model
+        model, info = loader.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False, **told
+        )
+    for name in sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]):
+        if not set(name.split(".")) & set(heads):
+            raise ValueError(f"its {name} has another shape than config.json says")
+    loaded: nn.Module = model
+    return loaded
 
 
 def _load(model: nn.Module, folder: AdapterFolder) -> None:

@@ -143,6 +143,9 @@ def fuse(
             refuse_lora_of_experts(opened, f"rule {rule!r}")
         chosen = build_fusion(rule, known)
         _check_looks(chosen, model, examples, keep, activations)
+    config, carried = common_config(opened, layers, found), {} if heads_apart else common_carried(opened)
+    if heads_apart:
+        config |= without_heads(config)
     shares = _weights(opened, 1.0 if weights is None and chosen.whole_weights else weights)
     report = _Report(chosen.name, opened, shares, _proof(opened, found, foreign), why)
     if model is not None and examples is not None:
@@ -161,9 +164,6 @@ def fuse(
         fused = _on_equal_columns(fused, checkpoint)
     read = [adapter.folder.path for adapter in opened] + ([] if found is None else [found.path])
     sources = tuple(path.absolute() for path in read)
-    config, carried = common_config(opened, layers, found), {} if heads_apart else common_carried(opened)
-    if heads_apart:
-        config |= without_heads(config)
     return Fused(report.finished(), fused, config, carried, sources)
 
 

@@ -28,7 +28,8 @@ from .answers import (
 from .causal_lm_config import CausalLMConfig
 from .conversations import answer_of, as_asked, prepared, prompt_of, question_of, template
 from .data import Row, limited, load_splits, place
-from .recipe import Answered, Recipe, Sampled, Shown, pretrained, some
+from .pretrained import pretrained
+from .recipe import Answered, Recipe, Sampled, Shown, some
 from .tokens import IGNORED, Tokens
 from .tokens_seen import LOOKED_AT, disagreements, ends_and_beginnings, is_silent, losses
 from .trl_trainers import from_trl, trl_trainer

@@ -22,7 +22,8 @@ from .data import held_out, limited
 from .images import Packaged, Picture, Pixels, image_processor, load_pictures, pixels_of, unread
 from .labels import count, ordered, spellings, unlearned
 from .metrics import confused, measure, try_metrics
-from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, refuse_other_labels, some, task_of
+from .pretrained import pretrained
+from .recipe import Answered, Recipe, Shown, batched_logits, refuse_other_labels, some, task_of
 
 ImageMetric = Literal["accuracy", "f1", "macro_f1", "matthews"]
 
@@ -149,10 +150,10 @@ class ImageClassification(Recipe):
                 AutoModelForImageClassification,
                 self.config,
                 weights,
+                self.head,
                 num_labels=len(names),
                 id2label=names,
                 label2id={name: i for i, name in names.items()},
-                ignore_mismatched_sizes=True,  # the pretrained head has other classes
             )
         except ImportError as error:
             raise MissingExtraError(f"model: {one_line(error)}. Run: pip install 'spectune[vision]'") from None

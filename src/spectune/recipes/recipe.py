@@ -11,16 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..checkpoint import load_auto
 from ..checkpoint.task_file import Task, read_task
-from ..errors import DataError, OptionError, SpectuneError, one_line
+from ..errors import DataError, OptionError
 from ..training.arguments import checked_arguments, loop_arguments
 from ..training.config import RunConfig
 from ..training.loop import Loss, Plan, looped
-from ..tuner import keep_unpacked, load_attached
-from .quantization import quantized_loading
+from ..tuner import load_attached
 
 
 @dataclass(frozen=True)
@@ -273,25 +271,6 @@ def batched_logits(
         found |= dict(zip(places, recipe.logits(model, batch).float().cpu(), strict=True))
     model.train(was_training)
     return torch.stack([found[i] for i in range(len(order))])
-
-
-def pretrained(kind: Any, config: RunConfig, weights: Path | None, **options: Any) -> nn.Module:
-    """Get a pretrained model of transformers' Auto classes; `OptionError` if it cannot be loaded."""
-    source = weights or config.model
-    options |= {} if weights or config.revision is None else {"revision": config.revision}
-    quantized = {} if weights or kind is AutoConfig else quantized_loading(config)
-    if quantized and getattr(pretrained(AutoConfig, config, None), "quantization_config", None):
-        raise OptionError(f"quantization: {source} is stored quantised already. Use quantization: none.")
-    options |= quantized
-    try:
-        model: PreTrainedModel = load_auto(kind, source, dtype=getattr(torch, config.dtype), **options)
-    except SpectuneError:
-        raise
-    except (OSError, ValueError) as error:
-        raise OptionError(f"model: cannot load {source}: {one_line(error)}.") from error
-    if isinstance(model, nn.Module):
-        keep_unpacked(model)  # also for adapters of PEFT, and before a head is fitted
-    return model
 
 
 def some(items: Sequence[Any], count: int, seed: int) -> list[int]:

@@ -23,7 +23,8 @@ from ..training.loop import Loss
 from .data import Row, column, limited, load_splits, place, texts
 from .labels import class_name, count, labels_of, ordered, spellings, unlearned
 from .metrics import FOR_SCORES, METRICS, confused, measure, try_metrics
-from .recipe import Answered, Recipe, Shown, batched_logits, pretrained, refuse_other_labels, some, task_of
+from .pretrained import pretrained
+from .recipe import Answered, Recipe, Shown, batched_logits, refuse_other_labels, some, task_of
 from .text_classification_config import GLUE, LABEL, RAW_SCORE, TextClassificationConfig
 
 
@@ -123,7 +124,7 @@ class TextClassification(Recipe):
             options |= dict.fromkeys(self._dropouts(weights), self.config.dropout)
         mean = self.config.pooling == "mean"
         kind = AutoModelForTokenClassification if mean else AutoModelForSequenceClassification
-        model: Any = pretrained(kind, self.config, weights, **options)
+        model: Any = pretrained(kind, self.config, weights, self.head, **options)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.processing.pad_token_id
         built: nn.Module = model
