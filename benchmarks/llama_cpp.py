@@ -1,4 +1,4 @@
-"""Compare llama.cpp on our GGUF files with transformers: `python benchmarks/llama_cpp.py`.
+"""Compare llama.cpp on our GGUF files with transformers: `python benchmarks/llama_cpp.py [words]`.
 
 It needs llama.cpp's Python bindings xllamacpp, which need not be in the environment: PYTHONPATH finds them elsewhere.
 Tiny models of every family, all weights and norms random, so that a wrong order of rows would show everywhere.
@@ -7,6 +7,7 @@ Tiny models of every family, all weights and norms random, so that a wrong order
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import warnings
 from importlib import metadata
@@ -138,15 +139,77 @@ def measured(name: str, config: Any, folder: Path) -> dict[str, Any]:
     return row
 
 
+def byte_level(kind: str, texts: list[str]) -> Any:
+    """Get a tokenizer that cuts texts as this family does, trained on texts."""
+    from tokenizers import Regex, Tokenizer, decoders, models, trainers
+    from tokenizers import pre_tokenizers as cut
+
+    from spectune.export.gguf_words import _cuts
+
+    whole = cut.ByteLevel(add_prefix_space=False)
+    plain = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+    if kind == "llama":
+        known = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        made.pre_tokenizer = cut.Metaspace(prepend_scheme="always")
+        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(vocab_size=1500, special_tokens=known, limit_alphabet=90, show_progress=False)
+        made.train_from_iterator(texts, trainer)
+        return tf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    found = {name: expression for expression, name in _cuts().items()}
+    cuts = {"gpt-2": whole, "smollm": cut.Sequence([cut.Digits(individual_digits=True), whole])}
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = cuts.get(kind) or cut.Sequence([cut.Split(Regex(found[kind]), "isolated"), plain])
+    made.decoder = decoders.ByteLevel()
+    letters = cut.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=1500, special_tokens=special, initial_alphabet=letters, show_progress=False),
+    )
+    return tf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[0])
+
+
+def words_row(kind: str) -> dict[str, Any]:
+    """Count the paragraphs of our pages that llama.cpp cuts into other tokens; the tokenizer saw half of the pages."""
+    from urllib.request import Request, urlopen
+
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    odd = ["don't WE'LL I'm  you've\n\n\n  x\t\ty 12345 6.78", "é ü 漢字 🙂 <|endoftext|> a", " "]
+    tried = [part for text in texts[1::2] for part in text.split("\n\n")] + odd
+    tokenizer = byte_level(kind, texts[::2])
+    with tempfile.TemporaryDirectory() as place:
+        config = tf.LlamaConfig(**{**SIZES, "vocab_size": 1536})
+        model = get_peft_model(tf.LlamaForCausalLM(config), SpectralConfig(r=1, target_modules=["q_proj"]))
+        model.peft_config["default"].task_type = "CAUSAL_LM"
+        model.save_pretrained(Path(place, "adapter"))
+        model.unload().save_pretrained(Path(place, "base"))
+        tokenizer.save_pretrained(Path(place, "base"))
+        file = export_gguf(Path(place, "adapter"), Path(place, "out"), base_model=Path(place, "base"), merged=True).path
+        running = server(file)
+        differ = 0
+        for text in tried:
+            asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+            request = Request(f"{running.listening_address}/tokenize", asked, {"Content-Type": "application/json"})
+            differ += json.loads(urlopen(request).read())["tokens"] != tokenizer(text)["input_ids"]
+    return {"kind": kind, "texts": len(tried), "differ": differ}
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
+    cut = [words_row(kind) for kind in ("llama", "gpt-2", "smollm", "qwen2", "llama-bpe")]
+    print(cut, flush=True)
+    if "words" in sys.argv[1:]:
+        OUT.write_text(json.dumps({**json.loads(OUT.read_text()), "words": cut}, indent=1) + "\n")
+        return
     rows = []
     for name, config in MODELS.items():
         with tempfile.TemporaryDirectory() as place:
             rows.append(measured(name, config, Path(place)))
             print(rows[-1], flush=True)
     versions = {package: metadata.version(package) for package in ("xllamacpp", "gguf", "transformers")}
-    OUT.write_text(json.dumps({**provenance(), "versions": versions, "rows": rows}, indent=1) + "\n")
+    OUT.write_text(json.dumps({**provenance(), "versions": versions, "rows": rows, "words": cut}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

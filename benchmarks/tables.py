@@ -272,6 +272,11 @@ def llama_cpp_table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         figures = [f"{row[kind]:.1f}" if kind == kinds[-1] else f"{row[kind]:.0e}" for kind in kinds]
         lines.append(f"| {row['model']} | {' | '.join(figures)} |")
+    cut = ", ".join(f"{row['kind']} {row['differ']}" for row in record["words"])
+    lines += [
+        "",
+        f"Of {record['words'][0]['texts']} paragraphs of these pages, llama.cpp cuts into other tokens: {cut}.",
+    ]
     return "\n".join(lines)
 
 
