@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .tuner import SpectralConfig as SpectralConfig
     from .tuner import prepare as prepare
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME = {
     "SpectralConfig": "tuner",

@@ -53,4 +53,7 @@ def test_one_version_everywhere() -> None:
     import spectune
 
     said = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.search(r"^version: (\S+)$", said, re.M)[1] == spectune.__version__  # type: ignore[index]
+    assert re.findall(r"^version: (\S+)$", said, re.M) == [spectune.__version__]
+    built = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'^version = "(.*)"$', built, re.M) == [spectune.__version__]
+    assert f"## {spectune.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
