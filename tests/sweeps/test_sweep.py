@@ -502,7 +502,7 @@ def test_forgetting_is_refused_before_anything_runs_where_it_cannot_be_measured(
     asked = text_sweep(tmp_path, forgetting={"file": str(tmp_path / "b.txt")})
     run = tiny.lm_run(tmp_path, data={"validation": tiny.sums(tmp_path / "v.jsonl", 4)})
     del run["adapter"], run["training"]["learning_rate"]
-    with pytest.raises(DataError, match="there is no file .*b.txt"):
+    with pytest.raises(DataError, match="the file .*b.txt does not exist"):
         run_sweep(parse_sweep(asked | {"run": run}), tmp_path / "out", provenance={})
     assert not (tmp_path / "out").exists()
 
