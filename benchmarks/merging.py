@@ -33,7 +33,7 @@ from spectune.checkpoint import write_atomically
 from spectune.demo import base_folder, write_languages
 from spectune.fusion import FUSIONS, collect_grams, fuse
 from spectune.recipes import parse_config
-from spectune.runs import examples_of, load_run, load_with, run
+from spectune.runs import examples_of, load_run, load_with, run, tuned_weights
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
 TARGETS = ["query", "key", "value", "attention.output.dense"]
@@ -105,6 +105,8 @@ class Arm:
     rule: str
     options: dict[str, Any]
     label: str = ""
+    rounds: int | None = None
+    """Merges that are tried for weights that suit the validation examples."""
 
     @property
     def name(self) -> str:
@@ -126,6 +128,8 @@ ARMS = (
     Arm("sequential", {}),
     Arm("match", {}),
     Arm("match", {"rank": 8}, "match, rank 8"),
+    Arm("match", {}, "match, weights tuned", rounds=4),
+    Arm("match", {"rank": 8}, "match, rank 8, weights tuned", rounds=4),
 )
 
 
@@ -136,9 +140,12 @@ def merged(arm: Arm, bench: Bench, seed: int) -> dict[str, Any]:
     if arm.name.startswith("PEFT"):
         rank = merge_by_peft(arm, bench, seed, output)
     else:
-        fused = fuse(
-            folders, rule=arm.rule, base=base_folder(), heads_apart=True, **arm.options, **looked(arm, folders)
-        )
+        told = {**arm.options, **looked(arm, folders)}
+        merge = partial(fuse, folders, rule=arm.rule, base=base_folder(), heads_apart=True, **told)
+        if arm.rounds is None:
+            fused = merge()
+        else:
+            fused, _ = tuned_weights(folders, lambda weights: merge(weights=weights), arm.rounds, print)
         rank = fused.save(output, overwrite=True).max_rank
     seconds = time.perf_counter() - started
     return {"rank": rank, "seconds": seconds, "scores": tested(bench, folders, output)}

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import spectune
 from spectune.cli.app import app
 from spectune.errors import OptionError
 from spectune.recipes import parse_config
-from spectune.runs import Kept
+from spectune.runs import Kept, tuned_weights
 from spectune.runs import run as train
 
 from ..recipes.tiny import bert
@@ -21,7 +22,7 @@ LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["query", "value"]}
 SPECTRAL = {"method": "spectral_a", "r": 2, "target_modules": ["query", "value"]}
 
 
-def finished(folder: Path, name: str, adapter: dict[str, Any], model: str, words: tuple[str, str]) -> Path:
+def finished(folder: Path, name: str, adapter: dict[str, Any], model: str, words: tuple[str, str], **more: Any) -> Path:
     rows = [{"text": f"w{i % 7} {words[i % 2]} w{i % 5}", "label": words[i % 2]} for i in range(24)]
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -29,7 +30,7 @@ def finished(folder: Path, name: str, adapter: dict[str, Any], model: str, words
         "recipe": "text_classification",
         "model": model,
         "adapter": adapter,
-        "data": {"train": str(file), "test": str(file)},
+        "data": {"train": str(file), "test": str(file), **more},
         "training": {"steps": 12, "batch_size": 8, "learning_rate": 0.05, "head_learning_rate": 0.05},
     }
     train(parse_config(values), folder / name)
@@ -43,6 +44,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [
         finished(folder, "one", LORA, model, ("good", "bad")),
         finished(folder, "other", SPECTRAL, model, ("w30", "w31")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs with validation examples."""
+    folder = tmp_path_factory.mktemp("validated")
+    model = bert(folder / "base")
+    return [
+        finished(folder, name, LORA, model, words, validation_share=0.5)
+        for name, words in (("one", ("good", "bad")), ("other", ("w30", "w31")))
     ]
 
 
@@ -103,3 +115,45 @@ def test_what_would_not_be_used_is_refused(runs: list[Path], tmp_path: Path, wor
 def test_what_is_kept_of_a_loss_is_own_by_merged() -> None:
     assert Kept(Path("run"), "accuracy", "test", 0.8, {"match": 0.6}).share("match") == pytest.approx(0.75)
     assert Kept(Path("run"), "loss", "test", 1.5, {"match": 2.0}).share("match") == pytest.approx(0.75)
+
+
+def test_weights_are_tuned_on_validation_examples(validated: list[Path], tmp_path: Path) -> None:
+    done = fuse(*looking(validated), "--rule", "match", "--tune", "3", "-o", tmp_path / "both")
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert said.count("of their validation scores") == 3 and "of round" in said
+    assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
+
+
+def test_a_task_that_keeps_less_counts_more_and_the_best_merge_is_kept(
+    validated: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shares are told here, so that the rounds can be followed by hand."""
+    shares = iter([1.0, 0.5, 0.9, 0.9, 1.0, 0.7])
+    monkeypatch.setattr(Kept, "measure", lambda self, merge, adapter: 1.0 if adapter is None else next(shares))
+    asked: list[list[float] | None] = []
+
+    def merge(weights: list[float] | None) -> Any:
+        asked.append(weights)
+        return spectune.fuse(validated, rule="average", weights=weights, heads_apart=True)
+
+    best, tried = tuned_weights(validated, merge, 3)
+    assert asked[0] is None and tried[0].weights == (0.5, 0.5)
+    raised = [(0.75 / 1.0) ** 10, (0.75 / 0.5) ** 10]
+    assert asked[1] == pytest.approx([weight / sum(raised) for weight in raised])
+    assert asked[2] == pytest.approx(asked[1])  # both kept the same
+    assert tried[1].mean == pytest.approx(0.9) and best.report.weights == pytest.approx(asked[1])
+
+
+def test_tuning_that_cannot_work_is_refused_before_the_work(runs: list[Path]) -> None:
+    asked: list[tuple[list[str], str]] = [
+        (["--tune", "3"], "0 runs in --evaluate for 2 adapters"),
+        (["--tune", "3", "--rule", "all", "--evaluate", str(runs[0])], "Leave --rule all out"),
+        (["--tune", "3", "--weights", "1", "--evaluate", str(runs[0])], "Leave --weights out"),
+        (["--tune", "1", *(w for run in runs for w in ("--evaluate", str(run)))], "at least 2 are needed"),
+        (["--tune", "2", *(w for run in runs for w in ("--evaluate", str(run)))], "no validation examples"),
+    ]
+    for words, line in asked:
+        rule = [] if "--rule" in words else ["--rule", "average"]
+        done = fuse(*runs, "--heads-apart", *rule, *words)
+        assert done.exit_code == 1 and line in str(done.exception), done.output

@@ -65,6 +65,13 @@ def fuse(
     evaluate: Annotated[
         list[Path] | None, typer.Option(help="A run whose task is measured before and after the merge; repeatable.")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            help="Try this many merges for the weights by which the tasks keep most of their validation scores; needs "
+            "--evaluate with each adapter's run, in order."
+        ),
+    ] = None,
     heads_apart: Annotated[
         bool, typer.Option("--heads-apart", help="Leave out modules trained in full, such as heads.")
     ] = False,
@@ -84,7 +91,7 @@ def fuse(
     from ..fusion.experts import refuse_lora_of_experts
     from ..runs import Kept
     from .fuse_examples import ALL, Looks
-    from .fuse_tasks import evaluate_tasks, fuse_by_all, show_all
+    from .fuse_tasks import evaluate_tasks, fuse_by_all, refuse_tuning, show_all, tuned
     from .progress import Stages
     from .terminal import Console
 
@@ -97,14 +104,16 @@ def fuse(
         refuse_lora_of_experts(open_adapters(adapters), "--as-lora")
     if rule == ALL and (output is not None or report is not None):
         raise OptionError("--rule all compares and writes nothing. Leave out -o and --report, or choose one rule.")
+    if tune is not None:
+        refuse_tuning(rule, weights, len(adapters), len(evaluate or ()))
     looks = Looks(adapters, examples or [], keep, base)
     looks.refuse_idle(rule)
     tasks, progress = [Kept.of(run) for run in evaluate or []], Console(stderr=True)
     options = {"allow_overlap": allow_overlap or None, "eps": eps, "rank": rank, "density": density, "common": common}
 
-    def by(name: str) -> Fused:
+    def by(name: str, given: list[float] | None = None) -> Fused:
         known = options if rule != ALL else {key: options[key] for key in FUSIONS[name].options() if key in options}
-        more: dict[str, Any] = {**known, **looks.for_rule(name), "weights": _weights(weights), "base": base}
+        more: dict[str, Any] = {**known, **looks.for_rule(name), "weights": given or _weights(weights), "base": base}
         if "on_layers" in more:
             return fuse_adapters(adapters, rule=name, heads_apart=heads_apart, **more)
         with Stages(progress) as stages:
@@ -112,8 +121,12 @@ def fuse(
             more["on_layers"] = lambda done, layers: step(done, layers, None)
             return fuse_adapters(adapters, rule=name, heads_apart=heads_apart, **more)
 
+    if tune is not None:
+        merges = iter([tuned(lambda given: by(rule, given), evaluate or [], tune, progress)])
+    else:
+        merges = fuse_by_all(by, bool(examples), progress) if rule == ALL else iter([by(rule)])
     reports = []
-    for fused in fuse_by_all(by, bool(examples), progress) if rule == ALL else iter([by(rule)]):
+    for fused in merges:
         evaluate_tasks(fused, tasks, progress)
         reports.append(fused.report)
     if rule == ALL:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SpectuneError, one_line
+from ..errors import OptionError, SpectuneError, one_line
 
 if TYPE_CHECKING:
     from ..fusion import Fused, OverlapReport
@@ -27,6 +27,30 @@ def fuse_by_all(fuse: Callable[[str], Fused], has_examples: bool, console: Any) 
             yield fuse(name)
         except SpectuneError as error:
             console.print(f"{name}: left out, because {one_line(error, 300)}", soft_wrap=True)
+
+
+def refuse_tuning(rule: str, weights: str | None, adapters: int, runs: int) -> None:
+    """Raise `OptionError` where `--tune` cannot work."""
+    if rule == "all" or weights is not None:
+        said = "--rule all" if rule == "all" else "--weights"
+        raise OptionError(f"--tune: it finds the weights of one rule. Leave {said} out.")
+    if adapters != runs:
+        raise OptionError(f"--tune: {runs} runs in --evaluate for {adapters} adapters. Name one for each, in order.")
+
+
+def tuned(merge: Callable[[list[float] | None], Fused], runs: list[Path], rounds: int, console: Any) -> Fused:
+    """Get the merge of the best weights that were tried; each round is printed."""
+    from ..runs import Tried, tuned_weights
+
+    def say(tried: Tried) -> None:
+        shares = ", ".join(f"{share:.1%}" for share in tried.shares)
+        found = ", ".join(f"{weight:.3g}" for weight in tried.weights)
+        console.print(f"weights {found}: the tasks keep {shares} of their validation scores", soft_wrap=True)
+
+    fused, tried = tuned_weights(runs, merge, rounds, say)
+    best = max(tried, key=lambda one: one.mean)
+    console.print(f"the best mean, {best.mean:.1%}, is that of round {tried.index(best) + 1} of {len(tried)}")
+    return fused
 
 
 def evaluate_tasks(fused: Fused, tasks: list[Kept], console: Any) -> None:

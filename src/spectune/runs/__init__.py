@@ -28,4 +28,6 @@ from .spectra import layer_spectra as layer_spectra
 from .train import Trained as Trained
 from .train import run as run
 from .train import train_run as train_run
+from .tuned_weights import Tried as Tried
+from .tuned_weights import tuned_weights as tuned_weights
 from .updates import layer_updates as layer_updates

@@ -56,12 +56,13 @@ class Kept:
     """Merge -> figure."""
 
     @classmethod
-    def of(cls, run: str | Path) -> Kept:
-        """Get the task with the first metric that the run recorded, on its test examples if it has any."""
+    def of(cls, run: str | Path, only: str | None = None) -> Kept:
+        """Get the task with the first metric that the run recorded: on the split `only`, else test, else validation."""
         recorded = Run.open(run).result.metrics
-        split = next((split for split in ("test", "validation") if split in recorded), None)
+        wanted = ("test", "validation") if only is None else (only,)
+        split = next((split for split in wanted if split in recorded), None)
         if split is None:
-            raise DataError(f"{run}: the run has no held-out examples to measure a merge on. Leave it out.")
+            raise DataError(f"{run}: the run has no {only or 'held-out'} examples to measure a merge on. Leave it out.")
         metric, own = next(iter(recorded[split].items()))
         found = cls(Path(run), metric, split, own)
         found.measure(UNTOUCHED, None)
