@@ -158,3 +158,24 @@ def merging_table(record: dict[str, Any]) -> str:
         cells = [f"{figures['mean']['mean']:.1%}", f"{figures['worst']['mean']:.1%}", *(f"{s:.1%}" for s in shares)]
         lines.append(f"| {arm} | {' | '.join(cells)} | {figures['rank']} |")
     return "\n".join(lines)
+
+
+def qlora_table(record: dict[str, Any]) -> str:
+    lines = [
+        f"SmolLM2-135M-Instruct, {', '.join(f'`{layer}`' for layer in record['layers'])}; {record['steps']} steps of "
+        f"{record['batch']} x {record['tokens']} tokens on one CPU core (`python benchmarks/qlora.py`). Memory is the "
+        "peak of the steps above what the process needs before it loads the model. The step is a multiple of that of "
+        f"LoRA on the same 4-bit base in the same round (median and quartiles of {record['rounds']}); the loss is the "
+        "mean of the first and of the last three steps.",
+        "",
+        "| adapter | base | trained numbers | peak memory | step | loss, first | loss, last |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for arm, row in record["rows"].items():
+        low, middle, high = row["ratio"]
+        first, last = (sum(part) / len(part) for part in (row["losses"][:3], row["losses"][-3:]))
+        name, _, base = arm.partition(", float32")
+        cells = [name, "float32" if base else "nf4", f"{row['trained']:,}", f"{row['bytes'] / 1e6:,.0f} MB"]
+        cells += [f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{first:.2f}", f"{last:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

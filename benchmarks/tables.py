@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_tables import gpu_table
-from recipe_tables import gsm8k_table, merging_table, paired_table, rates_table, reward_table, sweep_table
+from recipe_tables import gsm8k_table, merging_table, paired_table, qlora_table, rates_table, reward_table, sweep_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -294,6 +294,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "small_glue": ("docs/results.md", sweep_table),
     "compare_small": ("docs/results.md", sweep_table),
     "data_spectra": ("docs/results.md", paired_table),
+    "qlora": ("docs/recipes.md", qlora_table),
     "reward": ("docs/results.md", reward_table),
     "llama_cpp": ("docs/gguf.md", llama_cpp_table),
     "gpu": ("docs/speed.md", gpu_table),
