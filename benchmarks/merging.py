@@ -129,7 +129,6 @@ ARMS = (
     Arm("match", {}),
     Arm("match", {"rank": 8}, "match, rank 8"),
     Arm("match", {}, "match, weights tuned", rounds=4),
-    Arm("match", {"rank": 8}, "match, rank 8, weights tuned", rounds=4),
 )
 
 
