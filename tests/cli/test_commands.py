@@ -18,7 +18,7 @@ from ..warm import spectune
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     folder = tmp_path_factory.mktemp("journey")
-    done = spectune("demo", "--steps", "4", "--sentences", "64", "--output", "out", "--json", cwd=folder)
+    done = spectune("demo", "--steps", "12", "--sentences", "64", "--output", "out", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out", json.loads(done.stdout)
 
@@ -92,7 +92,7 @@ def test_debugging_shows_where_a_failure_came_from(tmp_path: Path) -> None:
 def test_an_interrupted_demo_goes_on_to_the_same_adapter(
     journey: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
-    words = ["demo", "--steps", "4", "--sentences", "64", "--output", "out", "--json"]
+    words = ["demo", "--steps", "12", "--sentences", "64", "--output", "out", "--json"]
     command = [sys.executable, "-m", "spectune.cli", *words]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         while not (tmp_path / "out" / "frozen" / "run.yaml").exists():
