@@ -125,6 +125,17 @@ def test_a_run_stopped_after_its_last_step_is_only_evaluated(tmp_path: Path) -> 
     assert again.metrics == first.metrics and again.losses == first.losses and again.step_seconds is None
 
 
+def test_an_interrupt_at_the_last_step_stops_the_run_too(tmp_path: Path) -> None:
+    """Whoever started it, such as the demo, must not go on with what comes next."""
+    config = parse_config(tiny.text_run(tmp_path))
+    first = run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped at step 6"):
+        run(config, tmp_path / "run", on_step=stop_after(6))
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    again = run(config, tmp_path / "run", resume=True, on_step=lambda *step: pytest.fail("it trained again"))
+    assert again.metrics == first.metrics and again.losses == first.losses
+
+
 def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     config = parse_config(tiny.text_run(tmp_path))
     whole = run(config, tmp_path / "whole")

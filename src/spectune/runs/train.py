@@ -22,7 +22,7 @@ from ..training.checkpoints import Interrupted, StopWhenAsked, history, steps_do
 from ..training.config import HEAD, RunConfig
 from ..training.divergence import StopAtDivergence, remedies
 from ..training.loop import OnStep, Watch, quiet_libraries
-from ..training.processes import join, on_main
+from ..training.processes import anywhere, join, on_main
 from ..training.rates import head_learning_rate, learning_rate, method_of
 from .building import build, numbers
 from .folder import Run, opened_folder, refuse_other_run
@@ -210,23 +210,19 @@ def _fitted(recipe: Recipe, found: Run, watch: Watch, replace_old: Callable[[], 
         if config.training.report_to:  # trackers open their files before the first step
             first.now()
         _fit(trainer, last)
-    if request.asked and not divergence.found and trainer.state.global_step < trainer.state.max_steps:
+    stopped = anywhere(request.asked) and not divergence.found
+    if stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(found.checkpoints, trainer.state.global_step)
     good = found.last_checkpoint() if divergence.found else None
     if good is not None:
         trainer._load_from_checkpoint(str(good))
     size = None if divergence.found and good is None else _save(recipe, trainer, found)
+    if stopped:  # after the last step, so that nothing of it is lost
+        raise Interrupted(found.checkpoints, trainer.state.global_step)
     diverged = _diverged(divergence, config, good, found.tuned(config)) if divergence.found else ""
-    return _Fitted(
-        watch,
-        counts,
-        recipe.parts(model),
-        directions_said(model),
-        size,
-        *_memory(),
-        diverged,
-        trainer.model if trainer.is_fsdp_enabled else None,
-    )
+    sharded = trainer.model if trainer.is_fsdp_enabled else None
+    parts, directions = recipe.parts(model), directions_said(model)
+    return _Fitted(watch, counts, parts, directions, size, *_memory(), diverged, sharded)
 
 
 def _diverged(divergence: StopAtDivergence, config: RunConfig, good: Path | None, tuned: Path) -> str:
