@@ -4,8 +4,9 @@
 
 Goes on when started again; `--tasks` and `--arms` choose a part of the table. FOLDER holds sst2_train, cola_train,
 mrpc_train and rte_train, each .jsonl.gz, with GLUE's columns. Each task is split once, by a fixed seed: test rows, then
-validation rows, and out of the rest the run's seed draws 2,000 training rows. Every arm begins with a fitted head.
-Writes benchmarks/results/data_spectra.json.
+validation rows, and out of the rest the run's seed draws 2,000 training rows (--rows). Every arm begins with a fitted
+head.
+Writes benchmarks/results/data_spectra.json (--output).
 """
 
 from __future__ import annotations
@@ -89,15 +90,17 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--rows", type=int, default=2000, help="training rows")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     sweep = {
-        "title": "Cores in directions of the data against LoRA at equal trained numbers, MiniLM, 2,000 rows",
+        "title": f"Cores in directions of the data against LoRA at equal trained numbers, MiniLM, {asked.rows:,} rows",
         "run": {
             "recipe": "text_classification",
             "model": str(base_folder()),
             "pooling": "mean",
-            "data": {"limit": {"train": 2000}},
+            "data": {"limit": {"train": asked.rows}},
             "training": {"epochs": asked.epochs, "batch_size": 32, "head_first": True, "head_learning_rate": 1e-3},
         },
         "tasks": tasks(asked.tasks, asked.data, asked.work),
@@ -107,7 +110,7 @@ def main() -> None:
         "tuning_seeds": 1,
         "keep": "nothing",
     }
-    record_sweep(parse_sweep(sweep), asked.work / "sweep", RESULTS, None, asked.jobs)
+    record_sweep(parse_sweep(sweep), asked.work / "sweep", asked.output, None, asked.jobs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ COMMIT = Path(__file__).parent / "COMMIT"
 
 def provenance() -> dict[str, Any]:
     """Get the commit of the tree (marked when it has changes) and the machine."""
-    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "torch": torch.__version__}
+    machine: dict[str, Any] = {"cpus": os.cpu_count(), "system": platform.platform(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
     return {"commit": commit(), "machine": machine}
 
 

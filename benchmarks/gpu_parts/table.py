@@ -29,5 +29,7 @@ PARTS: dict[str, Part] = {
     "c": Part("decomposition", "Decomposition", 20),
     "d": Part("mixed_batches", "Batches of many adapters", 10),
     "e": Part("graphs", "CUDA graphs and kernels", 6),
+    "g": Part("four_bit", "A 4-bit base", 12),
+    "h": Part("data_directions", "Directions of the data", 12),
     "f": Part("real_run", "A real run", 30),
 }

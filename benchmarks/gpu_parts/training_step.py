@@ -63,14 +63,15 @@ def compared(cell: Cell) -> list[str]:
 
 
 class Bench:
-    """One shape: its base, and the adapted models on the base's own weights."""
+    """One base, and the adapted models on its own weights."""
 
-    def __init__(self, setting: Setting, notebook: Notebook, shape: str) -> None:
+    def __init__(
+        self, setting: Setting, notebook: Notebook, shape: str, base: nn.Module, configs: dict[str, Any]
+    ) -> None:
         self.setting, self.notebook = setting, notebook
-        base = llama(shape, setting)
         self.models: dict[str, nn.Module] = {}
         self.facts: dict[str, dict[str, Any]] = {}
-        for name, config in adapters(R).items():
+        for name, config in configs.items():
             notebook.attempt(f"{shape}: attaching {name}", lambda n=name, c=config: self._attach(n, base, c))
 
     def _attach(self, name: str, base: nn.Module, config: Any) -> None:
@@ -81,14 +82,14 @@ class Bench:
         trained = sum(p.numel() for p in self.models[name].parameters() if p.requires_grad)
         self.facts[name] = {"trained": trained, "attach_seconds": round(time.perf_counter() - started, 3)}
 
-    def measure(self, cell: Cell) -> None:
+    def measure(self, cell: Cell, names: list[str]) -> None:
         """Measure one cell: a row for each adapter, all of them taking turns."""
         ids = tokens(cell.tokens, 32 if self.setting.tiny else ROW, self.setting)
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = COMPILATIONS
         runners: dict[str, Runner] = {}
         facts: dict[str, dict[str, Any]] = {}
-        for name in compared(cell):
+        for name in names:
             if name not in self.models:
                 self.notebook.leave_out(f"{cell.name}: {name}", "it could not be attached")
                 continue
@@ -164,6 +165,6 @@ def run(setting: Setting, notebook: Notebook) -> None:
             bench = ("", None)  # the old models go before the new ones come
             if setting.on_cuda:
                 torch.cuda.empty_cache()
-            bench = (cell.shape, Bench(setting, notebook, cell.shape))
+            bench = (cell.shape, Bench(setting, notebook, cell.shape, llama(cell.shape, setting), adapters(R)))
         assert bench[1] is not None
-        bench[1].measure(cell)
+        bench[1].measure(cell, compared(cell))

@@ -51,7 +51,7 @@ def test_a_killed_run_keeps_its_parts_and_a_later_one_adds_the_others(tmp_path: 
     assert second.returncode == 0, said
     record = notebook.read(output)
     assert record["commit"] and record["versions"]["peft"] and record["device"] == "cpu"
-    assert states(output) == {**dict.fromkeys("abcde", "done"), "f": "not run"}
+    assert states(output) == {**dict.fromkeys("abcdegh", "done"), "f": "not run"}
     assert record["parts"]["f"]["reason"] == "not run: no weights given"
     assert all(not part.get("not_reached") for part in record["parts"].values())
     assert [*record["parts"]["e"]["left_out"].values()] == ["needs CUDA"] * 4
