@@ -14,13 +14,17 @@ from ..recipes.recipe import Recipe
 from ..training.config import HEAD, RunConfig
 from ..training.loop import Plan
 from ..training.muon import MUON, refuse_without_matrices
+from ..training.processes import on_training_device
 from ..training.rates import head_learning_rate, learning_rate, method_of, usual_rate
 from ..tuner import attach, build_adapter_config
 from .examples_first import directions_of_examples, fit_head
 
 
-def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
-    """Get the model that a run trains, with its adapter and its learning rates."""
+def build(recipe: Recipe, *, to_train: bool = True) -> tuple[nn.Module, Plan]:
+    """Get the model that a run trains, with its adapter and its learning rates.
+
+    `to_train`: on the device of the training, where heads are fitted and weights decomposed many times as fast.
+    """
     config = recipe.config
     if config.training.precision == "float16" and not torch.accelerator.is_available():
         raise OptionError(
@@ -32,6 +36,8 @@ def build(recipe: Recipe) -> tuple[nn.Module, Plan]:
     own = recipe.attach(model)
     if own is not None:
         return own[0], _plan(recipe, own[0], own[1])
+    if to_train:
+        model = on_training_device(model)
     heads = recipe.head(model)
     options = config.adapter_options
     if config.training.head_first:

@@ -64,7 +64,7 @@ def dry_run(config: RunConfig) -> DryRun:
     examples = {split: len(rows) for split, rows in recipe.splits.items()}
     if config.training.validate_every is not None:
         recipe.validation_split()
-    model, plan = build(recipe)
+    model, plan = build(recipe, to_train=False)  # the GPU may be busy
     layers = [
         (name.replace(PEFT_PREFIX, "", 1), list(layer.base_layer.weight.shape))
         for name, layer in model.named_modules()
@@ -100,7 +100,8 @@ def _activations(recipe: Recipe, model: nn.Module, known: set[int]) -> int:
     rows = recipe.rows("train")
     first = [rows[i] for i in range(min(LOOKED_AT, len(rows)))]
     longest = max(first, key=lambda row: len(row.get("input_ids", ())))
-    batch = recipe.collate([longest])
+    device = next(model.parameters()).device  # a quantised model is on a GPU where there is one
+    batch = {name: tensor.to(device) for name, tensor in recipe.collate([longest]).items()}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,15 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import MissingExtraError, OutputError
 
 # How long a process waits for the others: transformers' own ddp_timeout. On one process, preparing data or a long
 # evaluation may take longer than torch's ten minutes with NCCL.
 PATIENCE = timedelta(minutes=30)
+# By these, `accelerate launch` tells its processes that no one of them will hold the whole model.
+SHARDS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 def join() -> Any:
@@ -32,6 +35,19 @@ def join() -> Any:
         ) from None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PATIENCE)
+
+
+def on_training_device(model: nn.Module) -> nn.Module:
+    """Move a model to where it will be trained, so that what is done before the first step is done there, too.
+
+    Not a quantised one, which transformers has placed, nor one that FSDP or DeepSpeed will shard: it may not fit.
+    """
+    state = join()
+    from accelerate.utils import parse_flag_from_env
+
+    if not getattr(model, "is_quantized", False) and not any(parse_flag_from_env(name) for name in SHARDS):
+        model.to(state.device)
+    return model
 
 
 def on_main(work: Callable[[], None]) -> None:
