@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .records import Delta, SparseCore
+from .thin_svd import thin_svd
 
 # Multiplying N x Q by a sparse core one coefficient at a time gathers N x C numbers; a dense P x Q core costs one
 # GEMM. Measured, forward and backward in float32 on one CPU core: at P = Q = 384, 1024 and 2048 both cost the same at
@@ -227,7 +228,7 @@ def singular_values(delta: Delta) -> torch.Tensor:
     B_OP, A_PI = to_factors(delta)
     R_left = torch.linalg.qr(B_OP, mode="r").R
     R_right = torch.linalg.qr(A_PI.T, mode="r").R
-    return torch.linalg.svdvals(R_left @ R_right.T)
+    return thin_svd(R_left @ R_right.T)[1]
 
 
 def truncate(B_OP: torch.Tensor, A_PI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -238,7 +239,7 @@ def truncate(B_OP: torch.Tensor, A_PI: torch.Tensor, rank: int) -> tuple[torch.T
     """
     left_OP, R_left = torch.linalg.qr(B_OP)
     right_IP, R_right = torch.linalg.qr(A_PI.T)
-    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    X_PP, S_P, Yh_PP = thin_svd(R_left @ R_right.T)
     total = float(torch.linalg.vector_norm(S_P))
     lost = float(torch.linalg.vector_norm(S_P[rank:])) / total if total else 0.0
     root_R = S_P[:rank].sqrt()

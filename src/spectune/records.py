@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .thin_svd import thin_svd
+
 # Below this gap at the cut (a fraction of S[0]) another solver may return other directions altogether. Ten times
 # float32 roundoff.
 SURE_GAP = 1e-6
@@ -117,7 +119,7 @@ class Spectrum:
                 "them."
             )
         middle_RR = torch.diag(self.S_R) + delta.core_matrix()
-        X_RR, S_R, Yh_RR = torch.linalg.svd(middle_RR)
+        X_RR, S_R, Yh_RR = thin_svd(middle_RR)
         return Spectrum(self.U_OR @ X_RR, S_R, Yh_RR @ self.Vh_RI, self.columns, self.quality, self.name)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Spectrum:

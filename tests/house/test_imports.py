@@ -35,6 +35,7 @@ FLOORS: dict[str, int] = {
     "records": 0,
     "errors": -1,
     "other_words": -2,
+    "thin_svd": -2,
 }
 # Dependency -> the only rooms that may import it. Nothing is listed that many rooms need (torch, safetensors).
 DOORS: dict[str, set[str]] = {

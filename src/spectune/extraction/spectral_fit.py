@@ -7,6 +7,7 @@ import torch
 from ..algebra import truncate
 from ..records import Spectrum, Weight
 from ..spectrum import decompose
+from ..thin_svd import thin_svd
 
 # Of the singular subspace of the target, in radians. dW may be a thousandth of the target, so its default of 1e-4
 # would show; the loss is the square of the angle. Chosen, not measured.
@@ -39,7 +40,7 @@ def fit_spectral_a(dW: Weight, spectrum: Spectrum) -> tuple[torch.Tensor, torch.
     X_OR, Yh_RI, _ = truncate(T_OI @ right_RI.mT, right_RI, R)
     root_R = S_R.sqrt()
     overlap_RR = X_OR.mT @ (U_OR * root_R) + Yh_RI @ (Vh_RI.mT * root_R)
-    left_RR, _, right_RR = torch.linalg.svd(overlap_RR)
+    left_RR, _, right_RR = thin_svd(overlap_RR)
     Z_RR = left_RR @ right_RR
     A_U_OR = X_OR @ Z_RR / root_R - U_OR
     A_Vh_RI = (Z_RR.mT @ Yh_RI) / root_R[:, None] - Vh_RI

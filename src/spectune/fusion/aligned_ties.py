@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..thin_svd import thin_svd
 from .contract import Part, of_factors
 from .core import Core, core_space, elect
 
@@ -30,6 +31,6 @@ class AlignedTies(Core):
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         space = core_space(parts)
         beside_PK = torch.cat(list(space.cores_NPQ), dim=1)
-        U_PK, S_K, _ = torch.linalg.svd(beside_PK, full_matrices=False)
+        U_PK, S_K, _ = thin_svd(beside_PK)
         rights_NKI = torch.stack([(U_PK.mT / S_K[:, None]) @ core_PQ @ space.Qh_QI for core_PQ in space.cores_NPQ])
         return of_factors(parts, space.Q_OP @ (U_PK * S_K), elect(rights_NKI, weights, self.density))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..thin_svd import thin_svd
 from .contract import Fusion, Part
 from .core import COMMON, core_space, weighted_sum
 
@@ -36,7 +37,7 @@ class Calibrated(Fusion):
 
     def fuse(self, parts: Sequence[Part], weights: Sequence[float]) -> Part:
         space = core_space(parts)
-        U_PK, S_K, Vh_KQ = torch.linalg.svd(weighted_sum(space.cores_NPQ, weights), full_matrices=False)
+        U_PK, S_K, Vh_KQ = thin_svd(weighted_sum(space.cores_NPQ, weights))
         inflated_K = torch.zeros_like(S_K)
         for core_PQ, weight in zip(space.cores_NPQ, weights, strict=True):
             own_KQ = weight * (U_PK.mT @ core_PQ)

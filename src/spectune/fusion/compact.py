@@ -8,6 +8,7 @@ import torch
 
 from ..algebra import to_factors
 from ..records import Delta
+from ..thin_svd import thin_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ def compact(delta: Delta) -> Compact:
     B_OP, A_PI = to_factors(delta)
     left_OP, R_left = torch.linalg.qr(B_OP)
     right_IP, R_right = torch.linalg.qr(A_PI.mT)
-    X_PP, S_P, Yh_PP = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)  # not square if wider than one side
+    X_PP, S_P, Yh_PP = thin_svd(R_left @ R_right.mT)  # not square if wider than one side
     kept = _apart(S_P, delta.shape)
     return Compact(left_OP @ X_PP[:, kept], S_P[kept], Yh_PP[kept] @ right_IP.mT)
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import OptionError
+from ..thin_svd import thin_svd
 from .compact import in_order
 from .contract import Fusion, Part, of_compact
 
@@ -29,7 +30,7 @@ class Cores:
 
     def part(self, core_PQ: torch.Tensor, parts: Sequence[Part]) -> Part:
         """Get the fused part of a layer with the update Q M Qh."""
-        U_PK, S_K, Vh_KQ = torch.linalg.svd(core_PQ, full_matrices=False)
+        U_PK, S_K, Vh_KQ = thin_svd(core_PQ)
         return of_compact(parts, in_order(self.Q_OP @ U_PK, S_K, Vh_KQ @ self.Qh_QI))
 
 
@@ -48,7 +49,7 @@ def core_space(parts: Sequence[Part]) -> Cores:
 
 
 def _span(stacked_AP: torch.Tensor) -> torch.Tensor:
-    U_AP, S_P, _ = torch.linalg.svd(stacked_AP, full_matrices=False)
+    U_AP, S_P, _ = thin_svd(stacked_AP)
     return U_AP[:, COMMON * S_P.max() < S_P] if S_P.numel() else U_AP
 
 

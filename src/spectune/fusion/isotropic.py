@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ..thin_svd import thin_svd
 from .contract import Fusion, Part
 from .core import COMMON, check_share, core_space, weighted_sum
 
@@ -45,14 +46,14 @@ class Isotropic(Fusion):
         total_PQ = weighted_sum(space.cores_NPQ, weights)
         if len(parts) == 1 or not bool(total_PQ.any()):
             return space.part(total_PQ, parts)
-        U_PK, S_K, Vh_KQ = torch.linalg.svd(total_PQ, full_matrices=False)
+        U_PK, S_K, Vh_KQ = thin_svd(total_PQ)
         own = int((1 - self.common) * len(S_K)) // len(parts)
         shared = len(S_K) - own * len(parts)
         lefts, values, rights = [U_PK[:, :shared]], [S_K[:shared]], [Vh_KQ[:shared]]
         if own:
             for core_PQ, weight in zip(space.cores_NPQ, weights, strict=True):
                 rest_PQ = weight * (core_PQ - lefts[0] @ (lefts[0].mT @ core_PQ))
-                X_PK, T_K, Yh_KQ = torch.linalg.svd(rest_PQ, full_matrices=False)
+                X_PK, T_K, Yh_KQ = thin_svd(rest_PQ)
                 k = min(own, int((COMMON * S_K[0] < T_K).sum()))
                 lefts, values, rights = [*lefts, X_PK[:, :k]], [*values, T_K[:k]], [*rights, Yh_KQ[:k]]
         flat_PQ = _polar(torch.cat(lefts, dim=1)) @ _polar(torch.cat(rights))
@@ -60,5 +61,5 @@ class Isotropic(Fusion):
 
 
 def _polar(stacked_AK: torch.Tensor) -> torch.Tensor:
-    U_AK, _, Vh_KK = torch.linalg.svd(stacked_AK, full_matrices=False)
+    U_AK, _, Vh_KK = thin_svd(stacked_AK)
     return U_AK @ Vh_KK

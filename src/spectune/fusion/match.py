@@ -10,6 +10,7 @@ import torch
 
 from ..algebra import dense, to_factors
 from ..errors import OptionError
+from ..thin_svd import thin_svd
 from .contract import Fusion, Part, of_factors
 
 # A share of the mean of G's diagonal. Chosen.
@@ -61,7 +62,7 @@ class Match(Fusion):
         lower_II = _lower(gram_II, ridge, self.eps, parts[0].layer)
         # dW L = (wanted + e dW_0) L^-T, and A = V^T L^-1.
         scaled_OI = torch.linalg.solve_triangular(lower_II, (wanted_OI + ridge * prior_OI).mT, upper=False).mT
-        U_OK, S_K, Vh_KI = torch.linalg.svd(scaled_OI, full_matrices=False)
+        U_OK, S_K, Vh_KI = thin_svd(scaled_OI)
         kept = min(self.rank or _ranks(parts), len(S_K))
         A_RI = torch.linalg.solve_triangular(lower_II.mT, Vh_KI[:kept].mT, upper=True).mT
         return of_factors(parts, U_OK[:, :kept] * S_K[:kept], A_RI)

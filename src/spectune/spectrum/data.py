@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..records import Quality, Spectrum, Weight
+from ..thin_svd import thin_svd
 from .data_spectra import unorthogonal
 from .distributed import processes
 
@@ -65,10 +66,8 @@ class SecondMoment:
         middle = probe.mT @ shifted
         root, fault = torch.linalg.cholesky_ex((middle + middle.mT) / 2)
         if int(fault):  # nothing was added, or next to nothing
-            return torch.zeros(probe.shape[1], dtype=probe.dtype), torch.linalg.qr(probe)[0]
-        vectors, roots, _ = torch.linalg.svd(
-            torch.linalg.solve_triangular(root, shifted.mT, upper=False).mT, full_matrices=False
-        )
+            return torch.zeros(probe.shape[1], dtype=probe.dtype, device=probe.device), torch.linalg.qr(probe)[0]
+        vectors, roots, _ = thin_svd(torch.linalg.solve_triangular(root, shifted.mT, upper=False).mT)
         return (roots.square() - shift).clamp_min(0), vectors
 
 
@@ -140,15 +139,15 @@ class Moments:
         """Get (U_OR, V_IR, the share of what was seen that they hold)."""
         R = self.rank
         if self.mean is not None:
-            U_OK, S_K, Vh_KI = torch.linalg.svd(self.mean.double(), full_matrices=False)
+            U_OK, S_K, Vh_KI = thin_svd(self.mean.double())
             return U_OK[:, :R], Vh_KI[:R].mT, _share(S_K.square(), R)
         assert self.right is not None
         inputs, V_IJ = self.right.eigen()
         if self.left is not None:
             outputs, U_OJ = self.left.eigen()
             return U_OJ[:, :R], V_IJ[:, :R], min(_share(inputs, R), _share(outputs, R))
-        U_OJ, S_J, _ = torch.linalg.svd(W_OI @ (V_IJ * inputs.clamp_min(0).sqrt()), full_matrices=False)
-        X_RR, _, Yh_RI = torch.linalg.svd(U_OJ[:, :R].mT @ W_OI, full_matrices=False)
+        U_OJ, S_J, _ = thin_svd(W_OI @ (V_IJ * inputs.clamp_min(0).sqrt()))
+        X_RR, _, Yh_RI = thin_svd(U_OJ[:, :R].mT @ W_OI)
         return U_OJ[:, :R] @ X_RR, Yh_RI.mT, _share(S_J.square(), R)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..thin_svd import thin_svd
 from .columns import Choice
 from .found import Found, transposed
 
@@ -19,23 +20,17 @@ PARTIAL_SHARE = 4
 
 
 def exact(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> Found:
-    """Get the chosen directions from the full SVD (LAPACK's gesdd, cuSOLVER on a GPU).
+    """Get the chosen directions from the full SVD (LAPACK's gesdd; `thin_svd` on a GPU).
 
     Residual and orthogonality are roundoff of the dtype; `tolerance` and `seed` are not used.
-    If the driver does not converge, the work is repeated in float64, on CUDA with `gesvd`.
+    If the solver does not converge, the work is repeated in float64.
     """
     try:
-        U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI, full_matrices=False)
+        U_OK, S_K, Vh_KI = thin_svd(W_OI)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not name it in __all__
-        U_OK, S_K, Vh_KI = _second_driver(W_OI)
+        U_OK, S_K, Vh_KI = (part.to(W_OI.dtype) for part in thin_svd(W_OI.double()))
     places = list(choice.places)
     return Found(U_OK[:, places], S_K[places], Vh_KI[places], S_K.double().cpu(), "exact")
-
-
-def _second_driver(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    driver = "gesvd" if W_OI.is_cuda else None
-    U_OK, S_K, Vh_KI = torch.linalg.svd(W_OI.double(), full_matrices=False, driver=driver)
-    return U_OK.to(W_OI.dtype), S_K.to(W_OI.dtype), Vh_KI.to(W_OI.dtype)
 
 
 def gram(W_OI: torch.Tensor, choice: Choice, *, tolerance: float, seed: int) -> Found:

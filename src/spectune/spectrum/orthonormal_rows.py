@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..thin_svd import thin_svd
+
 # One projection and QR leave an overlap with the older rows of about eps times (longest row of the block) / (shortest
 # new part), and the recurrence lets it grow. Measured on real, flat, power-law and repeated spectra: up to a ratio of 4
 # the bases stay as orthonormal as with two passes; at 8 one with repeated values lost two digits. Beyond it projection
@@ -55,7 +57,7 @@ class OrthonormalRows:
         if bool((triangle_Bbb.diagonal(dim1=1, dim2=2).abs() > floor_B[:, None]).all()):
             return fresh_BAb.mT, triangle_Bbb.mT, False
         # QR without pivoting hides live directions behind a dead one; the SVD sorts them out.
-        X_Bbb, norms_Bb, fresh_BbA = torch.linalg.svd(block_BbA, full_matrices=False)
+        X_Bbb, norms_Bb, fresh_BbA = thin_svd(block_BbA)
         dead_Bb = norms_Bb <= floor_B[:, None]
         b, A = fresh_BbA.shape[1:]
         # A stream of its own for every place of the basis, so that a weight gets the same rows in any batch.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..records import Spectrum
+from ..thin_svd import thin_svd
 
 # Change of a sketch row that the model leaves to chance (directions outside the kept ones, second
 # order), for rows of length 1. Measured on all-MiniLM-L6-v2, r = 8, 32, 384: best of 3e-4, 3e-3, 3e-2.
@@ -41,7 +42,7 @@ class Prior:
     def _polar_per_cluster(self, X_RR: torch.Tensor) -> torch.Tensor:
         turn_RR = torch.zeros_like(X_RR)
         for cluster_r in self.clusters:
-            left_rr, _, right_rr = torch.linalg.svd(X_RR[cluster_r[:, None], cluster_r])
+            left_rr, _, right_rr = thin_svd(X_RR[cluster_r[:, None], cluster_r])
             turn_RR[cluster_r[:, None], cluster_r] = left_rr @ right_rr
         return turn_RR.mT.to(self.dtype)
 

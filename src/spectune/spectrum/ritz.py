@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..thin_svd import thin_svd
 from .exact import DIVIDE_ABOVE
 
 # A residual of this many units of roundoff (times S[0]) cannot be lowered. Measured on 2048 x 2048.
@@ -83,7 +84,7 @@ def solve_small(
                 Yh_kk = Y_Bkk[place].mT.flip(0)
                 found.append(_ritz(M_kk, values_k, Yh_kk, None, rest_bb, count, whole))
                 continue
-        X_kk, values_k, Yh_kk = torch.linalg.svd(M_kk)
+        X_kk, values_k, Yh_kk = thin_svd(M_kk)
         found.append(_ritz(M_kk, values_k, Yh_kk, X_kk, rest_bb, count, whole))
     return found
 
