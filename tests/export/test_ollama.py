@@ -101,6 +101,6 @@ def test_a_folder_holds_all_that_its_modelfile_names(tmp_path: Path) -> None:
         written = (tmp_path / "out" / "Modelfile").read_text()
         assert set(re.findall(r"^(?:FROM|ADAPTER) \./(.*)$", written, re.M)) == files
         assert {path.name for path in (tmp_path / "out").glob("*.gguf")} == files
-        assert "# No TEMPLATE: there is no tokenizer." in written
+        assert "# No TEMPLATE: neither the adapter nor the base has a tokenizer." in written
     done = CliRunner().invoke(app, [*command, "--merged", "--ollama-base", "x"])
     assert "a merged model needs no base" in str(done.exception)

@@ -192,7 +192,7 @@ def test_what_is_wrong_is_refused_before_the_network(
     with pytest.raises(SpectuneError, match="not the name of a branch"):
         invoke(run, NAME, "--revision", "a b")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(SpectuneError, match="no token.*hf auth login"):
+    with pytest.raises(SpectuneError, match="not logged in.*hf auth login"):
         invoke(run, NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SpectuneError, match="HF_HUB_OFFLINE is set"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ def load_auto(kind: Any, name: str | Path, **options: Any) -> Any:
             f"{name}: its config needs its own Python code (auto_map), which spectune never runs. Use a model whose "
             f"class is part of transformers."
         ) from error
+
+
+# What `from_pretrained` is told, so that it returns (model, info) where tensors do not fit, for `replaced`.
+TELL_MISFITS = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+
+
+def replaced(info: Mapping[str, Any], is_head: Callable[[str], bool]) -> list[str]:
+    """Get the tensors of a head that is for other classes, which transformers has filled with random numbers.
+
+    `ValueError` for any other tensor of another shape: nothing else may be filled so.
+    """
+    names = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+    for name in names:
+        if not is_head(name):
+            raise ValueError(f"its {name} has another shape than its config says")
+    return names
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:

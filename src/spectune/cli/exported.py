@@ -18,14 +18,7 @@ def _merging() -> Iterator[Any]:
     from .terminal import Console
 
     with Stages(Console(stderr=True)) as stages:
-        step: Any = None
-
-        def on_tensor(done: int, total: int, name: str) -> None:
-            nonlocal step
-            step = step or stages.begin("merging", total)
-            step(done, total, None)
-
-        yield on_tensor
+        yield stages.lazily("merging")
 
 
 def write_lora(adapter: Path, output: Path, options: dict[str, Any]) -> LoraExport:
@@ -62,7 +55,6 @@ def as_plain(done: LoraExport | Merged | GgufExport | OllamaExport) -> dict[str,
     if isinstance(done, OllamaExport):
         said = {"path": str(done.path), "template": done.template, "stops": list(done.stops)}
         return {**said, "gguf": as_plain(done.gguf)}
-
     if isinstance(done, Merged):
         return done.to_json()
     if isinstance(done, LoraExport):

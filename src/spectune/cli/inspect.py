@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -75,13 +75,7 @@ def _survey(
         kind, other = ("an adapter", "a model") if adapter else ("a model", "an adapter")
         raise OptionError(f"{path} is {kind}, and {', '.join(given)} works only for {other}. Leave it out.")
     with Stages(Console(stderr=True)) as stages:
-        step: Any = None
-
-        def on_layer(done: int, total: int, name: str) -> None:
-            nonlocal step
-            step = step or stages.begin("layers", total)
-            step(done, total, None)
-
+        on_layer = stages.lazily("layers")
         if adapter:
             return survey_adapter(path, base, r, quick=quick, on_layer=on_layer)
         return survey_model(path, r, include=include, exclude=exclude, sample=sample, quick=quick, on_layer=on_layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -34,15 +34,8 @@ def lr(
 
     asked = load_config(config, overrides or [])
     console = Console(stderr=as_json, quiet=as_json)
-    step: Any = None
     with Stages(console) as stages:
-
-        def on_step(done: int, total: int, loss: float) -> None:
-            nonlocal step
-            step = step or stages.begin("ramp", total)
-            step(done, total, loss)
-
-        found = range_test(asked, low=low, high=high, steps=steps, on_step=on_step)
+        found = range_test(asked, low=low, high=high, steps=steps, on_step=stages.lazily("ramp"))
     title = f"Learning rate range test: {found.method} on {Path(asked.model).name}"
     write_rate_page(output, title, found.rates, found.losses, found.smoothed, found.proposed)
     if as_json:

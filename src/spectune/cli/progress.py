@@ -60,6 +60,17 @@ class Stages(Progress):
 
         return on_step
 
+    def lazily(self, name: str) -> Callable[..., None]:
+        """Get the function to call with (step, steps, loss or the item's name); the bar starts with the first call."""
+        begun: Callable[[int, int, float | None], None] | None = None
+
+        def on_step(step: int, steps: int, said: float | str | None = None) -> None:
+            nonlocal begun
+            begun = begun or self.begin(name, steps)
+            begun(step, steps, said if isinstance(said, float) else None)
+
+        return on_step
+
 
 def _line(task: Task) -> str:
     """Get a bar in words: what is done of how much, what is said of it, how fast, time left."""

@@ -36,16 +36,9 @@ def resize(
     from .terminal import Console
 
     with Stages(Console(stderr=True)) as stages:
-        step: Any = None
-
-        def on_layer(done: int, total: int) -> None:
-            nonlocal step
-            step = step or stages.begin("resizing", total)
-            step(done, total, None)
-
         stored = None if dtype is None else getattr(torch, dtype.value)
         cut: dict[str, Any] = {"rank": rank, "energy": energy, "frobenius": frobenius, "dtype": stored}
-        done = resize_lora(lora, output, **cut, overwrite=overwrite, on_layer=on_layer)
+        done = resize_lora(lora, output, **cut, overwrite=overwrite, on_layer=stages.lazily("resizing"))
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
     else:

@@ -28,6 +28,7 @@ from .gguf_words import refuse_unknown
 from .merged import OnTensor
 
 MODELFILE, BASE_FILE = "Modelfile", "base.gguf"
+NO_WORDS = "neither the adapter nor the base has a tokenizer"
 GENERATION, GENERATION_LIMIT = "generation_config.json", 2**20
 
 
@@ -105,7 +106,7 @@ def _talk(folder: AdapterFolder, base: Base) -> tuple[_Template, tuple[str, ...]
     """Get TEMPLATE and SYSTEM, or why not, and the texts at which to stop."""
     places = [place for place in (folder.path, base.model_folder) if (place / "tokenizer_config.json").is_file()]
     if not places:
-        return _Template("none: there is no tokenizer", ("# No TEMPLATE: there is no tokenizer.",)), ()
+        return _Template(f"none: {NO_WORDS}", (f"# No TEMPLATE: {NO_WORDS}.",)), ()
     tokenizer = load_tokenizer(places[0])
     try:
         turns = turns_of(tokenizer)

@@ -15,6 +15,7 @@ from torch import nn
 from ..adapter import SpectralModule, spectral_modules
 from ..adapter.saved import tensors_by_layer
 from ..checkpoint import AdapterFolder, Base, find_base, load_auto, read_adapter_folder
+from ..checkpoint.pretrained import TELL_MISFITS, replaced
 from ..errors import AdapterError, ExportError, SpectuneError, one_line
 from .layers import base_path, choose_adapter, fully_trained, inner_model
 from .lora_config import adapter_config
@@ -91,7 +92,7 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
     loader = model_class(folder)
     base = find_base(said, folder)
     try:
-        return _live(loader, base, config_options(folder), folder.config.get("modules_to_save") or ()), base
+        return _live(loader, base, config_options(folder), carried_keys(folder)), base
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
@@ -100,16 +101,15 @@ def _loaded_base(folder: AdapterFolder, said: str | Path | None) -> tuple[nn.Mod
         ) from error
 
 
-def _live(loader: Any, base: Base, options: dict[str, Any], heads: Sequence[str]) -> nn.Module:
+def _live(loader: Any, base: Base, options: dict[str, Any], carried: Sequence[str]) -> nn.Module:
     """Get a model out of what `find_base` found: a folder as transformers saves it, a GGUF file, or any one file.
 
-    A base may have a head of other classes where the adapter carries its own (`heads`).
+    A base may have a head of other classes where the adapter's file has its own (`carried`).
     """
-    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if base.gguf is not None:
-        model, info = load_auto(loader, base.gguf.parent, gguf_file=base.gguf.name, **told, **options)
+        model, info = load_auto(loader, base.gguf.parent, gguf_file=base.gguf.name, **TELL_MISFITS, **options)
     elif base.path.is_dir() and any((base.path / name).exists() for name in OF_TRANSFORMERS):
-        model, info = load_auto(loader, base.path, use_safetensors=True, **told, **options)
+        model, info = load_auto(loader, base.path, use_safetensors=True, **TELL_MISFITS, **options)
     else:
         if not (base.config_folder / "config.json").is_file():
             raise ValueError(f"{base.config_folder} has no config.json, which says what model this is")
@@ -120,11 +120,9 @@ def _live(loader: Any, base: Base, options: dict[str, Any], heads: Sequence[str]
             with torch.device("meta"):
                 loader = type(loader.from_config(config, trust_remote_code=False))
         model, info = loader.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False, **told
+            None, config=config, state_dict=tensors, dtype=dtype, trust_remote_code=False, **TELL_MISFITS
         )
-    for name in sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]):
-        if not set(name.split(".")) & set(heads):
-            raise ValueError(f"its {name} has another shape than config.json says")
+    replaced(info, lambda name: any(key.endswith(f".{name}") for key in carried))
     loaded: nn.Module = model
     return loaded
 

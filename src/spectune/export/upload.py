@@ -166,7 +166,9 @@ def require_token() -> str:
         raise OptionError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or pass --dry-run.")
     token = get_token()
     if not token:
-        raise OptionError("there is no token for the hub. Run `hf auth login` or set HF_TOKEN; --dry-run needs none.")
+        raise OptionError(
+            "you are not logged in to the hub. Run `hf auth login` or set HF_TOKEN; --dry-run works without."
+        )
     return token
 
 

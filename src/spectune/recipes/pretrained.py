@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from ..checkpoint import load_auto
+from ..checkpoint.pretrained import TELL_MISFITS, replaced
 from ..errors import OptionError, SpectuneError, one_line
 from ..training.config import RunConfig
 from ..tuner import keep_unpacked
@@ -35,26 +36,19 @@ def pretrained(
     quantized = {} if weights or kind is AutoConfig else quantized_loading(config)
     if quantized and getattr(pretrained(AutoConfig, config, None), "quantization_config", None):
         raise OptionError(f"quantization: {source} is stored quantised already. Use quantization: none.")
-    if kind is not AutoConfig:
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    told = {} if kind is AutoConfig else TELL_MISFITS
     try:
-        found = load_auto(kind, source, dtype=getattr(torch, config.dtype), **options, **quantized)
+        found = load_auto(kind, source, dtype=getattr(torch, config.dtype), **told, **options, **quantized)
+        if kind is AutoConfig:
+            return found
+        model, info = found
+        new = replaced(info, lambda name: any(f".{head}." in f".{name}" for head in heads(model)))
     except SpectuneError:
         raise
     except (OSError, ValueError) as error:
         raise OptionError(f"model: cannot load {source}: {one_line(error)}.") from error
-    if kind is AutoConfig:
-        return found
-    model, info = found
-    others = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
-    if others:
-        _say_replaced(others, heads(model), source)
+    if new:
+        said = f"model: the head of {source} is for other classes; a new one is trained in its place."
+        warnings.warn(said, stacklevel=2)
     keep_unpacked(model)  # also for adapters of PEFT, and before a head is fitted
     return model
-
-
-def _say_replaced(names: list[str], heads: list[str], source: object) -> None:
-    for name in names:
-        if not any(name.startswith(f"{head}.") or f".{head}." in name for head in heads):
-            raise OptionError(f"model: cannot load {source}: its {name} has another shape than its config says.")
-    warnings.warn(f"model: the head of {source} is for other classes; a new one is trained in its place.", stacklevel=2)
