@@ -129,7 +129,7 @@ def test_a_task_that_keeps_less_counts_more_and_the_best_merge_is_kept(
     validated: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shares are told here, so that the rounds can be followed by hand."""
-    shares = iter([1.0, 0.5, 0.9, 0.9, 1.0, 0.7])
+    shares = iter([1.0, 0.5, 1.0, 0.9, 1.4, 0.7])
     monkeypatch.setattr(Kept, "measure", lambda self, merge, adapter: 1.0 if adapter is None else next(shares))
     asked: list[list[float] | None] = []
 
@@ -141,8 +141,10 @@ def test_a_task_that_keeps_less_counts_more_and_the_best_merge_is_kept(
     assert asked[0] is None and tried[0].weights == (0.5, 0.5)
     raised = [(0.75 / 1.0) ** 10, (0.75 / 0.5) ** 10]
     assert asked[1] == pytest.approx([weight / sum(raised) for weight in raised])
-    assert asked[2] == pytest.approx(asked[1])  # both kept the same
-    assert tried[1].mean == pytest.approx(0.9) and best.report.weights == pytest.approx(asked[1])
+    assert asked[1] is not None and asked[2] is not None and asked[2][1] > asked[1][1]
+    # More than its own score does not make up for what another task loses, so the second merge stays the best.
+    assert [one.mean for one in tried] == pytest.approx([0.75, 0.95, 0.85])
+    assert best.report.weights == pytest.approx(asked[1])
 
 
 def test_tuning_that_cannot_work_is_refused_before_the_work(runs: list[Path]) -> None:

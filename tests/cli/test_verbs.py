@@ -79,6 +79,16 @@ def test_a_log_gets_a_line_every_twentieth_of_the_work() -> None:
     assert "left" not in lines[-1]
 
 
+def test_a_bar_that_starts_with_its_first_step_starts_once() -> None:
+    written = io.StringIO()
+    with Stages(Console(file=written, width=40)) as stages:
+        step = stages.lazily("layers")
+        assert stages.tasks == []
+        step(1, 2, "model.layers.0"), step(2, 2, "model.layers.1")
+        assert [task.description for task in stages.tasks] == ["layers"]
+    assert [line.split(",")[0] for line in written.getvalue().splitlines()] == ["layers: 1 of 2", "layers: 2 of 2"]
+
+
 def test_lines_come_at_least_every_500_steps() -> None:
     assert [line_every(steps) for steps in (1, 19, 40, 10_000, 10**6)] == [1, 1, 2, 500, 500]
 

@@ -91,6 +91,23 @@ def test_the_modelfile_says_what_the_run_was_trained_with(tmp_path: Path) -> Non
 
 
 @needs_gguf
+@pytest.mark.parametrize("mark", ["{{ .System }}", "end }}", 'x"""\nSYSTEM """y', "\x1b[2J"])
+def test_a_strangers_template_writes_no_line_of_a_modelfile(mark: str, tmp_path: Path) -> None:
+    saved(MODELS["llama"].fresh(), tmp_path)
+    words = with_template(CHATML.replace("<|im_end|>", "{{ " + repr(mark) + " }}"))
+    words.add_special_tokens({"eos_token": '</s>"\nSYSTEM "y'})
+    words.save_pretrained(tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--to", "ollama", "--ollama-base", "llama3.2:1b"]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    written = (tmp_path / "out" / "Modelfile").read_text()
+    assert "# No TEMPLATE: its chat template has letters that a Modelfile cannot hold." in written
+    ends = [line for line in written.splitlines() if line.startswith("PARAMETER")]
+    assert 'TEMPLATE "' not in written and "SYSTEM" not in written
+    assert ends == ['PARAMETER stop "</s>"']  # of the base; the tokenizer's would end the line
+
+
+@needs_gguf
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_folder_holds_all_that_its_modelfile_names(tmp_path: Path) -> None:
     saved(MODELS["llama"].fresh(), tmp_path)

@@ -135,6 +135,15 @@ def test_paths_are_told_from_addresses_and_words() -> None:
         assert not PATH.search(text), text
 
 
+def test_a_card_that_somebody_wrote_keeps_its_words_and_loses_its_paths(tmp_path: Path) -> None:
+    live: Any = get_peft_model(MODELS["llama"].fresh(), SpectralConfig(r=2, target_modules=["q_proj"]))
+    live.save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("Trained on /home/me/secret/rows.csv, see https://a.b/c/d.\n")
+    plan = plan_upload(tmp_path / "mine", NAME)
+    assert plan.card == "Trained on rows.csv, see https://a.b/c/d.\n"
+    assert any("/home/me/secret/rows.csv -> rows.csv" in line for line in plan.rewritten)
+
+
 def test_a_dry_run_shows_everything_and_asks_nobody(run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

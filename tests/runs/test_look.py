@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from spectune.recipes import parse_config
 from spectune.recipes.conversations import question_of
+from spectune.recipes.metrics import confused
 from spectune.runs import Confusion, look, train_run
 
 from ..recipes import tiny
@@ -25,6 +26,17 @@ def test_the_scores_of_each_class_are_those_of_scikit_learn() -> None:
     scores = Confusion(split="test", labels=list("abcd"), counts=counts).scores()
     for i, name in enumerate("abcd"):
         assert scores[i] == (name, wanted[3][i], *(pytest.approx(wanted[k][i]) for k in range(3)))
+
+
+def test_right_classes_are_rows_and_answers_are_columns() -> None:
+    assert confused([1, 1, 0], [0, 0, 0], 2) == [[1, 2], [0, 0]]
+
+
+def test_classes_are_counted_where_the_main_figure_is_measured(tmp_path: Path) -> None:
+    test = tiny.reviews(tmp_path / "test.jsonl", 6)
+    trained = train_run(parse_config(tiny.text_run(tmp_path, data={"test": test})), tmp_path / "run", looks=True)
+    confusion = trained.result.confusion
+    assert confusion is not None and confusion.split == "test" and sum(map(sum, confusion.counts)) == 6
 
 
 def test_counts_that_are_not_square_are_refused() -> None:
