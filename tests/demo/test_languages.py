@@ -30,6 +30,12 @@ def test_translations_of_one_message_stand_on_one_side() -> None:
     assert sides[0] and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
 
 
+def test_catalogues_are_read_in_the_same_order_everywhere() -> None:
+    """Of two translations of a message the first stays."""
+    files = languages._files()
+    assert set(files) >= set(LANGUAGES) and all(len(paths) > 1 and paths == sorted(paths) for paths in files.values())
+
+
 def test_loading_twice_gives_the_same_task() -> None:
     assert load_languages() == load_languages()
 
