@@ -17,6 +17,7 @@ SOLVERS = ("spectune", "svd_lowrank, 4 steps", "torch.linalg.svd", "experiment: 
 SERVED = ("base", "spectral_r bank", "svft bank", "LoRA of PEFT")
 COUNTS = ("1", "64", "1,024")
 GRAPHS = ("frozen", "LoRA", "spectral_a", "spectral_r")
+FOUR_BIT = ("frozen", "LoRA", "spectral_a", "spectral_r", "specadapt", "svft, dense core")
 RUNS = ("before", *(f"{method}, seed {seed}" for seed in range(3) for method in ("spectral_a", "LoRA")))
 
 
@@ -38,8 +39,8 @@ class Rows:
 
 
 def gpu_table(record: dict[str, Any]) -> str:
-    """Get the GPU tables of docs/speed.md. Without a record, every cell says "not measured"."""
-    parts = (correctness, steps, weights, batches, graphs, runs)
+    """Get the GPU tables of docs/speed.md. What was not measured is counted."""
+    parts = (correctness, steps, weights, batches, graphs, four_bit, directions, runs)
     return "\n".join([head(record), *(line for part in parts for line in part(record))])
 
 
@@ -54,11 +55,20 @@ def head(record: dict[str, Any]) -> str:
 def correctness(record: dict[str, Any]) -> Iterator[str]:
     part = Rows(record, "a").part
     held, failed, planned = (len(part.get(key, ())) for key in ("rows", "errors", "planned"))
+    said = f"{held} of {planned} checks hold, {failed} fail, {planned - held - failed} were not reached"
+    why = "".join(f"; {name}: {error['message']}" for name, error in part.get("errors", {}).items())
     yield ""
-    yield f"Correctness: {f'{held} of {planned} checks hold, {failed} fail' if part else NOT_MEASURED}."
+    yield f"Correctness: {said + why if part else NOT_MEASURED}."
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> Iterator[str]:
+def table(title: str, columns: list[str], rows: list[list[str]], names: int = 1) -> Iterator[str]:
+    """Get the rows that have a figure behind their `names` first cells, and how many have none."""
+    asked, rows = len(rows), [row for row in rows if {*row[names:]} - {NOT_MEASURED, "–"}]
+    if len(rows) < asked:
+        title = f"{title[:-1]} ({len(rows)} of {asked} rows; {NOT_MEASURED}: the others):"
+    if not rows:
+        yield from ("", f"{title.split(';')[0].split(':')[0].split(' (0 of')[0]}: {NOT_MEASURED}.")
+        return
     yield from ("", title, "", "| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1))
     yield from ("| " + " | ".join(row) + " |" for row in rows)
 
@@ -77,7 +87,7 @@ def steps(record: dict[str, Any]) -> Iterator[str]:
             rows.append([*name.split(": "), *(found.cell(name, *one) for one in figures)])
             rows[-1].append(found.cell(name, "peak_mib", "{:,.0f}"))
     title = "A training step on random Llama decoders, bfloat16, r = 16; medians of interleaved rounds:"
-    return table(title, ["setting", "adapter", "ms", "/ frozen", "/ LoRA", "peak, MiB"], rows)
+    return table(title, ["setting", "adapter", "ms", "/ frozen", "/ LoRA", "peak, MiB"], rows, 2)
 
 
 def weights(record: dict[str, Any]) -> Iterator[str]:
@@ -93,7 +103,7 @@ def weights(record: dict[str, Any]) -> Iterator[str]:
             residual = found.cell(name, "residual", "{:.0e}") if solver == "spectune" else "–"
             rows.append([place, solver, found.cell(name, "milliseconds"), angle, residual])
     title = "Decomposition; the angle is the largest to the true subspace, the residual is the certificate:"
-    return table(title, ["weight", "solver", "ms", "angle", "residual"], rows)
+    return table(title, ["weight", "solver", "ms", "angle", "residual"], rows, 2)
 
 
 def batches(record: dict[str, Any]) -> Iterator[str]:
@@ -105,7 +115,7 @@ def batches(record: dict[str, Any]) -> Iterator[str]:
             figures = [found.cell(name, "rows_per_second"), found.cell(name, "to_base", "{:.2f}")]
             rows.append([count, served, *figures, found.cell(name, "to_lora", "{:.2f}")])
     title = "Batches of different adapters, one token a row; times as multiples:"
-    return table(title, ["adapters", "served by", "rows / s", "/ base", "/ LoRA"], rows)
+    return table(title, ["adapters", "served by", "rows / s", "/ base", "/ LoRA"], rows, 2)
 
 
 def graphs(record: dict[str, Any]) -> Iterator[str]:
@@ -117,6 +127,27 @@ def graphs(record: dict[str, Any]) -> Iterator[str]:
         rows.append([name, *figures, found.cell(f"{name}: profile", "calls", "{:,.0f}")])
     title = "A small step (256 tokens, four layers) as a captured CUDA graph, and its kernels:"
     return table(title, ["adapter", "eager, ms", "graph, ms", "kernels a step"], rows)
+
+
+def four_bit(record: dict[str, Any]) -> Iterator[str]:
+    found = Rows(record, "g")
+    rows = []
+    for cell in ("8B, 2,048 tokens, eager", "8B, 8,192 tokens, eager"):
+        for method in FOUR_BIT:
+            name = f"{cell}: {method}"
+            figures = [("milliseconds", "{:,.1f}"), ("to_lora", "{:.2f}"), ("peak_mib", "{:,.0f}")]
+            rows.append([cell.removesuffix(", eager"), method, *(found.cell(name, *one) for one in figures)])
+    title = "A training step on an NF4 base, r = 16:"
+    return table(title, ["setting", "adapter", "ms", "/ LoRA", "peak, MiB"], rows, 2)
+
+
+def directions(record: dict[str, Any]) -> Iterator[str]:
+    found = Rows(record, "h")
+    names = [f"1B: pass for {kind}" for kind in ("gradient", "activation", "weight_x_activation")]
+    keys = ("pass_seconds", "attach_seconds")
+    rows = [[name.removeprefix("1B: "), *(found.cell(name, key, "{:.2f}") for key in keys)] for name in names]
+    title = "Directions of the data on the 1B decoder, 16 batches of 2,048 tokens:"
+    return table(title, ["what", "pass, s", "attaching, s"], rows)
 
 
 def runs(record: dict[str, Any]) -> Iterator[str]:
