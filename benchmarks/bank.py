@@ -57,8 +57,8 @@ def spectral_model(options: dict[str, Any]) -> Any:
     return get_peft_model(MINILM.build(torch.float32), SpectralConfig(target_modules=list(MINILM.targets), **options))
 
 
-def filled_bank(model: Any, residents: int) -> AdapterBank:
-    bank = AdapterBank(model)
+def filled_bank(model: Any, residents: int, basis: str = "default") -> AdapterBank:
+    bank = AdapterBank(model, basis)
     with torch.no_grad():
         like = {path: torch.zeros_like(layer.cores[0]) for path, layer in bank._layers.items()}
         for place in range(residents):

@@ -280,6 +280,26 @@ def llama_cpp_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def serving_table(record: dict[str, Any]) -> str:
+    filled = record["filled"]
+    cores, grown = (filled[kind] / 1e6 for kind in ("core_bytes", "grown_bytes"))
+    each, lora = 1e3 * cores / record["residents"], 4 * record["numbers_of_a_lora"] / 1e6
+    lines = [
+        "A random Llama (4 layers of width 512), `spectral_r` with r = 8 on its 28 linear layers, "
+        f"{record['residents']:,} adapters resident: {cores:.0f} MB of cores, the process grew by {grown:.0f} MB "
+        f"({each:.0f} kB an adapter; a LoRA of r = 8 has {lora:.1f} MB). {record['rows']} requests at once, prompts of "
+        f"16 tokens and 16 new ones, {record['threads']} CPU thread, {record['rounds']} rounds in turns: medians, "
+        "ratios with quartiles (`python benchmarks/serving.py`).",
+        "",
+        "| served by | requests / s | / base | / LoRA |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in record["served"]:
+        ratios = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in (row["to_base"], row["to_lora"])]
+        lines.append(f"| {row['what']} | {row['requests_per_second']:.1f} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("README.md", demo_table),
     "step-small": ("README.md", step_table),
@@ -298,6 +318,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "reward": ("docs/results.md", reward_table),
     "llama_cpp": ("docs/gguf.md", llama_cpp_table),
     "gpu": ("docs/speed.md", gpu_table),
+    "serving": ("docs/serving.md", serving_table),
     "compatibility": ("docs/compatibility.md", compatibility_table),
 }
 # A GPU is there now and then only: until one has run benchmarks/gpu.py, its table says "not measured".

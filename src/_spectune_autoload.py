@@ -15,15 +15,18 @@ METHOD = "spectune"
 PEFT_TYPE = METHOD.upper()
 
 
-class AfterPeft:
-    """Enters the method into PEFT's tables right after somebody imports `peft`, once. (PEFT has no plugins.)"""
+class AfterImport:
+    """Does something with a module right after somebody imports it, once."""
 
     asking = False
 
+    def __init__(self, module: str, act: "Any") -> None:
+        self.module, self.act = module, act
+
     def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
-        """Get the spec of peft, whose loader then also makes PEFT know the method; None for all others."""
+        """Get the spec of the module, whose loader then also acts; None for all others."""
         # Libraries also ask for the spec without importing, to see whether peft is installed.
-        if fullname != "peft" or self.asking:
+        if fullname != self.module or self.asking:
             return None
         self.asking = True
         try:
@@ -34,20 +37,25 @@ class AfterPeft:
         if spec is not None and hasattr(spec.loader, "exec_module"):
             execute = spec.loader.exec_module
 
-            def execute_and_announce(module: "Any") -> None:
+            def execute_and_act(module: "Any") -> None:
                 execute(module)
-                announce(module)
+                self.act(module)
 
-            spec.loader.exec_module = execute_and_announce
+            spec.loader.exec_module = execute_and_act
         return spec
 
 
+def after_import(name: str, act: "Any") -> None:
+    """Do something with a module now if it is imported, or else as soon as it is. A second call does nothing."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    elif not any(getattr(finder, "module", None) == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, AfterImport(name, act))
+
+
 def install() -> None:
-    """Announce the method now if peft is imported, or else as soon as it is. A second call does nothing."""
-    if "peft" in sys.modules:
-        announce(sys.modules["peft"])
-    elif not any(type(finder).__name__ == AfterPeft.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, AfterPeft())
+    """Announce the method as soon as peft is imported. (PEFT has no plugins.)"""
+    after_import("peft", announce)
 
 
 def announce(peft: "Any") -> None:

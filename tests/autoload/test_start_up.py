@@ -40,7 +40,7 @@ def test_peft_knows_the_method_and_spectune_is_not_imported(tmp_path: Path, fake
 def test_a_variable_turns_it_off(tmp_path: Path, fake_peft: str) -> None:
     code = f"print(sys.meta_path[0].__class__.__name__, '_spectune_autoload' in sys.modules)\n{KNOWN}"
     off = said(tmp_path / "site", code, PYTHONPATH=fake_peft, SPECTUNE_AUTOLOAD="0").splitlines()
-    assert "AfterPeft" not in off[0] and off[0].endswith("False") and off[1] == "False False"
+    assert "AfterImport" not in off[0] and off[0].endswith("False") and off[1] == "False False"
 
 
 def test_it_imports_nothing_but_its_own_file(tmp_path: Path) -> None:

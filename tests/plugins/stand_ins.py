@@ -1,5 +1,6 @@
-"""The parts of other tools that our plugins meet, as their sources have them: axolotl 0.19, ms-swift 4.6, vLLM.
+"""The parts of other tools that our plugins meet, as their sources have them.
 
+axolotl 0.19, ms-swift 4.6, vLLM 0.33, SGLang 0.5.23.
 The tool itself is used where it can be imported: it needs a GPU's packages, which tests must not depend on.
 """
 
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from enum import Enum
 from importlib import import_module
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
@@ -73,6 +76,35 @@ class LoRARequest:
     lora_name: str
     lora_int_id: int
     lora_path: str = ""
+
+
+def get_adapter_absolute_path(lora_path: str) -> str:
+    return lora_path  # what the worker does with an absolute path; a hub name is downloaded
+
+
+class LoRAConfig:
+    def __init__(self, path: str | None = None, config_dict: dict[str, Any] | None = None, **more: Any) -> None:
+        self.path, self.config_dict, self.more = path, config_dict, more
+
+
+class HookType(Enum):
+    BEFORE = "before"
+
+
+class HookRegistry:
+    """A hook before a method gets its arguments and may give others."""
+
+    @classmethod
+    def register(cls, target: str, hook: Any, hook_type: HookType) -> None:
+        place, _, name = target.rpartition(".")
+        owner = resolve_name(place)
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = hook(*args, **kwargs) or (args, kwargs)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
 
 
 AXOLOTL = {"axolotl__integrations__base": {"BasePlugin": BasePlugin, "AdapterCapabilities": AdapterCapabilities}}

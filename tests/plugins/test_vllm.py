@@ -16,17 +16,20 @@ from peft import PeftModel, get_peft_model
 from spectune import SpectralConfig
 from spectune.checkpoint import read_adapter_folder
 from spectune.errors import SpectuneError
+from spectune.plugins import served
 
 from ..models import MODELS, output
 from ..tuner.conftest import train
-from .stand_ins import LoRARequest, LoRAResolver, LoRAResolverRegistry, with_tool
+from .stand_ins import LoRARequest, LoRAResolver, LoRAResolverRegistry, get_adapter_absolute_path, with_tool
 
 LLAMA = MODELS["llama"]
 NUMBERS: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
-def saved(place: Path, **options: Any) -> Any:
-    model = get_peft_model(LLAMA.fresh(), SpectralConfig(**{**NUMBERS, **options}))
+def saved(place: Path, base: Path | None = None, **options: Any) -> Any:
+    config = SpectralConfig(**{**NUMBERS, **options})
+    model = get_peft_model(LLAMA.fresh(), config)
+    model.peft_config["default"].base_model_name_or_path = str(base) if base else None
     train(model)
     model.save_pretrained(place)
     return model.eval()
@@ -46,7 +49,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
     table = LoRAResolverRegistry()
     request = {"LoRARequest": LoRARequest}
     resolver = {"LoRAResolver": LoRAResolver, "LoRAResolverRegistry": table}
-    plugin = with_tool(monkeypatch, "vllm", vllm__lora__request=request, vllm__lora__resolver=resolver)
+    utils = {"get_adapter_absolute_path": get_adapter_absolute_path}
+    plugin = with_tool(
+        monkeypatch, "vllm", vllm__lora__request=request, vllm__lora__resolver=resolver, vllm__lora__utils=utils
+    )
     return plugin, table
 
 
@@ -64,14 +70,14 @@ def test_a_request_gets_the_exact_lora(registry: Any, adapters: Path, caplog: py
     assert Path(found.lora_path).parent == adapters.parent / "cache" / "spectune" / "served"
     as_lora = PeftModel.from_pretrained(LLAMA.fresh(), found.lora_path).eval()
     torch.testing.assert_close(output(as_lora, LLAMA.inputs()), output(tuned, LLAMA.inputs()), rtol=0, atol=1e-4)
-    assert "spectral_a with r=8 is a LoRA of rank 16: --max-lora-rank 16" in caplog.text
+    assert "poet: is a LoRA of rank 16: --max-lora-rank 16" in caplog.text
 
 
 def test_it_is_written_once_and_again_for_other_numbers(
     registry: Any, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, export = [], registry[0].export_lora
-    monkeypatch.setattr(registry[0], "export_lora", lambda *a, **k: calls.append(a) or export(*a, **k))
+    calls, export = [], served.export_lora
+    monkeypatch.setattr(served, "export_lora", lambda *a, **k: calls.append(a) or export(*a, **k))
     saved(adapters / "poet")
     first, second = (resolve(registry, adapters, "poet") for _ in range(2))
     assert first == second and len(calls) == 1
@@ -128,3 +134,26 @@ def test_without_its_variable_the_plugin_does_nothing(registry: Any, monkeypatch
     monkeypatch.setenv("SPECTUNE_VLLM_ADAPTERS", "/nowhere/at/all")
     with pytest.raises(SpectuneError, match="SPECTUNE_VLLM_ADAPTERS=/nowhere/at/all: is not a folder"):
         plugin.register()
+
+
+def test_a_path_leads_to_the_lora_wherever_vllm_takes_one(
+    registry: Any, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPECTUNE_VLLM_ADAPTERS")  # --lora-modules names the folder itself
+    tuned = saved(adapters / "poet", base=adapters.parent / "base")
+    registry[0].register()
+    utils = import_module("vllm.lora.utils")
+    lora = Path(utils.get_adapter_absolute_path(str(adapters / "poet")))
+    assert lora.parent == served.cache_folder()
+    as_lora = PeftModel.from_pretrained(LLAMA.fresh(), lora).eval()
+    torch.testing.assert_close(output(as_lora, LLAMA.inputs()), output(tuned, LLAMA.inputs()), rtol=0, atol=1e-4)
+    for other in (lora, adapters, Path("no/such/folder")):  # a LoRA, a folder without an adapter, a hub name
+        assert utils.get_adapter_absolute_path(str(other)) == str(other)
+    saved(adapters / "whole", base=adapters.parent / "base", modules_to_save=["lm_head"])
+    with pytest.raises(SpectuneError, match="whole: vLLM refuses this adapter: lm_head was trained in full"):
+        utils.get_adapter_absolute_path(str(adapters / "whole"))
+
+
+def test_a_vllm_without_that_function_is_left_alone(registry: Any, caplog: pytest.LogCaptureFixture) -> None:
+    registry[0].lead_to_loras(object())
+    assert "write LoRAs before, spectune export FOLDER -o LORA" in caplog.text

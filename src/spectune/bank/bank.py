@@ -130,6 +130,9 @@ class AdapterBank:
     def __len__(self) -> int:
         return len(self._seats.of)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._seats.of
+
     def _take_seat(self) -> int:
         if self._free:
             return self._free.popleft()

@@ -38,7 +38,12 @@ def _vllm(folder: AdapterFolder) -> str | None:
 
 
 def _sglang(folder: AdapterFolder) -> str | None:
-    """LoRAAdapter.scaling is lora_alpha / r of the config; the factors of q, k, v are stacked, r rows each."""
+    """LoRAAdapter.scaling is lora_alpha / r of the config; the factors of q, k, v are stacked, r rows each.
+
+    A head or an embedding that is no factor is left out without a word (0.5.23, LoRAAdapter._process_weight).
+    """
+    if whole := _trained_in_full(folder):
+        return f"{whole[0]} was trained in full"
     if isinstance(folder.config.get("target_modules"), str):
         return "target_modules is a regex, and it reads a list"
     return _mixed(folder) or _one_scaling(folder)

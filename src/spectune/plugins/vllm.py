@@ -1,93 +1,73 @@
-"""The vLLM plugin: a Spectune folder is served as the exact LoRA that it is, written when its name is first asked for.
+"""The vLLM plugin: a Spectune folder is served as the exact LoRA that it is, written when it is first asked for.
 
-vLLM calls `register` in each of its processes. SPECTUNE_VLLM_ADAPTERS names the folder that holds the adapters; a
-request then names one of them as its model. For `--lora-modules`, write the LoRA before:
-`--lora-modules NAME=$(python -m spectune.plugins.vllm BASE FOLDER)`.
+vLLM calls `register` in each of its processes. A path leads to a Spectune folder wherever vLLM takes one:
+`--lora-modules NAME=FOLDER`, `/v1/load_lora_adapter`, `LoRARequest`. SPECTUNE_VLLM_ADAPTERS names a folder of adapters;
+a request then names one of them as its model. `python -m spectune.plugins.vllm BASE FOLDER` writes the LoRA before.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import os
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import TENSOR_FILE, AdapterFolder, fresh_folder, read_adapter_folder, save_tensors
-from ..errors import ExportError, OptionError, OutputError, SpectuneError
-from ..export import export_lora
-from ..export.readers import FACTORS, VLLM, refusals, vllm_rank
+from _spectune_autoload import after_import
+
+from ..errors import OptionError, SpectuneError
+from ..export.readers import VLLM, vllm_rank
+from . import served as cached
 
 ADAPTERS, DROP = "SPECTUNE_VLLM_ADAPTERS", "SPECTUNE_VLLM_DROP"
 log = logging.getLogger("vllm.plugins.spectune")  # below vLLM's own, so that its settings count
 
 
-def served(adapter: str | Path, base: str) -> Path:
-    """Get the LoRA folder of a saved adapter: from the cache, or written there in one step, with its proof.
-
-    The cache is the user's own (spectune/served in it); a folder in it is named after the bytes of the adapter and the
-    base's name. `ExportError` for what vLLM refuses.
-    """
-    folder = read_adapter_folder(adapter).require("SPECTUNE")
-    digest = hashlib.sha256(base.encode())
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        digest.update((folder.path / name).read_bytes())
-    goal = cache_folder() / digest.hexdigest()[:32]
-    if not goal.exists():
-        try:
-            export_lora(adapter, goal, base_model=base)
-        except OutputError:
-            if not goal.exists():  # or else another process was faster
-                raise
-    lora = read_adapter_folder(goal)
-    if any(not name.endswith(FACTORS) for name in lora.names) and os.environ.get(DROP) == "1":
-        lora = bare(lora, goal.with_name(f"{goal.name}-bare"))
-        log.warning("%s: modules that were trained in full are left out, so answers differ from training", adapter)
-    if why := refusals(lora).get(VLLM):
-        raise ExportError(
-            f"{adapter}: vLLM refuses this adapter: {why}. Merge it (spectune export … --to merged), or set "
-            f"{DROP}=1 to leave out what was trained in full."
-        )
-    method, r = (folder.config.get(name) for name in ("method", "r"))
-    needed = vllm_rank(lora.config["r"])
-    log.info("%s: %s with r=%s is a LoRA of rank %s: --max-lora-rank %s", adapter, method, r, lora.config["r"], needed)
+def served(adapter: str | Path, base: str | None) -> Path:
+    """Get the LoRA folder of a saved adapter, and say which rank vLLM must allow. `ExportError` for what it refuses."""
+    lora = cached.served(adapter, base, VLLM, log, DROP)
+    r, needed = lora.config["r"], vllm_rank(lora.config["r"])
+    log.info("%s: is a LoRA of rank %s: --max-lora-rank %s", adapter, r, needed)
     return lora.path
-
-
-def bare(lora: AdapterFolder, goal: Path) -> AdapterFolder:
-    """Get a copy of a LoRA with its factors alone; the one that is there counts."""
-    if not goal.exists():
-        config = {**lora.config, "modules_to_save": None, "trainable_token_indices": None, "task_type": "CAUSAL_LM"}
-        with fresh_folder(goal) as partial:
-            save_tensors(partial / TENSOR_FILE, {n: lora.tensor(n) for n in lora.names if n.endswith(FACTORS)})
-            (partial / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    return read_adapter_folder(goal)
-
-
-def cache_folder() -> Path:
-    """Get where the LoRAs are kept: spectune/served in the user's cache folder, readable by the user alone."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectune" / "served"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
 
 
 def named(adapters: Path, name: str) -> Path | None:
     """Get the Spectune folder of this name, directly in the folder of adapters; None if there is none."""
     place = adapters / name
-    if Path(name).name != name or name in (".", "..") or not (place / "adapter_config.json").is_file():
+    if Path(name).name != name or name in (".", "..") or not cached.is_spectune(place, log):
         return None
-    try:
-        return place if read_adapter_folder(place).peft_type == "SPECTUNE" else None
-    except SpectuneError as error:
-        log.warning("%s", error)
-        return None
+    return place
+
+
+def lead_to_loras(utils: Any) -> None:
+    """Make vLLM's own function from a LoRA's path to its folder lead from a Spectune folder to the LoRA.
+
+    Resolvers are asked for unknown names only, and paths are read by the workers (vllm/lora/worker_manager.py, 0.33).
+    """
+    find = getattr(utils, "get_adapter_absolute_path", None)
+    if find is None:
+        log.warning("this vLLM has no get_adapter_absolute_path: write LoRAs before, spectune export FOLDER -o LORA")
+        return
+
+    @wraps(find)
+    def found(lora_path: str) -> str:
+        place: str = find(lora_path)
+        return str(served(place, None)) if cached.is_spectune(Path(place), log) else place
+
+    readers: tuple[Any, ...] = (utils, sys.modules.get("vllm.lora.worker_manager"))
+    for module in readers:
+        if getattr(module, "get_adapter_absolute_path", None) is find:
+            module.get_adapter_absolute_path = found
 
 
 def register() -> None:
-    """Enter the resolver into vLLM's table, if SPECTUNE_VLLM_ADAPTERS is set: `OptionError` if that is not a folder."""
+    """Let paths lead to Spectune folders, and enter the resolver into vLLM's table if SPECTUNE_VLLM_ADAPTERS is set.
+
+    `OptionError` if that is not a folder. Nothing of vLLM's layers is imported before vLLM does it.
+    """
+    after_import("vllm.lora.utils", lead_to_loras)
     if not (said := os.environ.get(ADAPTERS)):
         return
     adapters = Path(said).expanduser()
