@@ -196,7 +196,7 @@ def test_a_reward_of_ones_own_is_given_on_the_command_line_only(tmp_path: Path) 
 def test_lr_draws_its_curve(tmp_path: Path) -> None:
     path = write(tmp_path, tiny.text_run(tmp_path))
     done = spectune("lr", path, "--steps", "12", "--low", "1e-4", "--high", "1e-1", "-o", "lr.html", cwd=tmp_path)
-    assert done.returncode == 0 and "proposed learning rate" in done.stdout, done.stderr
+    assert done.returncode == 0 and "curve: file:" in done.stdout, done.stderr
     page = (tmp_path / "lr.html").read_text()
     assert (
         "<svg" in page

@@ -72,10 +72,12 @@ JOURNEYS = {
         ["first/report.html", "first-lora/adapter_model.safetensors", "sweep/comparison.html", "pictures.yaml",
          "lr.html", "first-merged/model.safetensors", "smaller/adapter_model.safetensors", "both/adapter_config.json"],
     ),
-    "chats of one's own on a 4-bit base": (
-        ["chat-model"],
+    "chats of one's own on a 4-bit base, five readers of the adapter": (
+        ["chat-model", "five-readers"],
         ["shop/report.html", "shop-lora/adapter_model.safetensors", "shop-merged/model.safetensors",
-         "from-sharegpt/result.json", "from-alpaca/result.json", "from-pairs/result.json"],
+         "from-sharegpt/result.json", "from-alpaca/result.json", "from-pairs/result.json",
+         "shop-for-all/adapter_model.safetensors", "shop-whole/chat_template.jinja", "shop-gguf/adapter.gguf",
+         "shop-ollama/Modelfile"],
     ),
     "pictures of one's own": (
         ["pictures"],

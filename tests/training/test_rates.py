@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from spectune.errors import OptionError
 from spectune.methods import METHODS
@@ -68,8 +69,23 @@ def test_the_proposal_is_where_the_loss_falls_fastest_before_it_diverges() -> No
     assert found.diverged is not None and 1e-1 <= found.diverged < 4e-1
     assert found.proposed == min(found.steepest, found.diverged / 10)
     still = read_ramp("svft", rates, [1.0] * 100, 1e-3)
-    assert (still.steepest, still.diverged, still.proposed) == (None, None, None)
+    assert (still.steepest, still.diverged, still.found, still.proposed) == (None, None, None, None)
     assert divergence(running_mean([1.0, 0.9, float("nan")])) == 2
+
+
+def test_what_is_proposed_is_known_to_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import spectune.runs
+    from spectune.cli.app import app
+
+    rates = [10 ** (-5 + 6 * i / 99) for i in range(100)]
+    found = read_ramp("svft", rates, [2.0 if r < 1 else 2.0 - r / 10 for r in rates], 1e-3)
+    assert found.found is not None and found.found > KNOWN["svft"].high == found.proposed
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(json.dumps(tiny.text_run(tmp_path)))
+    monkeypatch.setattr(spectune.runs, "range_test", lambda *given, **named: found)
+    said = CliRunner().invoke(app, ["lr", "run.yaml", "training.batch_size=4"]).stdout
+    assert "proposed learning rate: 0.1, the highest that is known to work for svft; curve: file:" in said
+    assert "next: spectune train run.yaml training.batch_size=4 training.learning_rate=0.1\n" in said
 
 
 def test_the_ramp_grows_exponentially_and_leaves_the_head_alone(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ def _merging() -> Iterator[Any]:
 def write_lora(adapter: Path, output: Path, options: dict[str, Any]) -> LoraExport:
     """Write a LoRA folder."""
     from ..export import export_lora
+    from ..training.loop import quiet_libraries
 
+    quiet_libraries()  # the models that the proof compares
     return export_lora(adapter, output, **options)
 
 
@@ -133,15 +135,13 @@ def show_lora(done: LoraExport) -> None:
 
 
 def _show_proof(done: LoraExport) -> None:
-    from rich.table import Table
-
+    from .layer_table import print_by_kind
     from .terminal import Console
 
-    table = Table("layer", "rank", "max |dW error|", "relative", title="the LoRA against the spectral adapter")
-    for name, rank, error, relative in done.proof.table():
-        table.add_row(name, str(rank), f"{error:.1e}", f"{relative:.1e}")
     console = Console()
-    console.print(table)
+    columns = {"rank": "{:g}".format, "max |dW error|": "{:.1e}".format, "relative": "{:.1e}".format}
+    rows = [(name, figures) for name, *figures in done.proof.table()]
+    print_by_kind(console, "the LoRA against the spectral adapter", columns, rows)
     logits = done.proof.logits
     if logits.error is None:
         console.print(f"logits not compared: {logits.skipped}")

@@ -116,15 +116,14 @@ def _columns(words: str | None) -> str | int | list[int] | None:
 def _show(found: Extracted) -> None:
     from rich.table import Table
 
+    from .layer_table import print_by_kind
     from .terminal import Console, say
 
     console = Console()
-    table = Table(
-        "layer", "rank", "|dW| / |W|", "|dW|² kept", "|dW| lost", title=f"{found.form} against the tuned model"
-    )
-    for layer in found.layers:
-        table.add_row(layer.name, str(layer.rank), f"{layer.relative:.1e}", f"{layer.kept:.2%}", f"{layer.lost:.2%}")
-    console.print(table)
+    columns = {"rank": "{:g}".format, "|dW| / |W|": "{:.1e}".format}
+    columns |= {"|dW|² kept": "{:.2%}".format, "|dW| lost": "{:.2%}".format}
+    rows = [(layer.name, (layer.rank, layer.relative, layer.kept, layer.lost)) for layer in found.layers]
+    print_by_kind(console, f"{found.form} against the tuned model", columns, rows)
     if found.rest:
         rest = Table("tensor", "what", "change", "saved in full", title="changed outside the adapted layers")
         for tensor in found.rest:

@@ -186,27 +186,33 @@ def _written(saved: Saved) -> dict[str, Any]:
     }
 
 
+OVERLAP = {
+    "shared": "{:g}".format,
+    "cosine": "{:+.3f}".format,
+    "outputs": "{:.0f}°".format,
+    "inputs": "{:.0f}°".format,
+    "cross": "{:.1%}".format,
+}
+"""Column -> its form: the figures of two updates of one layer."""
+
+
 def _print_report(console: Any, report: OverlapReport) -> None:
     from rich.table import Table
 
-    pairs = Table("layer", "adapters", "shared", "cosine", "outputs", "inputs", "cross", title="overlap of the updates")
+    from .layer_table import print_by_kind
+
+    pairs: dict[tuple[str, str], list[tuple[str, tuple[float, ...]]]] = {}
     for pair in report.pairs:
-        pairs.add_row(
-            pair.layer,
-            f"{pair.first}, {pair.second}",
-            str(len(pair.shared_columns)),
-            f"{pair.cosine:+.3f}",
-            f"{pair.output_angle:.0f}°",
-            f"{pair.input_angle:.0f}°",
-            f"{pair.spectral_cross:.1%}",
-        )
+        figures = (len(pair.shared_columns), pair.cosine, pair.output_angle, pair.input_angle, pair.spectral_cross)
+        pairs.setdefault((pair.first, pair.second), []).append((pair.layer, figures))
     if report.why:
         console.print(f"rule {report.rule}, because {report.why}", soft_wrap=True)
     kept = Table("adapter", "weight", "strength kept", title=f"rule {report.rule}")
     for name, weight in zip(report.adapters, report.weights, strict=True):
         kept.add_row(name, f"{weight:.3g}", f"{report.kept[name]:.1%}")
-    if report.pairs:
-        console.print(pairs)
+    for (first, second), rows in pairs.items():
+        print_by_kind(console, f"overlap of {first} and {second}", OVERLAP, rows)
+    if pairs:
         console.print(
             "shared: singular columns that both tuned; angles: 90° is no overlap; cross: terms that fusing adds"
         )

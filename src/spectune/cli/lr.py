@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,7 @@ def lr(
     from ..pages import write_rate_page
     from ..recipes import load_config
     from ..runs import range_test
+    from ..training.config import HEAD
     from .progress import Stages
     from .terminal import Console
 
@@ -41,8 +43,18 @@ def lr(
     if as_json:
         print(json.dumps(asdict(found) | {"page": str(output.resolve())}, indent=2))
         return
-    said = "no rate made the loss fall; try a higher --high" if found.proposed is None else f"{found.proposed:.2g}"
+    file = output.resolve().as_uri()
     ends = "it did not diverge" if found.diverged is None else f"it diverged at {found.diverged:.2g}"
     steepest = "nowhere" if found.steepest is None else f"at {found.steepest:.2g}"
     console.print(f"the loss falls fastest {steepest}; {ends}; the run's own rate is {found.current:g}")
-    console.print(f"proposed learning rate: {said}; curve: {output.resolve().as_uri()}", soft_wrap=True)
+    if found.proposed is None or found.found is None:
+        console.print(f"no rate made the loss fall; try a higher --high; curve: {file}", soft_wrap=True)
+        return
+    rate, more = f"{found.proposed:.2g}", ""
+    if found.proposed != found.found:
+        side = "highest" if found.proposed < found.found else "lowest"
+        more = f", the {side} that is known to work for {found.method}"
+    console.print(f"proposed learning rate: {rate}{more}; curve: {file}", soft_wrap=True)
+    key = "head_learning_rate" if asked.adapter == HEAD else "learning_rate"
+    words = ["spectune", "train", str(config), *(overrides or []), f"training.{key}={rate}"]
+    console.print(f"next: {shlex.join(words)}", soft_wrap=True)

@@ -46,17 +46,15 @@ def resize(
 
 
 def _show(done: Resized) -> None:
-    from rich.table import Table
-
+    from .layer_table import print_by_kind
     from .terminal import Console, say
 
-    table = Table("layer", "rank", "new", "|dW| cut off", "rounding", "|dW| lost", title="measured in the new file")
-    for layer in done.layers:
-        figures = (
-            f"{share:.2%}" if share >= 1e-4 else f"{share:.0e}" for share in (layer.cut, layer.rounding, layer.lost)
-        )
-        table.add_row(layer.name, str(layer.old_rank), str(layer.rank), *figures)
-    Console().print(table)
+    def share(lost: float) -> str:
+        return f"{lost:.2%}" if lost >= 1e-4 else f"{lost:.0e}"
+
+    columns = {"rank": "{:g}".format, "new": "{:g}".format, "|dW| cut off": share, "rounding": share, "lost": share}
+    rows = [(layer.name, (layer.old_rank, layer.rank, layer.cut, layer.rounding, layer.lost)) for layer in done.layers]
+    print_by_kind(Console(), "measured in the new file", columns, rows)
     if done.at_their_rank:
         say(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed")
     if done.carried:

@@ -15,7 +15,7 @@ from ..recipes.recipe import Recipe
 from ..recipes.table import recipe_class
 from ..training.config import HEAD, RunConfig
 from ..training.loop import OnStep, Watch, quiet_libraries
-from ..training.rates import learning_rate, method_of
+from ..training.rates import learning_rate, tuned_by, within_known
 from .building import build
 
 STEPS = 100
@@ -44,8 +44,10 @@ class RangeTest:
     """The rate at which the smoothed loss falls fastest per power of ten; None if it never falls."""
     diverged: float | None
     """The rate at which it diverged; None if it did not."""
-    proposed: float | None
+    found: float | None
     """The lower of the steepest rate and a tenth of the diverged one; None if the loss did not move."""
+    proposed: float | None
+    """The one found, or the nearest rate that is known to work for the method: a hundred steps say little of a run."""
     current: float
     """The run's own rate."""
 
@@ -80,7 +82,7 @@ def range_test(
         trainer = recipe.trainer(model, ramp, Path(folder), [watch, stop], save_strategy="no")
         trainer.train()
     rates = [low * (high / low) ** (step / (steps - 1)) for step in range(len(watch.losses))]
-    return read_ramp(method_of(config), rates, watch.losses, current)
+    return read_ramp(tuned_by(config), rates, watch.losses, current)
 
 
 def read_ramp(method: str, rates: list[float], losses: list[float], current: float) -> RangeTest:
@@ -91,8 +93,8 @@ def read_ramp(method: str, rates: list[float], losses: list[float], current: flo
     steepest = _steepest(rates[:end], smoothed[:end])
     diverged = None if place is None else rates[place]
     both = [rate for rate in (steepest, None if diverged is None else diverged / 10) if rate is not None]
-    proposed = min(both) if both else None
-    return RangeTest(method, rates, losses, smoothed, steepest, diverged, proposed, current)
+    found = min(both) if both else None
+    return RangeTest(method, rates, losses, smoothed, steepest, diverged, found, within_known(method, found), current)
 
 
 def running_mean(losses: list[float]) -> list[float]:

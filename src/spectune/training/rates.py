@@ -127,6 +127,12 @@ def advice(method: str, rate: float) -> str | None:
     )
 
 
+def within_known(method: str, rate: float | None) -> float | None:
+    """Get the rate, or the nearest one that is known to work for the method."""
+    known = KNOWN.get(method)
+    return rate if rate is None or known is None else min(max(rate, known.low), known.high)
+
+
 def said(config: RunConfig) -> dict[str, Any]:
     """Get the rates of a run and the range that is known to work, for `check`."""
     method, rate = tuned_by(config), learning_rate(config)
