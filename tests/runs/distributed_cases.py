@@ -147,14 +147,12 @@ def _sharded(folder: Path) -> None:
     done = train_run(config_of("svft", folder, dist.get_world_size()), folder / "sharded")
     held = bytes_here(done.model, ("U_OR", "Vh_RI"))
     (folder / f"{os.environ['RANK']}.bytes").write_text(str(held))
-    try:
-        (folder / "sharded" / "result.json").unlink(missing_ok=True)
+    stopped("svft", folder, folder / "sharded to one", dist.get_world_size())
+    for name in ("sharded to pair", "sharded from one"):  # the second was stopped on one process
+        if name == "sharded to pair" and os.environ["RANK"] == "0":
+            shutil.copytree(folder / "sharded to one", folder / name)
         dist.barrier()
-        shutil.rmtree(folder / "sharded" / "checkpoints" / f"checkpoint-{STEPS}", ignore_errors=True)
-        dist.barrier()
-        run(config_of("svft", folder, dist.get_world_size()), folder / "sharded", resume=True)
-    except OutputError as error:
-        (folder / f"{os.environ['RANK']}.refused").write_text(str(error))
+        run(config_of("svft", folder, dist.get_world_size()), folder / name, resume=True)
 
 
 def zero2(folder: Path) -> None:

@@ -248,10 +248,10 @@ def _fit(trainer: Any, last: Path | None) -> None:
     if last is None:
         trainer.train()
         return
-    if trainer.is_fsdp_enabled or not (last / "optimizer.pt").is_file():
+    if trainer.is_deepspeed_enabled or not (last / "optimizer.pt").is_file():
         raise OutputError(
-            f"{last}: cannot continue: runs under FSDP and DeepSpeed do not save the optimizer's state in a form that "
-            f"other processes read. Start the run again in another folder, or use DDP."
+            f"{last}: cannot continue: runs under DeepSpeed do not save the optimizer's state in a form that other "
+            f"processes read. Start the run again in another folder, or use DDP or FSDP2."
         )
     steps = trainer.args.max_steps
     total = steps if steps > 0 else _all_steps(trainer)

@@ -28,6 +28,7 @@ from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
 from .checkpoints import PARTIAL, OwnCheckpoints, save_whole, write_examples_a_step
 from .engines import refuse_deepspeed_options, refuse_fsdp_options
 from .muon import MUON, SpectralMuon, muon_groups
+from .sharded import SCHEDULER, load_optimizer, load_trained, load_whole, save_optimizer, written_by_name
 
 OnStep = Callable[[int, int, float], None]
 """Called with (step, steps, loss) after each optimizer step."""
@@ -156,7 +157,13 @@ class Loop:
             # For some architectures (ViT) its files use the names of older releases, which only from_pretrained knows;
             # transformers' own method would silently load nothing.
             saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
-            me.model.load_state_dict(saved.state_dict())
+            if me.is_fsdp_enabled:
+                load_whole(me.model, saved.state_dict())
+            else:
+                me.model.load_state_dict(saved.state_dict())
+            return
+        if me.is_fsdp_enabled:
+            load_trained(me.model, Path(resume_from_checkpoint))
             return
         if is_adalora(me.model):
             load_budget(me.model, Path(resume_from_checkpoint))
@@ -166,6 +173,28 @@ class Loop:
                 me.model.load_checkpoint(Path(resume_from_checkpoint))
                 return
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        me: Any = self
+        if not me.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        # transformers would write the whole base, too, and files that only as many processes can read.
+        save_optimizer(me.model, me.optimizer.optimizer, Path(output_dir), me.args.should_save)
+        if me.args.should_save:
+            torch.save(me.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        me: Any = self
+        if checkpoint is None or me.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        folder = Path(checkpoint)
+        if me.is_fsdp_enabled or written_by_name(folder):
+            load_optimizer(me.model, me.optimizer.optimizer, folder, me.is_fsdp_enabled)
+            me.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         me: Any = self

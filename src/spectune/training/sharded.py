@@ -1,0 +1,80 @@
+"""Checkpoints of runs whose parameters are cut into parts (FSDP2): whole tensors, for any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..checkpoint import TensorFile
+from ..errors import AdapterError
+
+OPTIMIZER, SCHEDULER, ADAPTER_FILE = "optimizer.pt", "scheduler.pt", "adapter_model.safetensors"
+# What PEFT takes out of a trained tensor's name when it saves it.
+NOT_IN_FILE = (".default", ".modules_to_save")
+
+
+def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, is_main: bool) -> None:
+    """Write the optimizer's state under the names of the parameters; all processes must call it, one writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if is_main:
+        torch.save(state, folder / OPTIMIZER)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, sharded: bool) -> None:
+    """Read an optimizer's state, written by names or by places, into an optimizer of either kind."""
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    places = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    if sharded:
+        by_name = state if is_by_name(state) else _renamed(state, dict(enumerate(places)))
+        set_optimizer_state_dict(model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
+    else:
+        optimizer.load_state_dict(_renamed(state, {name: place for place, name in enumerate(places)}))
+
+
+def is_by_name(state: dict[str, Any]) -> bool:
+    return any(isinstance(name, str) for group in state["param_groups"] for name in group["params"])
+
+
+def written_by_name(folder: Path) -> bool:
+    """Ask whether a checkpoint's optimizer was written by a sharded run."""
+    return is_by_name(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    groups = [{**group, "params": [names[one] for one in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[one]: values for one, values in state["state"].items()}, "param_groups": groups}
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Read an adapter's trained tensors into a model whose parameters may be cut; bases stay as they are.
+
+    `AdapterError` for a checkpoint that lacks one of them.
+    """
+    file, found = TensorFile.open(folder / ADAPTER_FILE), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = name
+            for part in NOT_IN_FILE:
+                key = key.replace(part, "")
+            if key not in file.shapes or file.shapes[key] != tuple(parameter.shape):
+                raise AdapterError(
+                    f"{folder}: the checkpoint has no {key} of shape {tuple(parameter.shape)}. Start anew."
+                )
+            found[name] = file.tensor(key).to(parameter.dtype)
+    load_whole(model, found, strict=False)
+
+
+def load_whole(model: nn.Module, state: dict[str, Any], strict: bool = True) -> None:
+    """Read whole tensors into a model, cut as its parameters are; every process has them all."""
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
