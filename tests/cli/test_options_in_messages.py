@@ -14,9 +14,9 @@ from spectune.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z](?![\w-])")
-# Options of other programs: git's, vLLM's, llama.cpp's, those that `spectune trl` adds to trl's.
+# Options of other programs: those of git, vLLM, llama.cpp, Ray, and those that `spectune trl` adds to trl's.
 FOREIGN = {"--adapter", "--error-unmatch", "--always", "--dirty", "--max-lora-rank"}
-FOREIGN |= {"--enable-lora", "--lora-modules", "--lora"}
+FOREIGN |= {"--enable-lora", "--lora-modules", "--lora", "--head"}
 COMMAND = re.compile(r"spectune ([a-z]+)((?: [^`\n;.]*)?)")
 
 

@@ -46,6 +46,8 @@ DOORS: dict[str, set[str]] = {
     "axolotl": {"plugins"},
     "swift": {"plugins"},
     "vllm": {"plugins"},
+    "ray": {"sweeps"},
+    "submitit": {"sweeps"},
     "django": set(),
 }
 FORBIDDEN_FILES = {"utils.py", "common.py", "other.py", "helpers.py", "misc.py"}

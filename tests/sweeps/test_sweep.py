@@ -350,13 +350,15 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
     told = {"config": cell(sweep, "task", "full", 1e-3, 0).config.plain(), "folder": str(tmp_path / "run")}
     told |= {"answer": str(tmp_path / "answer"), "forgetting": None, "base_loss": None, "measures": None}
     (tmp_path / "job").write_text(json.dumps(told))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before, mask = signal.signal(signal.SIGINT, signal.SIG_IGN), getattr(signal, "pthread_sigmask", lambda *asked: None)
     try:
+        mask(signal.SIG_BLOCK, {signal.SIGINT})  # as Ray does
         process = subprocess.Popen(
             [sys.executable, "-m", "spectune.sweeps.worker", str(tmp_path / "job")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
     finally:
+        mask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, before)
     with process:
         assert process.stdout is not None and process.stdin is not None

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .comparison_files import Cpus, Gpus, Jobs, On, Slurm
+
 
 def compare(
     sweep: Annotated[Path, typer.Argument(help="YAML file of the sweep, such as examples/sweep.yaml.")],
@@ -17,18 +19,22 @@ def compare(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: comparisons/ and the file's name.")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time; they share the cores.")] = 1,
+    jobs: Jobs = None,
+    on: On = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slurm: Slurm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Compare methods: rates chosen on validation, figures on test. Repeat the command to continue a stopped sweep."""
     from ..sweeps import load_sweep
-    from .comparison_files import print_comparison, run_under_bar, write_files
+    from .comparison_files import cluster_of, print_comparison, run_under_bar, write_files
     from .terminal import Console
 
     asked = load_sweep(sweep, overrides or [])
     folder = output or Path("comparisons", sweep.stem)
     console = Console(stderr=True, quiet=as_json)
-    records = run_under_bar(asked, folder, console, jobs)
+    records = run_under_bar(asked, folder, console, jobs, engine=cluster_of(on, cpus, gpus, slurm))
     summary = write_files(asked, records, folder, console)
     if as_json:
         print(json.dumps(summary, indent=2))

@@ -1,4 +1,4 @@
-"""Shared by `compare` and `reproduce`: running a sweep under a progress bar, and the files that it writes."""
+"""Shared by `compare` and `reproduce`: where a sweep runs, its progress bar, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -7,19 +7,47 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
-    from ..sweeps import SweepConfig, SweepRecord
+    from ..sweeps import Cluster, SweepConfig, SweepRecord
     from .terminal import Console
+
+SHOWN = 4
+"""Runs beside the bar while a cluster works on many; chosen for the width of a terminal."""
+JOBS_HELP = "Runs at the same time; here they share cores and GPU. Default: 1; with --on all."
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help=JOBS_HELP)]
+On = Annotated[str | None, typer.Option("--on", help="Run on a cluster: ray, ray://HOST:PORT or slurm.")]
+Cpus = Annotated[float | None, typer.Option("--cpus", min=0.01, help="CPUs of each run, with --on; default: 1.")]
+GPUS_HELP = (
+    "GPUs of each run, with --on; on Ray also a share, such as 0.25. Default: 1 where Ray has any, none on Slurm."
+)
+Gpus = Annotated[float | None, typer.Option("--gpus", min=0, help=GPUS_HELP)]
+Slurm = Annotated[list[str] | None, typer.Option("--slurm", help="NAME=VALUE for sbatch, such as partition=gpu.")]
+
+
+def cluster_of(on: str | None, cpus: float | None, gpus: float | None, slurm: list[str] | None) -> Cluster | None:
+    """Get the cluster that the options of a command name; None for processes of this machine."""
+    from ..errors import OptionError
+    from ..sweeps import connect
+
+    if on is None:
+        for name, value in (("--cpus", cpus), ("--gpus", gpus), ("--slurm", slurm or None)):
+            if value is not None:
+                raise OptionError(f"{name} works only with --on. Give --on ray or --on slurm, or leave it out.")
+        return None
+    return connect(on, cpus or 1, gpus, slurm or [])
 
 
 def run_under_bar(
     sweep: SweepConfig,
     folder: Path,
     console: Console,
-    jobs: int = 1,
+    jobs: int | None = None,
     published: Mapping[str, Any] | None = None,
+    engine: Cluster | None = None,
 ) -> list[SweepRecord]:
     """Get every record of a sweep, showing a bar with the runs and the steps of those in progress.
 
@@ -28,6 +56,8 @@ def run_under_bar(
     from ..sweeps import run_sweep
     from .progress import Stages
 
+    if engine is not None:
+        console.print(engine.said, markup=False, soft_wrap=True)
     with Stages(console) as stages:
         bar = stages.add_task("runs", total=None, said="")
         latest, turn = dict[str, str](), Lock()  # what each run said last
@@ -37,14 +67,16 @@ def run_under_bar(
             with turn:
                 latest.pop(name, None)
                 latest[name] = f"{name}  {at}" + ("" if loss is None else f"  loss {loss:.3f}")
-                at_work = sorted(list(latest)[-jobs:])
+                at_work = sorted(list(latest)[-(jobs or (1 if engine is None else SHOWN)) :])
                 stages.update(bar, total=runs, completed=done, said="   ".join(latest[one] for one in at_work))
 
         def on_record(records: list[SweepRecord], runs: int) -> None:
             write_files(sweep, records, folder, console, published, planned=runs)
 
         try:
-            records = run_sweep(sweep, folder, provenance=provenance(), on_run=on_run, on_record=on_record, jobs=jobs)
+            records = run_sweep(
+                sweep, folder, provenance=provenance(), on_run=on_run, on_record=on_record, jobs=jobs, engine=engine
+            )
         except KeyboardInterrupt:
             stages.stop()
             console.print(f"stopped; repeat the command to continue in {folder}", markup=False, soft_wrap=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .comparison_files import Cpus, Gpus, Jobs, On, Slurm
+
 if TYPE_CHECKING:
     from ..papers import Experiment
     from .terminal import Console
@@ -31,13 +33,17 @@ def reproduce(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; default: reproductions/ and the name.")
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at the same time; they share the cores.")] = 1,
+    jobs: Jobs = None,
+    on: On = None,
+    cpus: Cpus = None,
+    gpus: Gpus = None,
+    slurm: Slurm = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Run a published experiment and list every deviation. Repeat the command to continue a stopped one."""
     from ..errors import OptionError
     from ..papers import load_experiment, prepare
-    from .comparison_files import run_under_bar, write_files
+    from .comparison_files import cluster_of, run_under_bar, write_files
     from .terminal import Console
 
     if name is None:
@@ -46,12 +52,14 @@ def reproduce(
     experiment, console = load_experiment(name), Console(stderr=True, quiet=as_json)
     folder = output or Path("reproductions", f"{name}-small" if small else name)
     if experiment.compute is not None:
-        if overrides or data is not None or tune:
+        if overrides or data is not None or tune or on is not None:
             raise OptionError(
-                f"{name} is computed without training, so key=value, --data and --tune do not apply. Leave them out."
+                f"{name} is computed without training, so key=value, --data, --tune and --on do not apply. "
+                f"Leave them out."
             )
         _compute(experiment, folder, as_json, console)
         return
+    engine = cluster_of(on, cpus, gpus, slurm)
     ready = prepare(
         experiment,
         folder,
@@ -61,7 +69,7 @@ def reproduce(
         overrides=overrides or [],
         say=lambda words: console.print(words),
     )
-    records = run_under_bar(ready.sweep, folder, console, jobs, ready.published)
+    records = run_under_bar(ready.sweep, folder, console, jobs, ready.published, engine)
     summary = write_files(ready.sweep, records, folder, console, ready.published)
     if as_json:
         print(json.dumps(summary, indent=2))

@@ -1,8 +1,10 @@
 """Methods x learning rates x seeds x tasks, compared."""
 
+from .cluster import Cluster as Cluster
 from .config import SweepConfig as SweepConfig
 from .config import load_sweep as load_sweep
 from .config import parse_sweep as parse_sweep
+from .engines import connect as connect
 from .method_comparison import as_method_comparison as as_method_comparison
 from .method_comparison import write_method_comparison as write_method_comparison
 from .record import SweepRecord as SweepRecord

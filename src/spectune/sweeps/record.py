@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from ..errors import DataError, OutputError
-from ..runs.result import RunResult
+from ..runs.result import RESULT_FILE, RunResult
+from ..training.rates import method_of
 from ..training.record import Record
+from .config import Cell
 
 
 class SweepRecord(Record):
@@ -80,3 +84,30 @@ def read_record(path: str | Path) -> SweepRecord:
                 f"finished runs are not trained again."
             ) from None
         raise OutputError(str(error)) from None
+
+
+def finished(
+    cell: Cell, run_folder: Path, answer: dict[str, Any], provenance: Mapping[str, Any], jobs: int
+) -> SweepRecord:
+    """Get the record of a run from what its process answered and wrote."""
+    common: dict[str, Any] = {
+        "task": cell.task,
+        "method": cell.method,
+        "kind": method_of(cell.config),
+        "rate": cell.rate,
+        "seed": cell.seed,
+        "config": cell.config.plain(),
+        "seconds": float(answer.get("seconds", 0.0)),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "jobs": jobs,
+        "provenance": {name: answer.get(name, value) for name, value in provenance.items()},
+    }
+    if "error" in answer or not (run_folder / RESULT_FILE).is_file():
+        error = str(answer.get("error", "no result was written"))
+        return SweepRecord(**common, error=error, diverged=bool(answer.get("diverged")))
+    return SweepRecord(
+        **common,
+        result=RunResult.read(run_folder).model_copy(update={"folder": ""}),
+        general_loss=answer.get("general_loss"),
+        general_loss_base=answer.get("general_loss_base"),
+    )

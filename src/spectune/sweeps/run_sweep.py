@@ -7,14 +7,15 @@ records/NAME.json    one run: figures, machine, versions, commit, seed; or the o
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any, Protocol
 
 from ..checkpoint import hold_folder, write_atomically
@@ -22,16 +23,17 @@ from ..checkpoint.run_folder import ADAPTER, MODEL
 from ..errors import OutputError, SpectuneError
 from ..recipes import parse_config
 from ..runs.folder import CHECKPOINTS, differences
-from ..runs.result import RESULT_FILE, RunResult
-from ..training.rates import method_of
+from ..runs.result import RESULT_FILE
 from .choice import chosen_rate, rate_beyond
 from .config import Cell, SweepConfig, cells, require_splits
-from .record import SweepRecord, read_record
+from .record import SweepRecord, finished, read_record
 from .summary import REPORTED
-from .workers import OnWorkerStep, Workers, last_words, plain_ctrl_c
+from .workers import Engine, OnWorkerStep, Workers, last_words, plain_ctrl_c
 
 CHOOSING = ("validation",)
 """What a rate is chosen on; the rest is measured at the chosen rate alone."""
+STORE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""Begin of s3://… and the like, as a Path writes it; a drive of Windows has one letter."""
 RECORDS, RUNS, ASKED = "records", "runs", "sweep.json"
 
 
@@ -51,20 +53,25 @@ def run_sweep(
     provenance: Mapping[str, Any],
     on_run: OnRun | None = None,
     on_record: OnRecord | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    engine: Engine | None = None,
 ) -> list[SweepRecord]:
     """Get the record of every run; finished ones are read, failed ones are tried again.
 
     A rate is chosen on validation; only then, and at that rate alone, is anything measured on test or by lm-eval.
     `on_record` is called with all records so far, and how many there will be, whenever there is another one.
 
-    `provenance` (versions, machine, commit) is put into every record. `jobs` runs work at the same time (at most one of
-    each method on each task), each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from
-    their threads. `OutputError` if the folder contains the same runs with another configuration, `DataError` if a
-    task has no validation or test examples; KeyboardInterrupt after Ctrl-C, when all runs have saved their
-    checkpoints: call it again to continue.
+    `provenance` (versions, machine, commit) is put into every record. `jobs` runs work at the same time (default: one),
+    each with its share of the cores (unless OMP_NUM_THREADS is set); `on_run` is called from their threads. With an
+    `engine` (`connect`) they work on its cluster, by default all that do not wait for another's result.
+
+    `OutputError` if the folder contains the same runs with another configuration, `DataError` if a task has no
+    validation or test examples; KeyboardInterrupt after Ctrl-C, when all runs have saved their checkpoints: call it
+    again to continue.
     """
     folder = Path(output_dir)
+    if STORE.match(str(folder)):
+        raise OutputError(f"{folder}: an output folder must be a path that every run can write to, not an address.")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: an output folder is needed, but this is a file. Choose another folder.")
     require_splits(sweep)
@@ -75,9 +82,9 @@ def run_sweep(
         raise OutputError(f"{folder}: cannot create this folder: {error.strerror}. Choose another one.") from error
     with hold_folder(folder), plain_ctrl_c():
         write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
-        # The runs of one method on one task are sequential: the results decide which rates come next.
-        lines = len(sweep.tasks) * len(sweep.methods)
-        return _run_all(_Running(sweep, folder, provenance, on_run, on_record, min(jobs, lines)))
+        running = _Running(sweep, folder, provenance, on_run, on_record, jobs, engine)
+        running.workers.prepare(folder)
+        return _run_all(running)
 
 
 def _run_all(running: _Running) -> list[SweepRecord]:
@@ -106,7 +113,8 @@ class _Running:
     provenance: Mapping[str, Any]
     on_run: OnRun | None
     on_record: OnRecord | None
-    jobs: int
+    asked: int | None
+    engine: Engine | None
     found: dict[str, SweepRecord] = field(default_factory=dict)
     """Name of the run -> its record."""
     turn: Any = field(default_factory=Lock)
@@ -116,14 +124,16 @@ class _Running:
         first = len(sweep.seeds[: sweep.tuning_seeds])
         rates = [len(method.rates(task)) for method in sweep.methods.values() for task in sweep.tasks]
         self.runs = sum(count * first + seeds - first for count in rates)
-        self.workers = Workers(self.jobs)
+        self.jobs = min(self.runs, self.asked or (1 if self.engine is None else self.runs))
+        self.workers: Engine = self.engine or Workers(self.jobs)
+        self.slots = Semaphore(self.jobs)
 
     def line(self, task: str, method: str) -> list[SweepRecord]:
         """Get the records of one method on one task: the first seeds try all rates, the others only the chosen one."""
         sweep, rates = self.sweep, self.sweep.methods[method].rates(task)
         first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
         tried = cells(sweep, task, method, rates, first)
-        found = [self.once(cell, CHOOSING if len(rates) > 1 else None) for cell in tried]
+        found = self._at_once([partial(self.once, cell, CHOOSING if len(rates) > 1 else None) for cell in tried])
         for _ in range(sweep.grow):
             further = rate_beyond(rates, chosen_rate(found, sweep.metric))
             if further is None:
@@ -132,18 +142,28 @@ class _Running:
             self.runs += len(first)
             more = cells(sweep, task, method, [further], first)
             tried += more
-            found += [self.once(cell, CHOOSING) for cell in more]
+            found += self._at_once([partial(self.once, cell, CHOOSING) for cell in more])
         rate = chosen_rate(found, sweep.metric)
-        found = [
-            self.scored(cell, record) if cell.rate == rate else record
-            for cell, record in zip(tried, found, strict=True)
-        ]
         untried = cells(sweep, task, method, [] if rate is None else [rate], rest)
-        found += [self.once(cell, None) for cell in untried]
+        best = [(cell, record) for cell, record in zip(tried, found, strict=True) if cell.rate == rate]
+        last = self._at_once(
+            [partial(self.scored, *one) for one in best] + [partial(self.once, cell, None) for cell in untried]
+        )
+        scored = {cell.name: record for (cell, _), record in zip(best, last, strict=False)}
+        found = [scored.get(cell.name, record) for cell, record in zip(tried, found, strict=True)] + last[len(best) :]
         for cell in [*tried, *untried]:
             if self.found[cell.name].ok:
                 _tidy(self.folder / RUNS / cell.name, sweep.keep)
         return found
+
+    def _at_once(self, asked: Sequence[Callable[[], SweepRecord]]) -> list[SweepRecord]:
+        """Get the records of runs that do not wait for each other."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return list(pool.map(lambda one: one(), asked))
+            except BaseException:
+                self.workers.stop()  # before the pool waits for the others
+                raise
 
     def once(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
         """Get the record of a run, done now or read."""
@@ -184,6 +204,10 @@ class _Running:
         return old if old is not None and old.ok and not old.error and not lacks else None
 
     def _new(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
+        with self.slots:
+            return self._worked(cell, measures)
+
+    def _worked(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
         place, run_folder = len(self.found), self.folder / RUNS / cell.name
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
@@ -194,9 +218,7 @@ class _Running:
         if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
             # Its deleted weights are needed now: train them again.
             (run_folder / RESULT_FILE).unlink(missing_ok=True)
-        record = _finished(
-            cell, run_folder, self._work(cell, run_folder, measures, on_step), self.provenance, self.jobs
-        )
+        record = finished(cell, run_folder, self._work(cell, run_folder, measures, on_step), self.provenance, self.jobs)
         record.write(self.folder / RECORDS / f"{cell.name}.json")
         return record
 
@@ -229,32 +251,6 @@ class _Running:
         for path in (job, answer, *([log] if answered else [])):
             path.unlink(missing_ok=True)
         return found
-
-
-def _finished(
-    cell: Cell, run_folder: Path, answer: dict[str, Any], provenance: Mapping[str, Any], jobs: int
-) -> SweepRecord:
-    common: dict[str, Any] = {
-        "task": cell.task,
-        "method": cell.method,
-        "kind": method_of(cell.config),
-        "rate": cell.rate,
-        "seed": cell.seed,
-        "config": cell.config.plain(),
-        "seconds": float(answer.get("seconds", 0.0)),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "jobs": jobs,
-        "provenance": dict(provenance),
-    }
-    if "error" in answer or not (run_folder / RESULT_FILE).is_file():
-        error = str(answer.get("error", "no result was written"))
-        return SweepRecord(**common, error=error, diverged=bool(answer.get("diverged")))
-    return SweepRecord(
-        **common,
-        result=RunResult.read(run_folder).model_copy(update={"folder": ""}),
-        general_loss=answer.get("general_loss"),
-        general_loss_base=answer.get("general_loss_base"),
-    )
 
 
 def _as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:

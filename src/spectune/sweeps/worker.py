@@ -19,13 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..checkpoint import write_atomically
+from ..checkpoint import hold_folder, write_atomically
 from ..errors import DivergedError, SpectuneError, one_line
 from ..recipes.recipe import Recipe
 from ..recipes.table import parse_config
 from ..runs.folder import Run
 from ..runs.load import load_run
 from ..runs.measuring import PARTS, measured, refuse_unmeasured
+from ..runs.provenance import machine
 from ..runs.result import RESULT_FILE, RunResult
 from ..runs.train import train_run
 from ..training.loop import OnStep
@@ -33,13 +34,21 @@ from .config import GeneralText
 from .general_text import general_loss
 
 FAILED, INTERRUPTED = 1, 130
+LINGER = 120.0
+"""Seconds to wait for a run's folder: the process of a sweep that was killed, or of a node that was lost, still saves.
+
+Chosen, not measured; an NFS server frees the locks of a machine that is gone after 90 (Linux's default lease).
+"""
 
 
 def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
     """Train, measure, write the answer; get the exit status."""
-    started = time.perf_counter()
+    started, folder = time.perf_counter(), Path(job["folder"])
     answer: dict[str, Any]
     try:
+        if folder.is_dir():
+            with hold_folder(folder, LINGER):
+                pass
         answer = work(job, on_step)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -47,7 +56,8 @@ def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
         answer = {"error": str(error), "diverged": isinstance(error, DivergedError)}
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {one_line(error, 500)}"}
-    write_atomically(job["answer"], json.dumps(answer | {"seconds": time.perf_counter() - started}))
+    answer |= {"seconds": time.perf_counter() - started, "machine": machine()}
+    write_atomically(job["answer"], json.dumps(answer))
     return FAILED if "error" in answer else 0
 
 
@@ -113,8 +123,13 @@ def _end_with_the_sweep(ended: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    # A shell makes background jobs ignore Ctrl-C, and this process would inherit that.
+    # A shell makes background jobs ignore Ctrl-C, Ray's workers block it, and this process would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(
+            signal.SIGUSR2, signal.SIG_IGN
+        )  # Slurm sends it to all processes of a job whose time is almost up
     sweep_ended = threading.Event()
     threading.Thread(target=_end_with_the_sweep, args=[sweep_ended], daemon=True).start()
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout(), sweep_ended)))

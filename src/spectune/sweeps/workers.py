@@ -11,14 +11,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
 OnWorkerStep = Callable[[int, int, "float | None"], None]
 """Called with (step, steps, loss or None)."""
 
 
+class Engine(Protocol):
+    """Where the runs of a sweep work."""
+
+    def prepare(self, folder: Path) -> None:
+        """Refuse what would keep every run from working; called once, before the first."""
+
+    def run(self, job: Path, log: Path, on_step: OnWorkerStep) -> int:
+        """Run a job in its own process, and get its exit status; KeyboardInterrupt if it was stopped."""
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Make every run save its checkpoint and end, or end at once; no other one begins."""
+
+
 class Workers:
-    """The running processes of a sweep."""
+    """The running processes of a sweep on this machine."""
 
     def __init__(self, jobs: int = 1) -> None:
         """Set how many work at the same time; each gets its share of the cores."""
@@ -28,6 +41,9 @@ class Workers:
         self._at_work = set[subprocess.Popen[str]]()
         self._lock = threading.Lock()
         self._stopping = False
+
+    def prepare(self, folder: Path) -> None:
+        """This machine has the folder."""
 
     def run(self, job: Path, log: Path, on_step: OnWorkerStep) -> int:
         """Run a job in its own process, and get its exit status; KeyboardInterrupt if it was stopped."""

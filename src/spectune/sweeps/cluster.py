@@ -1,0 +1,149 @@
+"""`Cluster`: what Ray and Slurm share: submits a run, follows its steps in the sweep's folder, cancels it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..runs.result import RESULT_FILE
+from .on_node import Errand
+from .worker import INTERRUPTED
+from .workers import OnWorkerStep
+
+RETRIES = 10
+"""How often a run may lose its node; chosen, not measured: it continues from its last checkpoint each time."""
+TAKEN_AWAY = (INTERRUPTED, -signal.SIGTERM)
+"""How a run ends that its cluster stopped, and not this sweep: it is started again."""
+POLL = 0.5
+"""Seconds between two looks at a run; chosen, not measured."""
+HIDDEN = 120.0
+"""Limit of seconds until another node's file is seen: NFS clients remember for up to 60 that a name was not there."""
+TAIL = 400
+"""Bytes at the end of a file of steps that hold at least one whole line."""
+
+
+class LostError(Exception):
+    """A task that ended without doing its errand."""
+
+
+class Cluster(ABC):
+    """Runs on the nodes of a cluster that see the sweep's folder."""
+
+    said: str
+    """What the cluster is, and what each run gets of it."""
+
+    def __init__(self, threads: int) -> None:
+        """Set how many CPU threads a run has where OMP_NUM_THREADS does not say so."""
+        self._threads = threads
+        self._at_work: list[Any] = []
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    @abstractmethod
+    def prepare(self, folder: Path) -> None:
+        """Refuse a sweep whose folder or package the nodes lack, before its first run; `OutputError` names a node."""
+
+    @abstractmethod
+    def submit(self, errand: Errand) -> Any:
+        """Start a task."""
+
+    @abstractmethod
+    def ended(self, task: Any) -> bool:
+        """Whether a task is over."""
+
+    @abstractmethod
+    def outcome(self, task: Any) -> tuple[int, Sequence[str]]:
+        """Get what the errand of an ended task returned; `LostError` says in one line why there is nothing."""
+
+    @abstractmethod
+    def cancel(self, task: Any, at_once: bool) -> None:
+        """Make a task save a checkpoint and end, or end at once."""
+
+    def run(self, job: Path, log: Path, on_step: OnWorkerStep) -> int:
+        """Run a job on a node, and get its exit status; KeyboardInterrupt if it was stopped."""
+        told, steps = json.loads(job.read_text("utf-8")), job.with_suffix(".steps")
+        awaited = [told["answer"], str(Path(told["folder"], RESULT_FILE))]
+        errand = Errand(str(job.resolve()), str(Path.cwd()), self._threads, awaited)
+        for _ in range(RETRIES):
+            status = self._once(errand, steps, log, on_step)
+            if status not in TAKEN_AWAY:
+                break
+        return status
+
+    def _once(self, errand: Errand, steps: Path, log: Path, on_step: OnWorkerStep) -> int:
+        with self._lock:  # none begins after `stop`
+            if self._stopping:
+                raise KeyboardInterrupt
+            task = self.submit(errand)
+            self._at_work.append(task)
+        try:
+            self._follow(task, steps, on_step)
+            status = self._status(task, log)
+        finally:
+            with self._lock:
+                self._at_work.remove(task)
+            steps.unlink(missing_ok=True)
+        if self._stopping:
+            raise KeyboardInterrupt
+        return status
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Make every task save its checkpoint and end, or end at once; no other one begins."""
+        with self._lock:
+            self._stopping = True
+            for task in self._at_work:
+                self.cancel(task, at_once)
+
+    def _follow(self, task: Any, steps: Path, on_step: OnWorkerStep) -> None:
+        told: list[Any] | None = None
+        while not self.ended(task):
+            latest = _last_step(steps)
+            if latest is not None and latest != told:
+                told = latest
+                try:
+                    on_step(*latest)
+                except BaseException:
+                    self.cancel(task, at_once=False)
+                    while not self.ended(task):
+                        time.sleep(POLL)
+                    raise
+            time.sleep(POLL)
+
+    def _status(self, task: Any, log: Path) -> int:
+        try:
+            status, written = self.outcome(task)
+        except LostError as error:
+            log.write_text(f"{error}\n", "utf-8")
+            return 1
+        deadline = time.monotonic() + HIDDEN
+        while not all(Path(path).is_file() for path in written) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        return status
+
+
+@contextmanager
+def token_in(folder: Path) -> Iterator[str]:
+    """Get the name of a new file in a folder, by which a node knows it again."""
+    token = folder / f".seen-{uuid.uuid4().hex}"
+    token.touch()
+    try:
+        yield token.name
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _last_step(steps: Path) -> list[Any] | None:
+    """Get the last whole line of a file of steps."""
+    with suppress(OSError, ValueError), steps.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL))
+        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"[")]
+        return list(json.loads(lines[-1])) if lines else None
+    return None

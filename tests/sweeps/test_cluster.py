@@ -1,0 +1,153 @@
+"""Sweeps on a cluster, with a double in its place: what is refused, what is started again, what a node says."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectune import __version__
+from spectune.errors import MissingExtraError, OptionError, OutputError
+from spectune.sweeps import Cluster, connect, parse_sweep, run_sweep
+from spectune.sweeps import cluster as cluster_file
+from spectune.sweeps.cluster import LostError, _last_step
+from spectune.sweeps.on_node import Errand, obstacle
+from spectune.sweeps.worker import INTERRUPTED, main
+from tests.sweeps.sweeps import text_sweep
+
+
+class Double(Cluster):
+    """Does each errand at once, in this process; `first` is what the first ones return in place of that."""
+
+    def __init__(self, first: Sequence[Any] = ()) -> None:
+        super().__init__(threads=1)
+        self.first, self.errands, self.cancelled = list(first), list[Errand](), list[tuple[Any, bool]]()
+        self.over = threading.Event()
+        self.over.set()
+
+    def prepare(self, folder: Path) -> None:
+        assert (folder / "sweep.json").is_file()
+
+    def submit(self, errand: Errand) -> Errand:
+        self.errands.append(errand)
+        return errand
+
+    def ended(self, task: Errand) -> bool:
+        return self.over.is_set()
+
+    def outcome(self, task: Errand) -> tuple[int, Sequence[str]]:
+        if not self.first:
+            return main(json.loads(Path(task.job).read_text())), task.awaited
+        found = self.first.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found, ()
+
+    def cancel(self, task: Errand, at_once: bool) -> None:
+        self.cancelled.append((task, at_once))
+        self.over.set()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    (tmp_path / "a--0.1--0.job").write_text(json.dumps({"answer": str(tmp_path / "a"), "folder": str(tmp_path / "f")}))
+    return tmp_path / "a--0.1--0.job"
+
+
+def test_all_runs_that_do_not_wait_for_each_other_are_submitted_at_once(tmp_path: Path) -> None:
+    """Two rates of one method; and the records say where they ran."""
+    asked = text_sweep(tmp_path, seeds=[0], keep="nothing")
+    del asked["methods"]["full"]
+    together, double = threading.Barrier(2, timeout=30), Double([LostError("gone"), LostError("gone")])
+    double.ended = lambda task: together.wait() >= 0  # type: ignore[method-assign]
+    found = run_sweep(parse_sweep(asked), tmp_path / "out", provenance={}, engine=double)
+    assert [r.error for r in found] == ["the process ended with status 1: gone"] * 2 and found[0].jobs == 2
+    assert {Path(e.home) for e in double.errands} == {Path.cwd()} and all(
+        Path(e.job).is_absolute() for e in double.errands
+    )
+    asked["methods"]["spectral_a"]["learning_rates"] = [1e-3]
+    again = run_sweep(parse_sweep(asked), tmp_path / "out", provenance={"machine": "?", "commit": "c"}, engine=Double())
+    assert all(r.ok for r in again) and again[0].provenance["commit"] == "c"
+    assert again[0].provenance["machine"]["platform"]
+    assert {p.suffix for p in (tmp_path / "out/runs").iterdir() if p.is_file()} == {".log"}  # of the failed run
+
+
+@pytest.mark.parametrize("taken", [INTERRUPTED, -15])
+def test_a_run_that_its_node_stopped_is_started_again_a_failed_one_is_not(job: Path, taken: int) -> None:
+    double = Double([taken, taken, 1])
+    assert double.run(job, job.with_suffix(".log"), lambda *step: None) == 1 and len(double.errands) == 3
+
+
+def test_stop_cancels_what_runs_and_starts_nothing_else(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_file, "POLL", 0.01)
+    double, log = Double([1]), job.with_suffix(".log")
+    double.over.clear()
+
+    def stop(step: int, steps: int, loss: float | None) -> None:
+        assert (step, steps, loss) == (3, 9, 0.5)
+        double.stop()
+
+    submit = double.submit
+    told = b"[2, 9, 0.6]\n[3, 9, 0.5]\n[4, 9"  # the last line is not whole yet
+    double.submit = lambda errand: (job.with_suffix(".steps").write_bytes(told), submit(errand))[1]  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        double.run(job, log, stop)
+    assert double.cancelled == [(double.errands[0], False)] and not job.with_suffix(".steps").exists()
+    with pytest.raises(KeyboardInterrupt):
+        double.run(job, log, stop)
+    assert len(double.errands) == 1
+
+
+def test_the_last_whole_step_is_read(tmp_path: Path) -> None:
+    assert _last_step(tmp_path / "steps") is None
+    (tmp_path / "steps").write_text("".join(f"[{i}, 5000, null]\n" for i in range(5000)) + "[5000, 50")
+    assert _last_step(tmp_path / "steps") == [4999, 5000, None]
+
+
+def test_a_node_says_in_one_line_why_it_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").touch()
+    asked = (str(tmp_path), "token", str(tmp_path), __version__)
+    assert obstacle(*asked) == ""
+    assert obstacle(str(tmp_path / "other"), *asked[1:]).startswith(f"cannot see {tmp_path / 'other'}. Choose a folder")
+    assert obstacle(*asked[:2], str(tmp_path / "home"), __version__).startswith(
+        f"cannot see {tmp_path / 'home'}, where"
+    )
+    assert obstacle(*asked[:3], "9") == f"has spectune {__version__}, the command has 9. Install the same"
+    monkeypatch.setitem(sys.modules, "spectune", None)
+    assert obstacle(*asked).startswith("cannot import spectune (")
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        (("raay",), "--on raay: give ray, ray://HOST:PORT or slurm. Did you mean 'ray'"),
+        (("ray://",), "--on ray://: give ray"),
+        (("slurm://host",), "--on slurm://host: give ray"),
+        (("ray", 1, 1.5), "--gpus 1.5: only less than one GPU can be shared"),
+        (("ray", 1, None, ["time=3"]), "--slurm: works only with --on slurm"),
+        (("slurm", 1, None, ["time"]), "--slurm time: give NAME=VALUE"),
+    ],
+)
+def test_a_wrong_cluster_is_refused(asked: tuple[Any, ...], line: str) -> None:
+    with pytest.raises(OptionError) as found:
+        connect(*asked)
+    assert str(found.value).startswith(line)
+
+
+@pytest.mark.parametrize(("on", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_missing_package_names_its_extra(on: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"--on {on}: .*pip install 'spectune\[{on}\]'"):
+        connect(on)
+
+
+def test_a_store_is_not_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="s3:/bucket/out: an output folder must be a path"):
+        run_sweep(parse_sweep(text_sweep(tmp_path)), Path("s3://bucket/out"), provenance={})
+    assert not Path("s3:").exists()
