@@ -1,4 +1,4 @@
-"""`spectune resize`: cut a LoRA to a lower rank."""
+"""`spectune resize`: cut a LoRA to a lower rank, or to fewer numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import OptionError
 from .extract import Dtype
 from .output import Overwrite, may_replace
 
@@ -23,12 +24,22 @@ def resize(
     frobenius: Annotated[
         float | None, typer.Option(help="Lose at most this share of |dW| in each layer, such as 0.1.")
     ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of all numbers, by one threshold over all layers, such as 0.25."),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="With --share: keep what this run's loss would miss, by gradients of its training examples."),
+    ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the factors; default: unchanged.")] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results.")] = False,
 ) -> None:
     """Write the best approximation of a LoRA at a lower rank, layer by layer, in the same file layout."""
     overwrite = may_replace(output, overwrite)
+    if calibrate is not None and share is None:
+        raise OptionError("--calibrate chooses what to keep under a budget. Give --share, such as --share 0.25.")
     import torch
 
     from ..extraction import resize_lora
@@ -37,7 +48,13 @@ def resize(
 
     with Stages(Console(stderr=True)) as stages:
         stored = None if dtype is None else getattr(torch, dtype.value)
+        scores = None
+        if calibrate is not None:
+            from ..surveys.direction_scores import scores_of
+
+            scores = scores_of(calibrate, lora, on_batch=stages.lazily("gradients of batches"))
         cut: dict[str, Any] = {"rank": rank, "energy": energy, "frobenius": frobenius, "dtype": stored}
+        cut |= {"share": share, "scores": scores}
         done = resize_lora(lora, output, **cut, overwrite=overwrite, on_layer=stages.lazily("resizing"))
     if as_json:
         print(json.dumps(done.to_json(), indent=2))

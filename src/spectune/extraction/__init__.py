@@ -1,5 +1,6 @@
 """Adapters extracted from full fine-tunes, and LoRAs resized to another rank."""
 
+from .calibrate import calibrated as calibrated
 from .extract import extract_adapter as extract_adapter
 from .extracted import Extracted as Extracted
 from .resize import Resized as Resized

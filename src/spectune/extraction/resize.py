@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from ..checkpoint.patterns import rank_pattern
 from ..errors import ExportError, OptionError, OutputError
 from ..export.lora import DTYPES
 from ..records import Delta
+from .calibrate import directions_of, energies, within_share
 from .cut import Cut, cut_factors
 
 # Files of a PEFT folder that would still hold the old factors, or a trainer's state that belongs to them.
@@ -83,6 +85,8 @@ def resize_lora(
     rank: int | None = None,
     energy: float | None = None,
     frobenius: float | None = None,
+    share: float | None = None,
+    scores: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     on_layer: OnCut | None = None,
@@ -91,7 +95,9 @@ def resize_lora(
 
     dW_OI = scaling B_OP A_PI ~ B'_OR A'_RI, by QR of both factors and the SVD of the P x P middle in float64: the
     result of a dense SVD (Eckart-Young), without building dW. `rank` is the limit for every layer; `energy` keeps at
-    least this share of |dW|_F^2, `frobenius` loses at most this share of |dW|_F, each layer on its own. A rank is
+    least this share of |dW|_F^2, `frobenius` loses at most this share of |dW|_F, each layer on its own. `share` keeps
+    this share of all numbers, by one threshold over all layers: the directions with the largest s_i^2 by number, or
+    with the largest of `scores` (layer -> one for each direction; `calibrated` gets them from examples). A rank is
     never raised: a layer that needs no cut keeps its rank and its numbers. The new scaling is 1.
 
     `lora` is PEFT's folder, which becomes a folder (rank_pattern and alpha_pattern rewritten), or one safetensors
@@ -104,8 +110,13 @@ def resize_lora(
     if dtype is not None and dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise OptionError(f"dtype={dtype}: a LoRA can only be stored as {known}. Choose one of them.")
-    cut, source, output = Cut(rank=rank, energy=energy, frobenius=frobenius), read_lora(lora), Path(output)
+    source, output = read_lora(lora), Path(output)
     _refuse_other_updates(source)
+    cut: Cut | dict[str, list[int]]
+    if share is None and scores is None:
+        cut = Cut(rank=rank, energy=energy, frobenius=frobenius)
+    else:
+        cut = _places(source, share, scores, [rank, energy, frobenius])
     if overwrite:
         refuse_to_replace(output, source.path)
     if source.config:
@@ -125,10 +136,25 @@ def resize_lora(
     return Resized(output, layers, source.carried, source.file.path.stat().st_size, written.stat().st_size)
 
 
+def _places(
+    source: LoraFile, share: float | None, scores: Mapping[str, torch.Tensor] | None, others: list[float | None]
+) -> dict[str, list[int]]:
+    """Get layer -> the directions that stay under a budget over all layers."""
+    if share is None or not 0 < share <= 1:
+        raise OptionError(f"share={share}: the share of numbers to keep must be above 0 and at most 1, such as 0.25.")
+    if any(other is not None for other in others):
+        raise OptionError("share: rank, energy and frobenius cut each layer on its own. Give them or the share.")
+    shapes = source.file.shapes
+    sides = {name: shapes[one.B_name][0] + math.prod(shapes[one.A_name][1:]) for name, one in source.layers.items()}
+    return within_share(energies(source) if scores is None else scores, sides, share)
+
+
 class _Resizing:
     """The tensors of the new file, layer by layer."""
 
-    def __init__(self, source: LoraFile, cut: Cut, dtype: torch.dtype | None, on_layer: OnCut | None) -> None:
+    def __init__(
+        self, source: LoraFile, cut: Cut | dict[str, list[int]], dtype: torch.dtype | None, on_layer: OnCut | None
+    ) -> None:
         self.source = source
         self.ranks: dict[str, int] = {}
         self.cuts: dict[str, float] = {}
@@ -139,13 +165,16 @@ class _Resizing:
             if on_layer is not None:
                 on_layer(done, len(source.layers))
 
-    def _take(self, layer: str, cut: Cut, dtype: torch.dtype | None) -> None:
+    def _take(self, layer: str, cut: Cut | dict[str, list[int]], dtype: torch.dtype | None) -> None:
         place, file = self.source.layers[layer], self.source.file
         B_OP, A_PI = (factor.double() for factor in self.source.factors(layer))
         if not (torch.isfinite(B_OP).all() and torch.isfinite(A_PI).all()):
             raise ExportError(f"{layer}: the factors contain NaN or infinity. Train or copy the LoRA again.")
         # A power of two, as most scalings are, is exact in every dtype.
-        B_OR, A_RI, self.cuts[layer] = cut_factors(B_OP * place.scaling, A_PI, cut)
+        if isinstance(cut, Cut):
+            B_OR, A_RI, self.cuts[layer] = cut_factors(B_OP * place.scaling, A_PI, cut)
+        else:
+            B_OR, A_RI, self.cuts[layer] = _chosen(self.source, layer, cut[layer])
         rank = self.ranks[layer] = len(A_RI)
         for name, factor, first in ((place.B_name, B_OR, None), (place.A_name, A_RI, rank)):
             shape = file.shapes[name]
@@ -170,6 +199,14 @@ class _Resizing:
             lost = missed / size if size else 0.0
             layers.append(ResizedLayer(name, place.rank, new.layers[name].rank, self.cuts[name], lost))
         return tuple(layers)
+
+
+def _chosen(source: LoraFile, layer: str, places: list[int]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Get the factors of some of a layer's directions, and the share of |dW|_F that the others had."""
+    B_OK, A_KI = directions_of(source, layer)
+    squares_K = B_OK.square().sum(0).square()
+    lost = 1 - float(squares_K[places].sum() / squares_K.sum()) if squares_K.any() else 0.0
+    return B_OK[:, places], A_KI[places], max(lost, 0.0) ** 0.5
 
 
 def _alpha_name(A_name: str) -> str:

@@ -25,11 +25,15 @@ UNTOUCHED = "untouched body"
 def examples_of(run: str | Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
     """Get batches of a run's training examples without labels, drawn by a fixed seed."""
     recipe = recipe_of(Run.open(run))
-    rows, size = recipe.plain_rows("train"), recipe.config.training.batch_size
-    drawn = random.Random(SEED).sample(range(len(rows)), min(count, len(rows)))
-    drawn = by_length(rows, drawn)
-    batches = [recipe.collate([rows[i] for i in drawn[at : at + size]]) for at in range(0, len(drawn), size)]
+    batches = batches_of(recipe, count, recipe.config.training.batch_size)
     return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+def batches_of(recipe: Recipe, count: int, size: int) -> list[dict[str, Any]]:
+    """Get batches of a recipe's training examples, drawn by a fixed seed."""
+    rows = recipe.plain_rows("train")
+    drawn = by_length(rows, random.Random(SEED).sample(range(len(rows)), min(count, len(rows))))
+    return [recipe.collate([rows[i] for i in drawn[at : at + size]]) for at in range(0, len(drawn), size)]
 
 
 def load_with(run: str | Path, adapter: str | Path | None) -> tuple[Recipe, nn.Module]:
