@@ -3,9 +3,10 @@
     python benchmarks/resizing.py --runs FOLDER... [--shares 0.5 0.25 0.125] [--work FOLDER]
 
 FOLDERs are runs with a LoRA each (`benchmarks/merging.py` leaves five: SST-2, CoLA, MRPC, STS-B, languages, r = 8 on
-MiniLM). Each is cut to the same share of its numbers in three ways, written, loaded and measured on test. Shares are those of
-a lower rank, so that "rank" cuts to exactly as many numbers. Writes benchmarks/results/resizing.json; nothing is chosen
-on test: the share is given, and calibration reads training examples only.
+MiniLM). Each is cut to the same share of its numbers in three ways, written, loaded and measured on test. The shares
+are those of a lower rank, so that "rank" leaves exactly as many numbers. Nothing is chosen on test: the share is given,
+and calibration reads training examples only. Writes benchmarks/results/resizing.json; a
+call with other --shares adds to it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from provenance import provenance
 
 from spectune.checkpoint import read_lora, write_atomically
 from spectune.extraction import resize_lora
-from spectune.runs.company import Kept
+from spectune.runs.company import UNTOUCHED, Kept
 from spectune.surveys.direction_scores import scores_of
 
 RESULT = Path(__file__).parent / "results" / "resizing.json"
 
 
 def ways(run: Path, share: float, rank: int) -> dict[str, dict[str, Any]]:
-    """Get way of cutting -> the options of `resize_lora`."""
-    return {
-        "rank": {"rank": max(1, round(share * rank))},
+    """Get way of cutting -> the options of `resize_lora`; no rank is below 1."""
+    by_rank = {"rank": {"rank": round(share * rank)}} if share * rank >= 1 else {}
+    return by_rank | {
         "energy over all layers": {"share": share},
         "calibrated": {"share": share, "scores": scores_of(run, run / "adapter")},
     }
@@ -43,19 +44,22 @@ def measured(run: Path, shares: list[float], work: Path) -> dict[str, Any]:
         for way, options in ways(run, share, rank).items():
             name = f"{way}, {share:g}"
             done = resize_lora(lora.path, work / f"{run.name}-{name.replace(' ', '-')}", overwrite=True, **options)
-            numbers = read_lora(done.path).trained_count
-            row = {"way": way, "share": share, "numbers": numbers, "kept": kept.measure(name, done.path)}
-            ranks = [layer.rank for layer in done.layers]
-            rows.append({**row, "ranks": [min(ranks), max(ranks)], "worst_loss_of_dW": done.worst_loss})
+            row = {"way": way, "share": share, "numbers": read_lora(done.path).trained_count}
+            row |= {"kept": kept.measure(name, done.path), "layers": sum(layer.rank > 0 for layer in done.layers)}
+            rows.append({**row, "largest_rank": max(layer.rank for layer in done.layers)})
             print(run.name, rows[-1], flush=True)
-    return {
-        "run": run.name,
-        "metric": kept.metric,
-        "own": kept.own,
-        "numbers": lora.trained_count,
-        "untouched": kept.share("untouched body"),
-        "rows": rows,
-    }
+    found = {"run": run.name, "metric": kept.metric, "own": kept.own, "numbers": lora.trained_count}
+    return {**found, "untouched": kept.share(UNTOUCHED), "rows": rows}
+
+
+def added(record: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put a run's rows into the record, beside those of other shares."""
+    before = next((task for task in record["tasks"] if task["run"] == found["run"]), None)
+    if before is None:
+        record["tasks"].append(found)
+        return
+    new = {(row["way"], row["share"]) for row in found["rows"]}
+    before["rows"] = [row for row in before["rows"] if (row["way"], row["share"]) not in new] + found["rows"]
 
 
 def main() -> None:
@@ -66,10 +70,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"what": "LoRAs cut to fewer numbers, share of their own test score", **provenance()}
-    record["tasks"] = []
+    record: dict[str, Any] = json.loads(asked.output.read_text()) if asked.output.exists() else {"tasks": []}
+    record |= {"what": "LoRAs cut to fewer numbers, share of their own test score", **provenance()}
     for run in asked.runs:
-        record["tasks"].append(measured(run, asked.shares, asked.work))
+        added(record, measured(run, asked.shares, asked.work))
         write_atomically(asked.output, json.dumps(record, indent=1) + "\n")
 
 

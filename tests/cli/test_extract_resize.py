@@ -99,6 +99,9 @@ FAILURES = [
     (["extract", "base", "tuned", "-o", "out", "--to", "spectral_a", "--columns", "tpo"], 1, "Did you mean 'top'"),
     (["resize", "lora", "-o", "out"], 1, "nothing says how much to keep"),
     (["resize", "base", "-o", "out", "--rank", "2"], 1, "contains no pair of factors"),
+    (["resize", "lora", "-o", "out", "--rank", "2", "--share", "0.5"], 1, "cut each layer on its own"),
+    (["resize", "lora", "-o", "out", "--rank", "2", "--calibrate", "run"], 1, "Give --share, such as --share 0.25"),
+    (["resize", "lora", "-o", "out", "--share", "0.0001"], 1, "less than one direction"),
     (["resize", "lora", "-o", "out", "--rank", "two"], 2, "valid integer"),
 ]
 

@@ -83,24 +83,20 @@ def _factor(model: nn.Module, layer: str, adapter: str) -> nn.Parameter:
 def within_share(scores: Mapping[str, torch.Tensor], sides: Mapping[str, int], share: float) -> dict[str, list[int]]:
     """Get layer -> the places of the directions that stay: the highest scores by number, over all layers.
 
-    A direction of layer l costs `sides[l]` numbers, O + I. The best one of each layer stays in any case, since PEFT
-    has no rank 0; then the others in order of score by number, while they fit into `share` of all numbers.
-    `OptionError` for a share that does not even hold one direction of each layer.
+    A direction of layer l costs `sides[l]` numbers, O + I. They are taken in order of score by number, while they fit
+    into `share` of all numbers; a layer may end without any. `OptionError` for a share that holds no direction at all.
     """
-    numbers = {layer: sides[layer] * len(score) for layer, score in scores.items()}
-    left = share * sum(numbers.values()) - sum(sides[layer] for layer in scores)
-    if left < 0:
-        least = sum(sides[layer] for layer in scores) / sum(numbers.values())
-        raise OptionError(f"share={share:g}: one direction of each layer is {least:.3g} of all. Give at least that.")
-    kept = {layer: [int(score.argmax())] for layer, score in scores.items()}
-    rest = [
+    left = share * sum(sides[layer] * len(score) for layer, score in scores.items())
+    kept: dict[str, list[int]] = {layer: [] for layer in scores}
+    ranked = sorted(
         (-float(value) / sides[layer], layer, place)
         for layer, score in scores.items()
         for place, value in enumerate(score)
-        if place != kept[layer][0]
-    ]
-    for _, layer, place in sorted(rest):
+    )
+    for _, layer, place in ranked:
         if sides[layer] <= left:
             kept[layer].append(place)
             left -= sides[layer]
+    if not any(kept.values()):
+        raise OptionError(f"share={share:g}: this is less than one direction of one layer. Give a larger share.")
     return {layer: sorted(places) for layer, places in kept.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -97,8 +98,9 @@ def resize_lora(
     result of a dense SVD (Eckart-Young), without building dW. `rank` is the limit for every layer; `energy` keeps at
     least this share of |dW|_F^2, `frobenius` loses at most this share of |dW|_F, each layer on its own. `share` keeps
     this share of all numbers, by one threshold over all layers: the directions with the largest s_i^2 by number, or
-    with the largest of `scores` (layer -> one for each direction; `calibrated` gets them from examples). A rank is
-    never raised: a layer that needs no cut keeps its rank and its numbers. The new scaling is 1.
+    with the largest of `scores` (layer -> one for each direction; `calibrated` gets them from examples); a layer of
+    which nothing stays is left out, and PEFT's `exclude_modules` names it. A rank is never raised: a layer that needs
+    no cut keeps its rank and its numbers. The new scaling is 1.
 
     `lora` is PEFT's folder, which becomes a folder (rank_pattern and alpha_pattern rewritten), or one safetensors
     file of diffusers or kohya's trainer, which becomes a file of the same names (alphas and header rewritten).
@@ -123,7 +125,7 @@ def resize_lora(
         with fresh_folder(output, overwrite=overwrite) as folder:
             resizing = _Resizing(source, cut, dtype, on_layer)
             _copy_the_rest(source.path, folder)
-            config = _rescaled(source.config, resizing.ranks)
+            config = without_layers(_rescaled(source.config, resizing.ranks), resizing.gone)
             write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tensors(folder / "adapter_model.safetensors", resizing.tensors, source.file.metadata)
             layers = resizing.measure(folder)
@@ -157,6 +159,8 @@ class _Resizing:
     ) -> None:
         self.source = source
         self.ranks: dict[str, int] = {}
+        self.gone: list[str] = []
+        """Layers of which a budget kept nothing."""
         self.cuts: dict[str, float] = {}
         used = {name for layer in source.layers.values() for name in (layer.A_name, layer.B_name)}
         self.tensors = {name: source.file.tensor(name) for name in source.file.names if name not in used}
@@ -173,8 +177,12 @@ class _Resizing:
         # A power of two, as most scalings are, is exact in every dtype.
         if isinstance(cut, Cut):
             B_OR, A_RI, self.cuts[layer] = cut_factors(B_OP * place.scaling, A_PI, cut)
-        else:
+        elif cut[layer]:
             B_OR, A_RI, self.cuts[layer] = _chosen(self.source, layer, cut[layer])
+        else:
+            self.gone.append(layer)
+            self.tensors.pop(_alpha_name(place.A_name), None)
+            return
         rank = self.ranks[layer] = len(A_RI)
         for name, factor, first in ((place.B_name, B_OR, None), (place.A_name, A_RI, rank)):
             shape = file.shapes[name]
@@ -191,6 +199,9 @@ class _Resizing:
         """Compare the written LoRA with the old one, layer by layer, both read from disk."""
         new, layers = read_lora(written), []
         for name, place in self.source.layers.items():
+            if name in self.gone:
+                layers.append(ResizedLayer(name, place.rank, 0, 1.0, 1.0))
+                continue
             old, now = self.source.delta(name, torch.float64), new.delta(name, torch.float64)
             left_OP = torch.cat([old.left_OP, now.left_OP], dim=1)
             assert isinstance(old.core, torch.Tensor) and isinstance(now.core, torch.Tensor)
@@ -225,6 +236,19 @@ def _rescaled(options: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str,
     r, pattern = rank_pattern(ranks)
     patterns = {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     return {**options, "r": r, "lora_alpha": r, **patterns, "use_rslora": False}
+
+
+def without_layers(options: Mapping[str, Any], gone: list[str]) -> dict[str, Any]:
+    """Get PEFT's options that also leave out these layers."""
+    if not gone:
+        return dict(options)
+    old = options.get("exclude_modules") or []
+    if isinstance(old, str):  # a regex
+        return {
+            **options,
+            "exclude_modules": "|".join([f"(?:{old})", *(rf"(?:.*\.)?{re.escape(name)}" for name in gone)]),
+        }
+    return {**options, "exclude_modules": sorted({*old, *gone})}
 
 
 def _header(source: LoraFile, ranks: Mapping[str, int]) -> dict[str, str]:
