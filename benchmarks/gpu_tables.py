@@ -17,7 +17,7 @@ SOLVERS = ("spectune", "svd_lowrank, 4 steps", "torch.linalg.svd", "experiment: 
 SERVED = ("base", "spectral_r bank", "svft bank", "LoRA of PEFT")
 COUNTS = ("1", "64", "1,024")
 GRAPHS = ("frozen", "LoRA", "spectral_a", "spectral_r")
-FOUR_BIT = ("frozen", "LoRA", "spectral_a", "spectral_r", "specadapt", "svft, dense core")
+FOUR_BIT = ("frozen", "LoRA", "spectral_a", "svft, dense core")
 RUNS = ("before", *(f"{method}, seed {seed}" for seed in range(3) for method in ("spectral_a", "LoRA")))
 
 

@@ -179,3 +179,20 @@ def qlora_table(record: dict[str, Any]) -> str:
         cells += [f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{first:.2f}", f"{last:.2f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def resizing_table(record: dict[str, Any]) -> str:
+    """Get the share of its score that each LoRA keeps, by way and share of numbers; the last column is their mean."""
+    tasks = record["tasks"]
+    names = [task["run"].rpartition("-")[0] for task in tasks]
+    lines = [f"| numbers | cut by | {' | '.join(names)} | mean |", "|---:|---|" + "---:|" * (len(names) + 1)]
+    ways = {(row["share"], row["way"]): None for task in tasks for row in task["rows"]}
+    for share, way in sorted(ways, key=lambda one: -one[0]):
+        kept = [row["kept"] for task in tasks for row in task["rows"] if (row["share"], row["way"]) == (share, way)]
+        lines.append(_kept_row(f"{share:.1%}", way, kept))
+    lines.append(_kept_row("0", "untouched", [task["untouched"] for task in tasks]))
+    return "\n".join(lines)
+
+
+def _kept_row(share: str, way: str, kept: list[float]) -> str:
+    return f"| {share} | {way} | {' | '.join(f'{one:.1%}' for one in kept)} | {sum(kept) / len(kept):.1%} |"

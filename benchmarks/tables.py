@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from gpu_tables import gpu_table
-from recipe_tables import gsm8k_table, merging_table, paired_table, qlora_table, rates_table, reward_table, sweep_table
+from recipe_tables import (
+    gsm8k_table,
+    merging_table,
+    paired_table,
+    qlora_table,
+    rates_table,
+    resizing_table,
+    reward_table,
+    sweep_table,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -318,6 +327,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "reward": ("docs/results.md", reward_table),
     "llama_cpp": ("docs/gguf.md", llama_cpp_table),
     "gpu": ("docs/speed.md", gpu_table),
+    "resizing": ("docs/extract-and-resize.md", resizing_table),
     "serving": ("docs/serving.md", serving_table),
     "compatibility": ("docs/compatibility.md", compatibility_table),
 }

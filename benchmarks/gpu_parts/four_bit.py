@@ -14,7 +14,7 @@ from .llama import FLOOR, LORA, TARGETS, llama
 from .notebook import Notebook, NotHere, Setting
 from .training_step import Bench, Cell, R
 
-# Directions of the dense core and of specadapt's basis. Chosen.
+# Directions of the dense core. Chosen.
 BASIS = 128
 
 
@@ -25,8 +25,6 @@ def adapters() -> dict[str, Any]:
         FLOOR: None,
         LORA: LoraConfig(r=R, **place),
         "spectral_a": SpectralConfig(method="spectral_a", r=R, **place),
-        "spectral_r": SpectralConfig(method="spectral_r", r=R, **place),
-        "specadapt": SpectralConfig(method="specadapt", r=R, basis_rank=BASIS, **place),
         "svft, dense core": SpectralConfig(method="svft", pattern="dense", basis_rank=BASIS, **place),
     }
 
