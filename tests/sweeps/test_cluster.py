@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from spectune import __version__
 from spectune.errors import MissingExtraError, OptionError, OutputError
-from spectune.sweeps import Cluster, connect, parse_sweep, run_sweep
+from spectune.sweeps import Cluster, connect, parse_sweep, run_sweep, worker
 from spectune.sweeps import cluster as cluster_file
 from spectune.sweeps.cluster import LostError, _last_step
 from spectune.sweeps.on_node import Errand, obstacle
@@ -27,7 +28,7 @@ class Double(Cluster):
     def __init__(self, first: Sequence[Any] = ()) -> None:
         super().__init__(threads=1)
         self.first, self.errands, self.cancelled = list(first), list[Errand](), list[tuple[Any, bool]]()
-        self.over = threading.Event()
+        self.over, self.looks = threading.Event(), 0
         self.over.set()
 
     def prepare(self, folder: Path) -> None:
@@ -38,6 +39,8 @@ class Double(Cluster):
         return errand
 
     def ended(self, task: Errand) -> bool:
+        self.looks += 1
+        assert self.looks < 1000, "nothing ended it"
         return self.over.is_set()
 
     def outcome(self, task: Errand) -> tuple[int, Sequence[str]]:
@@ -101,6 +104,16 @@ def test_stop_cancels_what_runs_and_starts_nothing_else(job: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         double.run(job, log, stop)
     assert len(double.errands) == 1
+
+
+def test_a_run_waits_for_a_process_that_still_saves_it(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a killed sweep or of a lost node."""
+    told, asked = json.loads(job.read_text()), list[tuple[Path, float]]()
+    monkeypatch.setattr(worker, "hold_folder", lambda *how: (asked.append(how), nullcontext())[1])
+    main(told | {"config": {}})
+    assert not asked  # a new folder belongs to nobody
+    Path(told["folder"]).mkdir()
+    assert main(told | {"config": {}}) == worker.FAILED and asked == [(Path(told["folder"]), worker.LINGER)]
 
 
 def test_the_last_whole_step_is_read(tmp_path: Path) -> None:

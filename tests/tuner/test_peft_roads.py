@@ -150,6 +150,27 @@ def test_an_unmerged_model_is_exported_by_torch_with_any_number_of_rows(method: 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_merged_model_is_exported_by_torch(method: str) -> None:
+    tuned, x = adapted(MODELS["mlp"], method), torch.randn(3, 10)
+    live = output(tuned, {"x": x})
+    tuned.merge_adapter()
+    program = torch.export.export(tuned.get_base_model(), (x,))
+    torch.testing.assert_close(program.module()(x), live, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["mlp", "vit"])
+def test_a_step_reads_no_value_of_a_tensor(method: str, kind: str) -> None:
+    """On the meta device there are none: .item(), .cpu() or a branch on data in forward or backward would fail."""
+    tiny = MODELS[kind]
+    model: Any = get_peft_model(tiny.fresh(), config_for(tiny, method)).train().to("meta")
+    found = model(**{name: value.to("meta") for name, value in tiny.inputs().items()})
+    (found if isinstance(found, torch.Tensor) else found.logits).sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.device.type == "meta" for p in trained)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_transformers_has_loaded_is_settled_before_it_is_exported(tmp_path: Path) -> None:
     model: Any = LLAMA.fresh()
     model.load_adapter(saved(tmp_path), adapter_name="a")

@@ -5,9 +5,10 @@ from .adapted_models import attach_dynamics as attach_dynamics
 from .adapted_models import bases_as_parameters as bases_as_parameters
 from .adapted_models import in_eval_mode as in_eval_mode
 from .adapted_models import spectral_modules as spectral_modules
+from .autocast import in_own_dtype as in_own_dtype
+from .autocast import is_autocast as is_autocast
 from .dynamics import Dynamics as Dynamics
 from .kept_basis import BASIS as BASIS
-from .kept_basis import in_own_dtype as in_own_dtype
 from .modules import SpectralModule as SpectralModule
 from .offloading import at_hand as at_hand
 from .offloading import forward_of as forward_of

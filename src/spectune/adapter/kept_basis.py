@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ..errors import AdapterError
 from ..methods.contract import Method
 from ..records import Spectrum
 from ..spectrum import FOREIGN_GAIN, align, gain_off, sketch, sketch_tolerance, sketch_width
+from .autocast import in_own_dtype
 from .offloading import at_hand
 
 # |W Vh^T - U S| of an embedded basis, as a fraction of a foreign basis of that size (|W|_F sqrt(R / K)): rounding the
@@ -23,15 +23,6 @@ BASIS = ("U_OR", "S_R", "Vh_RI")
 # A copy of the basis in the dtype of the forwards is kept where it is at most this part of a full one, so that it adds
 # little memory. A wider one is rounded in each forward, which next to the products with it is nothing. Chosen.
 KEPT_SHARE = 4
-
-
-def in_own_dtype(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Get a block in which autocast rounds nothing on this tensor's device.
-
-    Updates are computed in one: a core such as R_U S R_V^T - S is a small difference, which bfloat16 factors lose.
-    """
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class KeptBasis(nn.Module):

@@ -14,8 +14,9 @@ from ..algebra import apply
 from ..errors import OptionError
 from ..methods.contract import Method
 from ..records import Delta, SparseCore, Spectrum
+from .autocast import in_own_dtype
 from .dynamics import Dynamics, follow
-from .kept_basis import BASIS, KeptBasis, in_own_dtype
+from .kept_basis import BASIS, KeptBasis
 from .offloading import at_hand
 
 # PEFT's init_weights=False, a start other than the identity to test merging and saving: how far the trained numbers

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..errors import OptionError
 from ..records import SparseCore, Spectrum
-from .kept_basis import in_own_dtype
+from .autocast import in_own_dtype
 from .modules import SpectralModule
 
 # Largest difference of entries in equal bases: singular vectors have entries of at most one, and float32 roundoff of a

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter import SpectralModule, at_hand, forward_of
+from ..adapter import SpectralModule, at_hand, forward_of, is_autocast
 from ..adapter.rows import ROWS, add_rows, stacked_cores
 from ..algebra import add, dense, is_core_built, is_dense_cheaper, through_core, with_built_core
 from ..errors import OptionError
@@ -44,7 +44,7 @@ class SpectralLinear(SpectralAdapted):
         ):
             return super().forward(x, *args, **kwargs)
         dtype = self.working_dtype(x, modules[0])
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not is_autocast(x):
             return super().forward(x)
         # Under autocast base and adapter would each cast x.
         x_NI = x.to(dtype).reshape(-1, x.shape[-1])
@@ -132,12 +132,7 @@ class SpectralConvLinear(SpectralAdapted):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         base, modules = self.get_base_layer(), self.active_modules()
         fused = base.groups != 1 and modules and not (args or kwargs or self.merged or self.disable_adapters)
-        if (
-            not fused
-            or x.dtype.itemsize < 4
-            or torch.is_autocast_enabled(x.device.type)
-            or not is_plain(self.base_layer)
-        ):
+        if not fused or x.dtype.itemsize < 4 or is_autocast(x) or not is_plain(self.base_layer):
             return super().forward(x, *args, **kwargs)
         kernel = base.weight
         for module in modules:  # the kernel of a merge, so that merging changes no output

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
-from ..adapter import Dynamics, Owners, SpectralModule, in_own_dtype
+from ..adapter import Dynamics, Owners, SpectralModule, in_own_dtype, is_autocast
 from ..adapter.rows import ROWS, BankedLayer, Groups, refuse_other_rows
 from ..algebra import dense
 from ..errors import OptionError, WeightError
@@ -253,7 +253,7 @@ class SpectralAdapted(nn.Module, SpectralLayer):
         products with the factors, and the sum is rounded to bfloat16 anyway. float16, which the products may leave,
         is cast up.
         """
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if is_autocast(x) and x.dtype != torch.float64:
             return torch.get_autocast_dtype(x.device.type)
         stays = x.dtype == torch.bfloat16 or not self.cast_input_dtype_enabled
         return x.dtype if stays else module.dtype
