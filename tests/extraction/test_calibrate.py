@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectune import SpectuneError
@@ -116,3 +117,15 @@ def test_a_run_tells_what_its_task_would_miss(tmp_path: Path) -> None:
     scores = scores_of(tmp_path / "run", tmp_path / "run", on_batch=lambda done, of: told.append((done, of)))
     assert set(scores) == set(read_lora(tmp_path / "run").layers) and told[-1][0] == told[-1][1]
     assert all(bool((score > 0).any()) for score in scores.values()), trained.result.losses
+
+
+def test_of_a_layer_that_is_left_out_a_single_file_keeps_no_alpha(tmp_path: Path) -> None:
+    stream = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, size in (("lora_unet_small", 0.01), ("lora_unet_large", 1.0)):
+        tensors[f"{name}.lora_down.weight"] = size * torch.randn(2, 6, generator=stream)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(5, 2, generator=stream)
+        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "old.safetensors")
+    resize_lora(tmp_path / "old.safetensors", tmp_path / "new.safetensors", share=0.5)
+    assert {name.partition(".")[0] for name in load_file(tmp_path / "new.safetensors")} == {"lora_unet_large"}
