@@ -33,7 +33,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from examples.serving.batches import BASE, Asked, Batcher
+from examples.serving.batches import BASE, Answered, Asked, Batcher
+from examples.serving.continuous import Continuous
 from spectune import SpectralConfig
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
@@ -77,6 +78,14 @@ class MixedLora(Batcher):
         self.numbers = sum(p.numel() for name, p in model.named_parameters() if ".lora0." in name)
         generate = model.generate
         model.generate = lambda **more: generate(adapter_names=[f"lora{row}" for row in range(ROWS)], **more)
+
+
+class OneLongRow(Continuous):
+    """The same batches by transformers' continuous batching."""
+
+    def answer(self, batch: list[Asked]) -> list[Answered]:
+        """Send all, and wait for the last."""
+        return [future.result() for future in [self.ask(one) for one in batch]]
 
 
 def resident_bytes() -> int:
@@ -132,10 +141,13 @@ def main() -> None:
     filled["core_bytes"] = sum(layer.cores.nbytes for layer in bank._layers.values())
     banked, lora = Batcher(model, words, bank), MixedLora(words)
     alone = Batcher(plain, words, lambda names: nullcontext())  # type: ignore[arg-type]
+    continuous_model = get_peft_model(base(), config, adapter_name="__basis__").eval()
+    continuous = OneLongRow(continuous_model, words, filled_bank(continuous_model, given.residents, "__basis__"), ROWS)
     arms = {
         "base, no adapters": (alone, asked(1, 0)),
         "bank, 64 adapters of the residents": (banked, asked(given.residents, ROWS)),
         "bank, one adapter": (banked, asked(given.residents, 1)),
+        "bank, 64 adapters, continuous batching": (continuous, asked(given.residents, ROWS)),
         "PEFT's LoRA, 64 adapters": (lora, asked(ROWS, ROWS)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -165,7 +177,7 @@ def main() -> None:
     record |= {"numbers_of_a_lora": lora.numbers, "filled": filled, "served": rows}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
-    for batcher in (alone, banked, lora):
+    for batcher in (alone, banked, continuous, lora):
         batcher.close()
 
 

@@ -57,9 +57,7 @@ class Batcher:
     ) -> None:
         self.model, self.tokenizer, self.bank = model, tokenizer, bank
         self.rows, self.window = rows, window
-        ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends: list[int] = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+        self.ends = ends_of(model, tokenizer)
         self._queue: queue.Queue[tuple[Asked, Future[Answered]] | None] = queue.Queue(waiting)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
@@ -136,18 +134,26 @@ class Batcher:
                 stopping_criteria=StoppingCriteriaList([OwnEnds(batch, self.tokenizer, longest)]),
             )
         rows = found[:, longest:].tolist()
-        return [self._cut(asked, row) for asked, row in zip(batch, rows, strict=True)]
+        return [cut(self.tokenizer, self.ends, asked, row) for asked, row in zip(batch, rows, strict=True)]
 
-    def _cut(self, asked: Asked, row: list[int]) -> Answered:
-        """Get a row's own tokens: up to its end token, its length or its stop words."""
-        ended = next((place for place, token in enumerate(row) if token in self.ends), len(row))
-        row = row[: min(ended, asked.max_tokens)]
-        text = self.tokenizer.decode(row, skip_special_tokens=True)
-        places = [place for word in asked.stop if (place := text.find(word)) >= 0]
-        if places:  # what follows is padding, while other rows went on
-            row = next(row[:n] for n in range(1, len(row) + 1) if stopped(self.tokenizer, row[:n], asked.stop))
-        finish = "stop" if places or len(row) < asked.max_tokens else "length"
-        return Answered(text[: min(places)] if places else text, finish, len(asked.ids), len(row))
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Get the end tokens: the model's, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
+def cut(tokenizer: Any, ends: Sequence[int], asked: Asked, row: list[int]) -> Answered:
+    """Get a row's own tokens: up to its end token, its length or its stop words."""
+    ended = next((place for place, token in enumerate(row) if token in ends), len(row))
+    row = row[: min(ended, asked.max_tokens)]
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    places = [place for word in asked.stop if (place := text.find(word)) >= 0]
+    if places:  # what follows is padding, while other rows went on
+        row = next(row[:n] for n in range(1, len(row) + 1) if stopped(tokenizer, row[:n], asked.stop))
+    finish = "stop" if places or len(row) < asked.max_tokens else "length"
+    return Answered(text[: min(places)] if places else text, finish, len(asked.ids), len(row))
 
 
 def stopped(tokenizer: Any, row: list[int], words: Sequence[str]) -> bool:
@@ -156,27 +162,37 @@ def stopped(tokenizer: Any, row: list[int], words: Sequence[str]) -> bool:
     return any(word in text for word in words)
 
 
-class OwnDraws(LogitsProcessor):
-    """Give each row a draw at its own temperature, so that the greedy choice of `generate` is a sample.
+def draw(scores_V: torch.Tensor, asked: Asked, generator: torch.Generator) -> torch.Tensor:
+    """Get scores whose largest is a sample at a row's own temperature.
 
     The largest of logits / T + Gumbel noise is a sample of softmax(logits / T) (the Gumbel-max trick). The noise comes
     from the row's own generator: a seed gives the same draws in whatever batch the row is.
     """
+    logits = scores_V.double() / asked.temperature
+    if asked.top_p < 1:
+        best, order = logits.sort(descending=True)
+        before = best.softmax(0).cumsum(0) - best.softmax(0)
+        logits[order[before >= asked.top_p]] = float("-inf")
+    even = torch.rand(len(logits), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    return (logits - (-even.log()).log().to(logits.device)).to(scores_V.dtype)
+
+
+def generator_of(asked: Asked) -> torch.Generator:
+    """Get a row's own generator."""
+    generator = torch.Generator()
+    generator.seed() if asked.seed is None else generator.manual_seed(asked.seed)
+    return generator
+
+
+class OwnDraws(LogitsProcessor):
+    """Give each row a draw at its own temperature, so that the greedy choice of `generate` is a sample."""
 
     def __init__(self, batch: Sequence[Asked]) -> None:
-        self.drawn = [(row, asked, torch.Generator()) for row, asked in enumerate(batch) if asked.temperature > 0]
-        for _, asked, generator in self.drawn:
-            generator.seed() if asked.seed is None else generator.manual_seed(asked.seed)
+        self.drawn = [(row, asked, generator_of(asked)) for row, asked in enumerate(batch) if asked.temperature > 0]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for row, asked, generator in self.drawn:
-            logits = scores[row].double() / asked.temperature
-            if asked.top_p < 1:
-                best, order = logits.sort(descending=True)
-                before = best.softmax(0).cumsum(0) - best.softmax(0)
-                logits[order[before >= asked.top_p]] = float("-inf")
-            even = torch.rand(len(logits), generator=generator, dtype=torch.float64).clamp_min(1e-300)
-            scores[row] = (logits - (-even.log()).log().to(logits.device)).to(scores.dtype)
+            scores[row] = draw(scores[row], asked, generator)
         return scores
 
 

@@ -1,6 +1,6 @@
 """Serve the adapters of a folder, with OpenAI's wire format: `model` names the adapter.
 
-    python -m examples.serving.server BASE ADAPTERS [--port 8000] [--rows 64] [--window 5]
+    python -m examples.serving.server BASE ADAPTERS [--port 8000] [--rows 64] [--engine continuous]
 
 BASE is a model that `transformers` loads, ADAPTERS a folder of Spectune folders in one basis; each is served under the
 name of its folder, and the base under its own name. Needs `pip install fastapi uvicorn`.
@@ -29,17 +29,20 @@ from spectune import AdapterBank
 from spectune.errors import SpectuneError, printable
 
 from .batches import BASE, Answered, Asked, Batcher
+from .continuous import Continuous
 from .wire import Chat, Completion, RefusedError
 
 log = logging.getLogger("serving")
 
 
-def create(model: Any, tokenizer: Any, bank: AdapterBank, base_name: str, **options: Any) -> FastAPI:
-    """Get the application; `options` are those of `Batcher`."""
+def create(
+    model: Any, tokenizer: Any, bank: AdapterBank, base_name: str, engine: Any = Batcher, **options: Any
+) -> FastAPI:
+    """Get the application; `engine` is `Batcher` or `Continuous`, with its options."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.batcher = Batcher(model, tokenizer, bank, **options)
+        app.state.batcher = engine(model, tokenizer, bank, **options)
         yield
         await asyncio.to_thread(app.state.batcher.close)
 
@@ -145,13 +148,14 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--rows", type=int, default=64, help="rows of the largest batch")
-    parser.add_argument("--window", type=float, default=5, help="milliseconds in which requests are collected")
+    parser.add_argument("--engine", choices=["generate", "continuous"], default="generate", help="batches by")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     model, tokenizer, bank = load(given.base, given.adapters)
     name = Path(given.base).name if Path(given.base).is_dir() else given.base
     log.info("%d adapters on %s", len(bank), name)
-    app = create(model, tokenizer, bank, name, rows=given.rows, window=given.window / 1000)
+    engine = Continuous if given.engine == "continuous" else Batcher
+    app = create(model, tokenizer, bank, name, engine, rows=given.rows)
     uvicorn.run(app, host=given.host, port=given.port)
 
 

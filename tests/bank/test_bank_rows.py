@@ -47,6 +47,26 @@ def test_residents_for_another_number_of_rows_are_refused(
         output(model, twice)  # never paired off
 
 
+def test_the_tokens_of_all_rows_may_be_in_one_long_row(banked: tuple[PeftModel, AdapterBank]) -> None:
+    """As an engine with continuous batches passes them; each layer is asked alone, since attention is the engine's."""
+    model, bank = banked
+    layer: Any = next(iter(m for m in model.modules() if getattr(m, "bank", None) is not None))
+    x_BTI = torch.randn(3, 4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    names, counts = ["anna", "__base__", "ben"], [4, 1, 2]
+    with torch.no_grad():
+        with bank(names):
+            expected = layer(x_BTI)
+        packed = torch.cat([row[:count] for row, count in zip(x_BTI, counts, strict=True)])[None]
+        with bank(names, tokens=counts):
+            found = layer(packed)
+            with pytest.raises(OptionError, match="7 adapter names for 12 rows"):
+                layer(x_BTI)
+    parts = torch.cat([row[:count] for row, count in zip(expected, counts, strict=True)])[None]
+    torch.testing.assert_close(found, parts)
+    with pytest.raises(OptionError, match="2 numbers of tokens for 3 adapter names"), bank(names, tokens=[1, 2]):
+        pass
+
+
 @pytest.mark.parametrize("tiny", ["llama", "gpt2", "vit", "bert"])
 @pytest.mark.parametrize("method", ["lora", "spectral_a", "spectral_r"])
 def test_names_for_another_number_of_rows_are_refused_as_lora_does(method: str, tiny: str) -> None:

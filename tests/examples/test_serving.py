@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from peft import PeftModel, get_peft_model
 
 from examples.serving.batches import Asked, Batcher
@@ -232,3 +234,41 @@ def test_the_server_loads_a_folder_of_adapters(adapters: Path, tmp_path: Path, c
     other.save_pretrained(places / "other")
     _, _, bank = load(base, places)
     assert bank.names == NAMES and "other" in caplog.text  # of another method: left out with a line
+
+
+@pytest.fixture
+def engine(served: Any) -> Iterator[Any]:
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("transformers' continuous batching was tried from 5.23 on")
+    from examples.serving.continuous import Continuous
+
+    made = Continuous(*served, rows=3)  # fewer than requests: some are taken up when others end
+    yield made
+    made.close()  # its thread would keep the process alive
+
+
+def test_transformers_continuous_batches_answer_as_each_adapter_alone(
+    engine: Any, served: Any, lone: dict[str, Any]
+) -> None:
+    model, tokenizer, bank = served
+    end = model.generation_config.eos_token_id
+    steps, forward = [], engine._forward
+    engine._forward = lambda *a, **k: steps.append(len(k["cu_seq_lens_q"]) - 1) or forward(*a, **k)
+    same = [3, 4, 5] * 100  # longer than a page of the cache, which requests of other adapters must not share
+    rows = [(name, ids, length) for name in ("anna", "ben", "__base__") for ids, length in ((same, 3), ([9, 4], 5))]
+    futures = [engine.ask(Asked(*row)) for row in rows]
+    drawn = Asked("ben", [3, 4], 4, temperature=1.5, top_p=0.9, seed=1)
+    draws = [engine.ask(drawn), engine.ask(drawn)]
+    for row, future in zip(rows, futures, strict=True):
+        ids = alone(lone, *row)
+        expected = ids[: ids.index(end)] if end in ids else ids
+        assert future.result(60).text == words(tokenizer, expected), row[0]
+    assert draws[0].result(60) == draws[1].result(60)
+    assert max(steps) == 3  # requests of different adapters ran in one forward
+    gone = engine.ask(Asked("ben", [3], 8))
+    bank.unload("ben")
+    with pytest.raises(KeyError, match="ben"):
+        gone.result(60)
+    engine.close()
+    (batched,) = Batcher(*served).answer([Asked("anna", [9, 4], 5)])
+    assert batched == futures[1].result(60)  # the model is as before

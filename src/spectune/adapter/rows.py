@@ -30,9 +30,12 @@ class Rows:
     seats_B: torch.Tensor
     copies: int = 1
     """Copies that `generate` makes of every row, for beams or several answers."""
+    packed: bool = False
+    """The tokens of all rows are in one long row, and there is a seat for each token."""
 
-    def of_batch(self, rows: int, name: str) -> torch.Tensor:
-        """Get a seat for each row of a layer's input; `OptionError` if their numbers differ."""
+    def of_batch(self, shape: torch.Size, name: str) -> torch.Tensor:
+        """Get a seat for each row of a layer's input (packed: each token); `OptionError` if their numbers differ."""
+        rows = shape[:-1].numel() if self.packed else shape[0]
         refuse_other_rows(name, len(self.seats_B), rows, self.copies)
         return self.seats_B if rows == len(self.seats_B) else self.seats_B.repeat_interleave(self.copies)
 

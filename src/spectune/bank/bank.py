@@ -38,8 +38,9 @@ class AdapterBank:
     Residents may be loaded, replaced and unloaded while other threads run `with bank(...)`: a forward that has begun
     keeps its adapters, and the place of an unloaded resident is reused once the last block that uses it has ended.
     A batch has one name for each row; where `generate` repeats rows (num_beams, num_return_sequences, passed to it by
-    name) the copies of a row share its name. The basis adapter itself is not a resident; its numbers act only
-    outside `with bank(...)`.
+    name) the copies of a row share its name. Where an engine puts the tokens of all rows into one long row, as
+    transformers' continuous batching does, `bank(names, tokens=[3, 1, 1])` says how many each has.
+    The basis adapter itself is not a resident; its numbers act only outside `with bank(...)`.
     Raises `OptionError` for a method that trains its factors, and for layers that are not linear.
     """
 
@@ -104,15 +105,23 @@ class AdapterBank:
             self._retire(former)
 
     @contextmanager
-    def __call__(self, adapter_names: Sequence[str]) -> Iterator[None]:
-        """Run forwards with one resident (or `__base__`) per row, in place of the active adapter."""
+    def __call__(self, adapter_names: Sequence[str], tokens: Sequence[int] | None = None) -> Iterator[None]:
+        """Run forwards with one resident (or `__base__`) per row, in place of the active adapter.
+
+        `tokens`: how many tokens each row has in the one long row that all of them share.
+        """
+        if tokens is not None and len(tokens) != len(adapter_names):
+            raise OptionError(f"{len(tokens)} numbers of tokens for {len(adapter_names)} adapter names: give one each.")
         with self._lock:
             self._refuse_unknown([name for name in adapter_names if name != BASE])
             seats = [self._seats.of.get(name, 0) for name in adapter_names]
             self._held.update(set(seats))
         try:
             device = next(iter(self._layers.values())).module.S_R.device
-            token = ROWS.set(Rows(self, torch.tensor(seats, device=device)))
+            seats_B = torch.tensor(seats, device=device)
+            if tokens is not None:
+                seats_B = seats_B.repeat_interleave(torch.tensor(tokens, device=device))
+            token = ROWS.set(Rows(self, seats_B, packed=tokens is not None))
             try:
                 yield
             finally:

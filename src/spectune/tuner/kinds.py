@@ -30,7 +30,7 @@ class SpectralLinear(SpectralAdapted):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.bank is not None and (rows := ROWS.get()) is not None and rows.bank is self.bank.bank:
-            return self._forward_banked(x, rows.of_batch(len(x), self.module_name), *args, **kwargs)
+            return self._forward_banked(x, rows.of_batch(x.shape, self.module_name), *args, **kwargs)
         modules = self.active_modules()
         if (
             args
