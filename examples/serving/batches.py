@@ -45,6 +45,9 @@ class Answered:
     new_tokens: int
 
 
+Waiting = tuple[Asked, "Future[Answered]"]
+
+
 class Batcher:
     """Answer requests in batches, in a thread of its own.
 
@@ -57,7 +60,7 @@ class Batcher:
     ) -> None:
         self.model, self.tokenizer, self.bank = model, tokenizer, bank
         self.rows, self.window = rows, window
-        self.ends = ends_of(model, tokenizer)
+        self.ends, self.room = ends_of(model, tokenizer), getattr(model.config, "max_position_embeddings", None)
         self._queue: queue.Queue[tuple[Asked, Future[Answered]] | None] = queue.Queue(waiting)
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
@@ -87,14 +90,13 @@ class Batcher:
                 if asked.adapter != BASE and asked.adapter not in self.bank:
                     future.set_exception(KeyError(asked.adapter))
             batch = [(asked, future) for asked, future in batch if not future.done()]
-            if not batch:
-                continue
-            try:
-                for (_, future), answer in zip(batch, self.answer([asked for asked, _ in batch]), strict=True):
-                    future.set_result(answer)
-            except Exception as error:
-                for _, future in batch:
-                    future.set_exception(error)
+            for part in fitting(batch, self.room):
+                try:
+                    for (_, future), answer in zip(part, self.answer([asked for asked, _ in part]), strict=True):
+                        future.set_result(answer)
+                except Exception as error:
+                    for _, future in part:
+                        future.set_exception(error)
 
     def _collect(self) -> tuple[list[tuple[Asked, Future[Answered]]], bool]:
         """Get the next batch, and whether there may be another."""
@@ -135,6 +137,20 @@ class Batcher:
             )
         rows = found[:, longest:].tolist()
         return [cut(self.tokenizer, self.ends, asked, row) for asked, row in zip(batch, rows, strict=True)]
+
+
+def fitting(batch: Sequence[Waiting], room: int | None) -> list[list[Waiting]]:
+    """Get the rows in batches whose longest prompt and longest answer fit into the model together, as each row does."""
+    parts: list[list[Waiting]] = []
+    for row in sorted(batch, key=lambda one: len(one[0].ids)):
+        for part in parts:
+            together = [asked for asked, _ in [*part, row]]
+            if room is None or max(len(one.ids) for one in together) + max(one.max_tokens for one in together) <= room:
+                part.append(row)
+                break
+        else:
+            parts.append([row])
+    return parts
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:

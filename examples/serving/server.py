@@ -23,10 +23,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from peft import PeftModel
+from starlette.exceptions import HTTPException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spectune import AdapterBank
-from spectune.errors import SpectuneError, printable
+from spectune.errors import AdapterError, SpectuneError, printable
 
 from .batches import BASE, Answered, Asked, Batcher
 from .continuous import Continuous
@@ -116,11 +117,22 @@ def create(
     @app.exception_handler(RequestValidationError)
     async def misread(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])
-        body = RefusedError(400, f"{place}: {first['msg']}" if place else first["msg"], place or None, None).body
-        return JSONResponse({"error": body}, 400)
+        named = [part for part in first["loc"][1:2] if isinstance(part, str)]  # a number is a place in broken JSON
+        said = ": ".join([*named, first["msg"]])
+        return JSONResponse({"error": RefusedError(400, said, *(named or [None]), None).body}, 400)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(
+            {"error": RefusedError(error.status_code, str(error.detail), None, None).body}, error.status_code
+        )
 
     return app
+
+
+def base_name(base: str) -> str:
+    """Get the name under which the base is served: its folder's, or the hub's."""
+    return Path(base).name if Path(base).is_dir() else base
 
 
 def load(base: str, adapters: Path) -> tuple[Any, Any, AdapterBank]:
@@ -133,6 +145,8 @@ def load(base: str, adapters: Path) -> tuple[Any, Any, AdapterBank]:
     bank = AdapterBank(model, "__basis__")
     for folder in folders:
         try:
+            if folder.name == base_name(base):
+                raise AdapterError(f"{folder}: has the name of the base. Rename the folder.")
             bank.load(folder.name, folder)
         except SpectuneError as error:
             log.error("not served: %s", error)
@@ -152,7 +166,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     model, tokenizer, bank = load(given.base, given.adapters)
-    name = Path(given.base).name if Path(given.base).is_dir() else given.base
+    name = base_name(given.base)
     log.info("%d adapters on %s", len(bank), name)
     engine = Continuous if given.engine == "continuous" else Batcher
     app = create(model, tokenizer, bank, name, engine, rows=given.rows)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+from spectune.errors import printable
 
 from .batches import Asked
 
-LARGEST = 4096
-"""Tokens that one request may ask for, and prompts that it may have is a hundredth of it. Chosen."""
+LARGEST, MOST_PROMPTS = 4096, 40
+"""Tokens that one request may ask for, and prompts that it may have. Chosen."""
 
 
 class RefusedError(Exception):
@@ -20,6 +22,16 @@ class RefusedError(Exception):
         self.status = status
         kind = "rate_limit_error" if status == 429 else "invalid_request_error"
         self.body = {"message": message, "type": kind, "param": param, "code": code}
+
+
+def encoded(tokenizer: Any, text: str, param: str, **options: Any) -> list[int]:
+    """Get the tokens of a text; half of a surrogate pair is not text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RefusedError(400, f"{param}: this is not valid Unicode.", param, None) from None
+    ids: list[int] = tokenizer(text, **options).input_ids
+    return ids
 
 
 class Sampling(BaseModel):
@@ -47,7 +59,7 @@ class Sampling(BaseModel):
 class Completion(Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str] | list[StrictInt] | list[list[StrictInt]]
     max_tokens: int = Field(16, ge=1, le=LARGEST)
 
     def asked(self, adapter: str, ids: list[int]) -> Asked:
@@ -58,9 +70,9 @@ class Completion(Sampling):
         """Get the tokens of each prompt."""
         given = self.prompt
         prompts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-        found = [tokenizer(one).input_ids if isinstance(one, str) else one for one in prompts]
-        if not 1 <= len(found) <= LARGEST // 100 or not all(found):
-            raise RefusedError(400, f"prompt: give 1 to {LARGEST // 100} prompts, none of them empty.", "prompt", None)
+        found = [encoded(tokenizer, one, "prompt") if isinstance(one, str) else one for one in prompts]
+        if not 1 <= len(found) <= MOST_PROMPTS or not all(found):
+            raise RefusedError(400, f"prompt: give 1 to {MOST_PROMPTS} prompts, none of them empty.", "prompt", None)
         if not all(0 <= token < size for ids in found for token in ids):
             raise RefusedError(400, f"prompt: tokens must be from 0 to {size - 1}.", "prompt", None)
         return found
@@ -91,6 +103,9 @@ class Chat(Sampling):
         if not tokenizer.chat_template:
             raise RefusedError(400, "This model has no chat template. Use /v1/completions.", "messages", None)
         messages = [message.model_dump() for message in self.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # the template's own words, such as for two messages of one role in a row
+            said = f"messages: the chat template refuses them: {printable(str(error)[:200])}"
+            raise RefusedError(400, said, "messages", None) from None
+        return encoded(tokenizer, text, "messages", add_special_tokens=False)

@@ -112,7 +112,13 @@ def download(name: str) -> Path:
                 "Run `spectune inspect` on your own machine."
             )
         return Path(snapshot_download(name, revision=info.sha, allow_patterns=[file.rfilename for file in wanted]))
-    except (HfHubHTTPError, HFValidationError, ValueError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the hub is not reached, too
         if isinstance(error, NotInspectableError):
             raise
         raise NotInspectableError(f"{name}: the hub does not give this repository ({type(error).__name__}).") from None
@@ -142,7 +148,8 @@ def _hint(names_base: str) -> str:
 
 def figures(survey: AdapterSurvey) -> str:
     """Get the suggested rank, and with a base the intruders and the overlap, in one line."""
-    said = f"{survey.layer_count} layers, {survey.trainable:,} numbers; suggested LoRA rank {survey.suggested_r}"
+    layers = f"{survey.layer_count} layer{'s' * (survey.layer_count != 1)}"
+    said = f"{layers}, {survey.trainable:,} numbers; suggested LoRA rank {survey.suggested_r}"
     found = [layer.intruders for layer in survey.layers if layer.intruders is not None]
     inside = [layer.overlap for layer in survey.layers if layer.overlap is not None]
     if found:

@@ -78,6 +78,8 @@ def test_groups_are_the_shortest_endings_that_tell_places_apart() -> None:
     assert groups["encoder.layer.0.attention.output.dense"] == "attention.output.dense"
     assert groups["encoder.layer.0.output.dense"] == "layer.*.output.dense"
     assert group_names(["x.0", "x.1"]) == {"x.0": "x.*", "x.1": "x.*"}
+    kohya = [f"lora_unet_down_blocks_{i}_attn1_to_{name}" for i in range(12) for name in "qv"]
+    assert sorted({*group_names(kohya).values()}) == [f"lora_unet_down_blocks_*_attn1_to_{name}" for name in "qv"]
 
 
 def test_blocks_come_in_their_order() -> None:

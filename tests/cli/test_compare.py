@@ -52,7 +52,7 @@ def test_options_of_a_cluster_need_one(tmp_path: Path) -> None:
         done = spectune("compare", "sweep.yaml", *words, cwd=tmp_path)
         assert done.returncode == 1 and f"{words[0]} works only with --on" in done.stderr
     done = spectune("compare", "sweep.yaml", "--on", "rey", cwd=tmp_path)
-    assert done.returncode == 1 and "--on rey: give ray, ray://HOST:PORT or slurm." in done.stderr
+    assert done.returncode == 1 and "--on rey: this is unknown. Give ray, ray://HOST:PORT or slurm." in done.stderr
     assert not (tmp_path / "comparisons").exists()
 
 

@@ -15,7 +15,8 @@ import transformers
 from packaging import version
 from peft import PeftModel, get_peft_model
 
-from examples.serving.batches import Asked, Batcher
+from examples.serving.batches import Asked, Batcher, fitting
+from examples.serving.wire import Completion, RefusedError
 from spectune import AdapterBank
 
 from ..models import MODELS
@@ -272,3 +273,17 @@ def test_transformers_continuous_batches_answer_as_each_adapter_alone(
     engine.close()
     (batched,) = Batcher(*served).answer([Asked("anna", [9, 4], 5)])
     assert batched == futures[1].result(60)  # the model is as before
+
+
+def test_rows_that_do_not_fit_into_the_model_together_are_batches_of_their_own() -> None:
+    rows: Any = [(Asked("a", [1] * ids, max_tokens), None) for ids, max_tokens in ((60, 4), (1, 60), (2, 4), (30, 30))]
+    sizes = [[(len(asked.ids), asked.max_tokens) for asked, _ in part] for part in fitting(rows, 64)]
+    assert sizes == [[(1, 60), (2, 4)], [(30, 30)], [(60, 4)]]
+    assert len(fitting(rows, None)) == 1
+
+
+def test_a_prompt_that_is_not_text_and_tokens_that_are_not_numbers_are_refused() -> None:
+    with pytest.raises(RefusedError, match="prompt: this is not valid Unicode"):
+        Completion(model="a", prompt="\ud800").token_ids(tiny.tokenizer(), 10)
+    with pytest.raises(ValueError, match="valid integer"):
+        Completion.model_validate({"model": "a", "prompt": [True]})

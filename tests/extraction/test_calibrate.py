@@ -21,6 +21,7 @@ from spectune.extraction.calibrate import directions_of, within_share
 from spectune.recipes import parse_config
 from spectune.runs import train_run
 from spectune.surveys.direction_scores import scores_of
+from spectune.training.yaml_file import write_yaml
 
 from ..recipes import tiny
 
@@ -67,11 +68,11 @@ def test_scores_are_those_of_the_whole_gradient(tuned: PeftModel, tmp_path: Path
 
 def test_directions_stay_in_order_of_score_by_number() -> None:
     scores = {"a": torch.tensor([5.0, 1.0, 4.0]), "b": torch.tensor([6.0, 0.2, 0.1])}
-    assert within_share(scores, {"a": 10, "b": 20}, 0.5) == {"a": [0, 2], "b": [0]}
-    assert within_share(scores, {"a": 10, "b": 20}, 0.25) == {"a": [0, 2], "b": []}
-    assert within_share(scores, {"a": 10, "b": 20}, 1.0) == {"a": [0, 1, 2], "b": [0, 1, 2]}
-    with pytest.raises(OptionError, match=r"share=0.1: this is less than one direction of one layer"):
-        within_share(scores, {"a": 10, "b": 20}, 0.1)
+    assert within_share(scores, {"a": 10, "b": 20}, 45) == {"a": [0, 2], "b": [0]}
+    assert within_share(scores, {"a": 10, "b": 20}, 22) == {"a": [0, 2], "b": []}
+    assert within_share(scores, {"a": 10, "b": 20}, 90) == {"a": [0, 1, 2], "b": [0, 1, 2]}
+    with pytest.raises(OptionError, match="9 numbers are less than one direction of one layer, 10"):
+        within_share(scores, {"a": 10, "b": 20}, 9)
 
 
 @pytest.mark.parametrize("excluded", [None, ["4"], r"4"])
@@ -129,3 +130,24 @@ def test_of_a_layer_that_is_left_out_a_single_file_keeps_no_alpha(tmp_path: Path
     save_file(tensors, tmp_path / "old.safetensors")
     resize_lora(tmp_path / "old.safetensors", tmp_path / "new.safetensors", share=0.5)
     assert {name.partition(".")[0] for name in load_file(tmp_path / "new.safetensors")} == {"lora_unet_large"}
+
+
+def test_a_lora_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    tensors = {"a.lora_down.weight": torch.full((2, 6), float("nan")), "a.lora_up.weight": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "old.safetensors")
+    with pytest.raises(SpectuneError, match="a: the factors contain NaN or infinity"):
+        resize_lora(tmp_path / "old.safetensors", tmp_path / "new.safetensors", share=0.5)
+
+
+def test_calibration_wants_a_folder_of_the_runs_base(tuned: PeftModel, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text(write_yaml(parse_config(tiny.text_run(tmp_path)).plain()))
+    with pytest.raises(SpectuneError, match="calibration needs a PEFT folder, and this is a single file"):
+        save_file(
+            {"a.lora_down.weight": torch.ones(2, 6), "a.lora_up.weight": torch.ones(5, 2)}, tmp_path / "a.safetensors"
+        )
+        scores_of(tmp_path / "run", tmp_path / "a.safetensors")
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "other/base"}))
+    with pytest.raises(SpectuneError, match=r"this LoRA is of other/base, and the run .* has"):
+        scores_of(tmp_path / "run", tmp_path / "lora")

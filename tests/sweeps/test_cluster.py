@@ -138,9 +138,9 @@ def test_a_node_says_in_one_line_why_it_cannot_work(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("asked", "line"),
     [
-        (("raay",), "--on raay: give ray, ray://HOST:PORT or slurm. Did you mean 'ray'"),
-        (("ray://",), "--on ray://: give ray"),
-        (("slurm://host",), "--on slurm://host: give ray"),
+        (("raay",), "--on raay: this is unknown. Give ray, ray://HOST:PORT or slurm."),
+        (("ray://",), "--on ray://: this is unknown"),
+        (("slurm://host",), "--on slurm://host: this is unknown"),
         (("ray", 1, 1.5), "--gpus 1.5: only less than one GPU can be shared"),
         (("ray", 1, None, ["time=3"]), "--slurm: works only with --on slurm"),
         (("slurm", 1, None, ["time"]), "--slurm time: give NAME=VALUE"),

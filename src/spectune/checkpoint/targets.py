@@ -113,12 +113,18 @@ def group_names(names: Iterable[str]) -> dict[str, str]:
 
     Numbers in a name count as one: `layers.0.mlp.up_proj` and `layers.1.mlp.up_proj` are `up_proj`.
     """
-    patterns = {name: ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
+    patterns = {name: _numbers_as_one(name) for name in names}
     endings: Counter[str] = Counter()
     for pattern in set(patterns.values()):
         parts = pattern.split(".")
         endings.update(".".join(parts[start:]) for start in range(len(parts)))
     return {name: _shortest(pattern.split("."), endings) for name, pattern in patterns.items()}
+
+
+def _numbers_as_one(name: str) -> str:
+    if "." not in name:  # kohya's trainer joins the parts of a path with _
+        return re.sub(r"(?<=_)\d+(?=_)", "*", name)
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _shortest(parts: list[str], endings: Counter[str]) -> str:

@@ -106,11 +106,19 @@ def _parsed(path: Path, size: int, text: bytes) -> Parsed:
         return metadata, shapes, dtypes, {name: _place(entry, 8 + len(text)) for name, entry in header.items()}
     except AdapterError:
         raise
+    except _UnreadableNameError:
+        raise AdapterError(
+            f"{path}: the name of a tensor is too long or has control characters, so the file is not read. Rename it."
+        ) from None
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise AdapterError(foreign(path, size)) from error
     finally:
         if collecting:
             gc.enable()
+
+
+class _UnreadableNameError(ValueError):
+    """A tensor's name is not what a terminal or a table can show."""
 
 
 def _place(entry: dict[str, Any], start: int) -> tuple[int, int]:
@@ -160,7 +168,7 @@ def _bytes_of_tensors(header: Any, size: int) -> int:
         if 0 in sides and max(sides) > size:
             raise ValueError("an empty tensor has a side longer than the file")
         if len(name) > NAME_LIMIT or not name.isprintable():
-            raise ValueError("a name is not text")
+            raise _UnreadableNameError
         known = DTYPES.get(entry["dtype"])
         if known is not None and stop - start != math.prod(sides) * known.itemsize:
             raise ValueError("shape and offsets disagree")

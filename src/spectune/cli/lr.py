@@ -10,6 +10,9 @@ from typing import Annotated
 
 import typer
 
+# Of a shorter ramp the steepest place is mostly noise. Chosen.
+FEW = 50
+
 
 def lr(
     config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
@@ -50,6 +53,9 @@ def lr(
     if found.proposed is None or found.found is None:
         console.print(f"no rate made the loss fall; try a higher --high; curve: {file}", soft_wrap=True)
         return
+    if len(found.losses) < FEW or found.diverged is None:
+        few = f"{len(found.losses)} steps say little; take 100" if len(found.losses) < FEW else "take a higher --high"
+        console.print(f"a weak proposal: {few}", soft_wrap=True)
     rate, more = f"{found.proposed:.2g}", ""
     if found.proposed != found.found:
         side = "highest" if found.proposed < found.found else "lowest"

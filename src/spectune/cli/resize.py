@@ -30,7 +30,9 @@ def resize(
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="With --share: keep what this run's loss would miss, by gradients of its training examples."),
+        typer.Option(
+            help="With --share: keep what matters most to this run's task, by gradients of its training examples."
+        ),
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the factors; default: unchanged.")] = None,
     overwrite: Overwrite = False,
@@ -67,11 +69,12 @@ def _show(done: Resized) -> None:
     from .terminal import Console, say
 
     def share(lost: float) -> str:
-        return f"{lost:.2%}" if lost >= 1e-4 else f"{lost:.0e}"
+        return f"{lost:.2%}" if lost >= 1e-4 else f"{lost:.0e}" if lost else "0"
 
-    columns = {"rank": "{:g}".format, "new": "{:g}".format, "|dW| cut off": share, "rounding": share, "lost": share}
+    columns = {"rank": "{:g}".format, "new": "{:g}".format, "cut": share, "rounded": share, "lost": share}
     rows = [(layer.name, (layer.old_rank, layer.rank, layer.cut, layer.rounding, layer.lost)) for layer in done.layers]
-    print_by_kind(Console(), "measured in the new file", columns, rows)
+    print_by_kind(Console(), "the new LoRA against the old one", columns, rows)
+    say("cut: |dW| lost by the lower rank; rounded: by the file's dtype; lost: both, measured in the new file")
     if done.at_their_rank:
         say(f"{len(done.at_their_rank)} of {len(done.layers)} layers keep their rank: no cut was needed")
     if done.carried:

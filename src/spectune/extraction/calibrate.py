@@ -11,7 +11,7 @@ from torch import nn
 from ..algebra import truncate
 from ..checkpoint import LoraFile
 from ..checkpoint.adapter_folder import PEFT_PREFIX
-from ..errors import AdapterError, OptionError
+from ..errors import AdapterError, ExportError, OptionError
 
 Directions = tuple[torch.Tensor, torch.Tensor]
 """(B_OK, A_KI), column i of B and row i of A: sqrt(s_i) u_i and sqrt(s_i) v_i, so that dW = B A."""
@@ -19,8 +19,13 @@ LossOf = Callable[[nn.Module, dict[str, Any]], torch.Tensor]
 
 
 def directions_of(source: LoraFile, layer: str) -> Directions:
-    """Get the singular directions of a layer's update, the largest first, in float64; at least one."""
+    """Get the singular directions of a layer's update, the largest first, in float64; at least one.
+
+    `ExportError` for factors that are not finite.
+    """
     B_OP, A_PI = (factor.double() for factor in source.factors(layer))
+    if not (torch.isfinite(B_OP).all() and torch.isfinite(A_PI).all()):
+        raise ExportError(f"{layer}: the factors contain NaN or infinity. Train or copy the LoRA again.")
     B_OK, A_KI, _ = truncate(B_OP * source.layers[layer].scaling, A_PI, len(A_PI))
     S_K = B_OK.square().sum(0)
     roundoff = max(len(B_OK), A_KI.shape[1]) * torch.finfo(torch.float64).eps * S_K.max()
@@ -80,13 +85,13 @@ def _factor(model: nn.Module, layer: str, adapter: str) -> nn.Parameter:
     return parameter
 
 
-def within_share(scores: Mapping[str, torch.Tensor], sides: Mapping[str, int], share: float) -> dict[str, list[int]]:
+def within_share(scores: Mapping[str, torch.Tensor], sides: Mapping[str, int], budget: float) -> dict[str, list[int]]:
     """Get layer -> the places of the directions that stay: the highest scores by number, over all layers.
 
     A direction of layer l costs `sides[l]` numbers, O + I. They are taken in order of score by number, while they fit
-    into `share` of all numbers; a layer may end without any. `OptionError` for a share that holds no direction at all.
+    into `budget` numbers; a layer may end without any. `OptionError` for a budget that holds no direction at all.
     """
-    left = share * sum(sides[layer] * len(score) for layer, score in scores.items())
+    left = budget
     kept: dict[str, list[int]] = {layer: [] for layer in scores}
     ranked = sorted(
         (-float(value) / sides[layer], layer, place)
@@ -98,5 +103,8 @@ def within_share(scores: Mapping[str, torch.Tensor], sides: Mapping[str, int], s
             kept[layer].append(place)
             left -= sides[layer]
     if not any(kept.values()):
-        raise OptionError(f"share={share:g}: this is less than one direction of one layer. Give a larger share.")
+        raise OptionError(
+            f"share: {budget:,.0f} numbers are less than one direction of one layer, {min(sides.values()):,}. Give a "
+            f"larger share."
+        )
     return {layer: sorted(places) for layer, places in kept.items()}

@@ -148,7 +148,7 @@ def _places(
         raise OptionError("share: rank, energy and frobenius cut each layer on its own. Give them or the share.")
     shapes = source.file.shapes
     sides = {name: shapes[one.B_name][0] + math.prod(shapes[one.A_name][1:]) for name, one in source.layers.items()}
-    return within_share(energies(source) if scores is None else scores, sides, share)
+    return within_share(energies(source) if scores is None else scores, sides, share * source.trained_count)
 
 
 class _Resizing:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import read_lora
+from ..checkpoint import LoraFile, read_lora
+from ..errors import AdapterError
 from ..extraction import calibrated
 from ..runs.company import EXAMPLES, batches_of, load_with
+from ..runs.folder import Run
 
 # Squares of the gradients of small batches say more of each example than those of large ones. Chosen.
 AT_ONCE = 8
@@ -22,9 +24,11 @@ def scores_of(
 ) -> dict[str, torch.Tensor]:
     """Get layer -> a score for each direction of a LoRA, by the loss of a run's training examples (`calibrated`).
 
-    The run gives task, head and base; the LoRA may be its own or another of the same base.
+    The run gives task, head and base; the LoRA may be its own or another of the same base. `AdapterError` for one of
+    another base, and for a single file: what PEFT attaches is a folder.
     """
     source = read_lora(lora)
+    _refuse_another_base(Path(run), source)
     recipe, model = load_with(run, source.path)
     device, batches = next(model.parameters()).device, batches_of(recipe, count, AT_ONCE)
 
@@ -39,3 +43,13 @@ def scores_of(
         return found
 
     return calibrated(model, source, told(), loss)
+
+
+def _refuse_another_base(run: Path, source: LoraFile) -> None:
+    if not source.config:
+        raise AdapterError(f"{source.path}: calibration needs a PEFT folder, and this is a single file.")
+    base, named = Run.open(run).config().model, source.config.get("base_model_name_or_path")
+    if named and Path(named).name != Path(base).name:
+        raise AdapterError(
+            f"{source.path}: this LoRA is of {named}, and the run {run} has {base}. Name a run with the LoRA's base."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import OptionError, nearest
+from ..errors import OptionError
 from .cluster import Cluster
 from .on_ray import OnRay
 from .on_slurm import OnSlurm
@@ -18,7 +18,7 @@ def connect(on: str, cpus: float = 1, gpus: float | None = None, slurm: Sequence
     """
     name, _, address = on.partition("://")
     if name not in ("ray", "slurm") or (name == "slurm" and on != name) or (on != name and not address):
-        raise OptionError(f"--on {on}: give ray, ray://HOST:PORT or slurm. {nearest(name, ['ray', 'slurm'])}")
+        raise OptionError(f"--on {on}: this is unknown. Give ray, ray://HOST:PORT or slurm.")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
         raise OptionError(f"--gpus {gpus:g}: only less than one GPU can be shared. Ask for a whole number.")
     if name == "ray":

@@ -138,15 +138,15 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
         said.append("One seed: differences may be chance.")
     elif len(sweep.seeds[: sweep.tuning_seeds]) < len(sweep.seeds):
         said.append(f"Rates were chosen with {len(sweep.seeds[: sweep.tuning_seeds])} of {len(sweep.seeds)} seeds.")
-    said.append(
-        "Step times are not comparable between methods: the runs were timed one after another, and the machine may "
-        "have been busier in one than in another. docs/speed.md has times that were measured in turn."
-    )
+    jobs = max((r.jobs for r in records if r.ok), default=1)
+    if len(sweep.methods) > 1:
+        together = f"up to {jobs} runs worked at the same time" if jobs > 1 else "the runs were timed one after another"
+        said.append(
+            f"Step times are not comparable between methods: {together}, and the machine may have been busier in one "
+            f"than in another. docs/speed.md has times that were measured in turn."
+        )
     if not any(r.found.device != "cpu" for r in records if r.ok):
         said.append("Peak memory is that of the whole process.")
-    jobs = max((r.jobs for r in records if r.ok), default=1)
-    if jobs > 1:
-        said.append(f"Up to {jobs} runs worked at the same time, which slows their steps.")
     if any(r.forgetting is None for r in records if r.ok):
         said.append("Forgetting (loss on general text) is measured for language models if the sweep names a text.")
     return said
