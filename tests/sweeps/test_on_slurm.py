@@ -129,5 +129,5 @@ def test_what_slurm_does_not_have_is_refused(
 
 def test_slurm_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(OptionError, match="there is no sbatch on this machine"):
+    with pytest.raises(OptionError, match="sbatch was not found on this machine"):
         connect("slurm")

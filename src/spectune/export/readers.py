@@ -40,7 +40,7 @@ def _vllm(folder: AdapterFolder) -> str | None:
 def _sglang(folder: AdapterFolder) -> str | None:
     """LoRAAdapter.scaling is lora_alpha / r of the config; the factors of q, k, v are stacked, r rows each.
 
-    A head or an embedding that is no factor is left out without a word (0.5.23, LoRAAdapter._process_weight).
+    A head or an embedding that was trained in full is left out silently (0.5.23, LoRAAdapter._process_weight).
     """
     if whole := _trained_in_full(folder):
         return f"{whole[0]} was trained in full"

@@ -39,7 +39,7 @@ class OnSlurm(Cluster):
             if value != int(value):
                 raise OptionError(f"{name} {value:g}: Slurm gives whole ones. Ask for a whole number.")
         if shutil.which("sbatch") is None:
-            raise OptionError("--on slurm: there is no sbatch on this machine. Run the command on a login node.")
+            raise OptionError("--on slurm: sbatch was not found on this machine. Run the command on a login node.")
         minutes = options.get("time", str(MINUTES))
         if not minutes.isdecimal():
             raise OptionError(f"--slurm time={minutes}: a number of minutes is needed, such as time=240.")

@@ -127,9 +127,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(
-            signal.SIGUSR2, signal.SIG_IGN
-        )  # Slurm sends it to all processes of a job whose time is almost up
+        # Slurm sends it to all processes of a job whose time is almost up.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     sweep_ended = threading.Event()
     threading.Thread(target=_end_with_the_sweep, args=[sweep_ended], daemon=True).start()
     sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout(), sweep_ended)))

@@ -7,23 +7,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from ..checkpoint import TensorFile
 from ..errors import AdapterError
 
 OPTIMIZER, SCHEDULER, ADAPTER_FILE = "optimizer.pt", "scheduler.pt", "adapter_model.safetensors"
-# What PEFT takes out of a trained tensor's name when it saves it.
-NOT_IN_FILE = (".default", ".modules_to_save")
+# Parts of a trained tensor's name that PEFT takes out when it saves it.
+NOT_IN_FILE = ("default", "modules_to_save")
 
 
 def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, is_main: bool) -> None:
     """Write the optimizer's state under the names of the parameters; all processes must call it, one writes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if is_main:
@@ -36,6 +32,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     if sharded:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
         by_name = state if is_by_name(state) else _renamed(state, dict(enumerate(places)))
         set_optimizer_state_dict(model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
     else:
@@ -64,9 +62,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     file, found = TensorFile.open(folder / ADAPTER_FILE), {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = name
-            for part in NOT_IN_FILE:
-                key = key.replace(part, "")
+            key = ".".join(part for part in name.split(".") if part not in NOT_IN_FILE)
             if key not in file.shapes or file.shapes[key] != tuple(parameter.shape):
                 raise AdapterError(
                     f"{folder}: the checkpoint has no {key} of shape {tuple(parameter.shape)}. Start anew."
@@ -77,4 +73,6 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 def load_whole(model: nn.Module, state: dict[str, Any], strict: bool = True) -> None:
     """Read whole tensors into a model, cut as its parameters are; every process has them all."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=strict))
