@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from spectune.adapter import Dynamics
@@ -20,10 +21,11 @@ from spectune.recipes.table import recipe_class
 from spectune.runs import RunResult, run
 from spectune.runs.building import build
 from spectune.training.checkpoints import checkpoints, history
-from spectune.training.engines import refuse_deepspeed_options, refuse_fsdp_options
+from spectune.training.engines import refuse_deepspeed_options, refuse_fsdp_options, refuse_output_embedding
 
 from ..abilities import RESUMES_ON_SEVERAL_CPUS, needs_fsdp2_on_a_cpu
 from ..effort import PATIENCE
+from ..models import MODELS
 from ..tuner.test_sharding import bytes_here
 from .distributed_cases import CASES, STEPS, ZERO2, config_of, prepare, stopped
 
@@ -202,6 +204,16 @@ def test_what_fsdp_cannot_do_with_an_adapter_is_refused(told: dict[str, Any], an
     refuse_fsdp_options(SimpleNamespace(**right))
     with pytest.raises(OptionError, match=answer):
         refuse_fsdp_options(SimpleNamespace(**right | told))
+
+
+def test_an_output_embedding_that_is_trained_in_full_is_refused_under_fsdp2() -> None:
+    def model(*whole: str) -> Any:
+        config = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=list(whole) or None)
+        return get_peft_model(MODELS["llama"].fresh(), config)
+
+    refuse_output_embedding(model("embed_tokens"))
+    with pytest.raises(OptionError, match=r"an output embedding in modules_to_save \(lm_head\) trains otherwise"):
+        refuse_output_embedding(model("lm_head"))
 
 
 def test_what_deepspeed_cannot_do_with_an_adapter_is_refused() -> None:

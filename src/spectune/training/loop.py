@@ -26,7 +26,7 @@ from ..adapter import bases_as_parameters, spectral_modules
 from ..errors import OptionError
 from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
 from .checkpoints import PARTIAL, OwnCheckpoints, save_whole, write_examples_a_step
-from .engines import refuse_deepspeed_options, refuse_fsdp_options
+from .engines import refuse_deepspeed_options, refuse_fsdp_options, refuse_output_embedding
 from .muon import MUON, SpectralMuon, muon_groups
 from .sharded import SCHEDULER, load_optimizer, load_trained, load_whole, save_optimizer, written_by_name
 
@@ -73,6 +73,7 @@ class Loop:
             )
         if me.is_fsdp_enabled:
             refuse_fsdp_options(me.accelerator.state.fsdp_plugin)
+            refuse_output_embedding(me.model)
             bases_as_parameters(me.model)
         if me.is_deepspeed_enabled:
             refuse_deepspeed_options(me.accelerator.state.deepspeed_plugin, modules)
