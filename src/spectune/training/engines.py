@@ -31,7 +31,8 @@ def refuse_output_embedding(model: Any) -> None:
     """Raise `OptionError` under FSDP2 for an output embedding (lm_head) that is trained in full beside an adapter.
 
     With PEFT 0.21 and accelerate 1.15 it trains otherwise than on one process, beside a LoRA, too: the loss of a small
-    Llama was 0.01 off after one update. A classification head and an input embedding end within 1e-7. Why was not found.
+    Llama was 0.01 off after one update. A classification head and an input embedding end within 2e-7. The cause was not
+    found.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None and any(p.requires_grad and "modules_to_save" in name for name, p in head.named_parameters()):
