@@ -380,7 +380,7 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
 def test_an_interrupt_that_a_library_caught_while_loading_stops_the_first_step() -> None:
     ended, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        tell = _telling(io.StringIO(), ended)
+        tell = _telling(io.StringIO(), ended, threading.Event())
         with stop_on_signal() as request:
             tell(1, 9, 0.5)
             assert not request.asked
@@ -390,6 +390,32 @@ def test_an_interrupt_that_a_library_caught_while_loading_stops_the_first_step()
             tell(3, 9, 0.5)  # not twice: a second interrupt ends the process without a checkpoint
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_without_a_step_ends_even_where_the_interrupt_is_lost(begun: bool) -> None:
+    words = f"""
+import sys, threading, time
+from spectune.sweeps import worker
+worker.GRACE = 0.1
+ended, begun, returned = threading.Event(), threading.Event(), []
+if {begun}:
+    begun.set()
+
+def watch():
+    worker._end_with_the_sweep(ended, begun)
+    returned.append(True)
+
+threading.Thread(target=watch, daemon=True).start()
+while not returned:
+    try:
+        time.sleep(0.01)  # not a lock, which an interrupt may leave closed
+    except KeyboardInterrupt:  # as a library does while it is imported
+        pass
+sys.exit(7)  # it has steps to save, and time for that
+"""
+    done = subprocess.run([sys.executable, "-c", words], stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    assert done.returncode == (7 if begun else 130)
 
 
 @pytest.mark.slow
@@ -513,7 +539,7 @@ def test_what_libraries_print_is_no_step() -> None:
     words = """
 import os, threading
 from spectune.sweeps.worker import _own_stdout, _telling
-tell = _telling(_own_stdout(), threading.Event())
+tell = _telling(_own_stdout(), threading.Event(), threading.Event())
 os.system("echo '[1/2] nvcc kernel.cu'")
 print("[a library]", flush=True)
 tell(1, 2, 0.5), tell(2, 2, float("nan"))

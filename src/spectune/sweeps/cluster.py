@@ -20,7 +20,7 @@ from .workers import OnWorkerStep
 
 RETRIES = 10
 """How often a run may lose its node; chosen, not measured: it continues from its last checkpoint each time."""
-TAKEN_AWAY = (INTERRUPTED, -signal.SIGTERM)
+TAKEN_AWAY = (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
 """How a run ends that its cluster stopped, and not this sweep: it is started again."""
 POLL = 0.5
 """Seconds between two looks at a run; chosen, not measured."""

@@ -39,6 +39,11 @@ LINGER = 120.0
 
 Chosen, not measured; an NFS server frees the locks of a machine that is gone after 90 (Linux's default lease).
 """
+GRACE = 10.0
+"""Seconds to end after the interrupt for a run that has made no step, and so has nothing to save.
+
+A library may catch the interrupt while it is imported, or wait forever for a thread of its own. Chosen, not measured.
+"""
 
 
 def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
@@ -95,8 +100,9 @@ def _measure(result: RunResult, recipe: Recipe, model: Any, parts: list[str]) ->
     Run(Path(result.folder)).write(result.model_copy(update={"metrics": result.metrics | found}))
 
 
-def _telling(steps_told: TextIO, ended: threading.Event) -> OnStep:
+def _telling(steps_told: TextIO, ended: threading.Event, begun: threading.Event) -> OnStep:
     def tell(step: int, steps: int, loss: float) -> None:
+        begun.set()
         # The training has a handler of its own until it is asked to stop. If it still has it, the interrupt came while
         # the run was loading, and a library caught it there.
         if ended.is_set() and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -114,12 +120,14 @@ def _own_stdout() -> TextIO:
     return steps_told
 
 
-def _end_with_the_sweep(ended: threading.Event) -> None:
+def _end_with_the_sweep(ended: threading.Event, begun: threading.Event) -> None:
     """Wait for the end of stdin, which the sweep keeps open while it lives."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGINT)
     ended.set()  # after the signal, so that whoever sees this has been sent one
+    if not begun.wait(GRACE):
+        os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
@@ -129,6 +137,8 @@ if __name__ == "__main__":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         # Slurm sends it to all processes of a job whose time is almost up.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    sweep_ended = threading.Event()
-    threading.Thread(target=_end_with_the_sweep, args=[sweep_ended], daemon=True).start()
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text("utf-8")), _telling(_own_stdout(), sweep_ended)))
+    told = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    sweep_ended, training_begun = threading.Event(), threading.Event()
+    tell = _telling(_own_stdout(), sweep_ended, training_begun)
+    threading.Thread(target=_end_with_the_sweep, args=[sweep_ended, training_begun], daemon=True).start()
+    sys.exit(main(told, tell))
