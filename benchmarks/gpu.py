@@ -6,10 +6,10 @@
     bash benchmarks/gpu_folder.sh OUT               # a folder that runs this on a machine without a network
 
 a correctness, b a training step, c decomposition, d batches of many adapters, e CUDA graphs and kernels, g a 4-bit
-base, h directions of the data, f a real run (with --smollm and --gsm8k). Each part runs in a process of its own, so
-that a crash on the device costs one part; the next one imports what it needs while this one measures. The record is
-written after every row and never half. A call with other --parts and the same --output adds to the record, if it is of
-the same commit, device and versions.
+base, h directions of the data, i merging, j several GPUs, f a real run (with --smollm and --gsm8k). Each part runs in a
+process of its own, so that a crash on the device costs one part; the next one imports what it needs while this one
+measures. The record is written after every row and never half. A call with other --parts and the same --output adds to
+the record, if it is of the same commit, device and versions.
 Exits with 1 when a part failed.
 """
 

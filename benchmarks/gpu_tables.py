@@ -18,6 +18,8 @@ SERVED = ("base", "spectral_r bank", "svft bank", "LoRA of PEFT")
 COUNTS = ("1", "64", "1,024")
 GRAPHS = ("frozen", "LoRA", "spectral_a", "spectral_r")
 FOUR_BIT = ("frozen", "LoRA", "spectral_a", "svft, dense core")
+MERGED = ("task_singular", "match")
+ENGINES, SHARED = ("DDP", "FSDP2"), ("LoRA", "spectral_a", "svft, r directions")
 RUNS = ("before", *(f"{method}, seed {seed}" for seed in range(3) for method in ("spectral_a", "LoRA")))
 
 
@@ -40,7 +42,7 @@ class Rows:
 
 def gpu_table(record: dict[str, Any]) -> str:
     """Get the GPU tables of docs/speed.md. What was not measured is counted."""
-    parts = (correctness, steps, weights, batches, graphs, four_bit, directions, runs)
+    parts = (correctness, steps, weights, batches, graphs, four_bit, directions, merges, devices, runs)
     return "\n".join([head(record), *(line for part in parts for line in part(record))])
 
 
@@ -148,6 +150,30 @@ def directions(record: dict[str, Any]) -> Iterator[str]:
     rows = [[name.removeprefix("1B: "), *(found.cell(name, key, "{:.2f}") for key in keys)] for name in names]
     title = "Directions of the data on the 1B decoder, 16 batches of 2,048 tokens:"
     return table(title, ["what", "pass, s", "attaching, s"], rows)
+
+
+def merges(record: dict[str, Any]) -> Iterator[str]:
+    found = Rows(record, "i")
+    figures = [("seconds", "{:,.1f}"), ("rank", "{:,}"), ("peak_mib", "{:,.0f}")]
+    rows = [[rule, *(found.cell(f"1B: {rule}", *one) for one in figures)] for rule in MERGED]
+    return table("Merging five LoRAs of the 1B decoder, r = 16:", ["rule", "s", "rank", "peak, MiB"], rows)
+
+
+def devices(record: dict[str, Any]) -> Iterator[str]:
+    found = Rows(record, "j")
+    rows = []
+    for engine in ENGINES:
+        for method in SHARED:
+            name = f"8B, {engine}: {method}"
+            figures = [
+                ("processes", "{:,}"),
+                ("milliseconds", "{:,.1f}"),
+                ("speedup", "{:.2f}"),
+                ("peak_mib", "{:,.0f}"),
+            ]
+            rows.append([engine, method, *(found.cell(name, *one) for one in figures)])
+    title = "A training step of the 8B decoder on several GPUs, 2,048 tokens each; tokens a second over one GPU's:"
+    return table(title, ["engine", "adapter", "GPUs", "ms", "speedup", "peak, MiB"], rows, 2)
 
 
 def runs(record: dict[str, Any]) -> Iterator[str]:

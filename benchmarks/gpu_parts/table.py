@@ -32,5 +32,7 @@ PARTS: dict[str, Part] = {
     "e": Part("graphs", "CUDA graphs and kernels", 12),
     "g": Part("four_bit", "A 4-bit base", 25),
     "h": Part("data_directions", "Directions of the data", 20),
+    "i": Part("merging", "Merging", 15),
+    "j": Part("several_devices", "Several GPUs", 25),
     "f": Part("real_run", "A real run", 30),
 }

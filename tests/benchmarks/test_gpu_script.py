@@ -51,7 +51,7 @@ def test_a_killed_run_keeps_its_parts_and_a_later_one_adds_the_others(tmp_path: 
     assert second.returncode == 0, said
     record = notebook.read(output)
     assert record["commit"] and record["versions"]["peft"] and record["device"] == "cpu"
-    assert states(output) == {**dict.fromkeys("abcdegh", "done"), "f": "not run"}
+    assert states(output) == {**dict.fromkeys("abcdeghij", "done"), "f": "not run"}
     assert record["parts"]["f"]["reason"] == "not run: no weights given"
     assert all(not part.get("not_reached") for part in record["parts"].values())
     assert [*record["parts"]["e"]["left_out"].values()] == ["needs CUDA"] * 4
@@ -154,7 +154,7 @@ def test_the_parts_share_the_time_and_leave_what_they_did_not_use() -> None:
 
 def test_while_no_gpu_has_run_every_table_is_one_line_that_says_so() -> None:
     page = gpu_tables.gpu_table({})
-    assert "|" not in page and page.count(": not measured.") == 8, page
+    assert "|" not in page and page.count(": not measured.") == 10, page
 
 
 def test_a_row_of_the_page_says_what_the_record_says() -> None:
@@ -169,7 +169,17 @@ def test_a_row_of_the_page_says_what_the_record_says() -> None:
 
 def test_the_page_asks_for_rows_that_the_parts_plan() -> None:
     """A name that the page spells otherwise would be "not measured" for ever."""
-    from gpu_parts import data_directions, decomposition, four_bit, graphs, mixed_batches, real_run, training_step
+    from gpu_parts import (
+        data_directions,
+        decomposition,
+        four_bit,
+        graphs,
+        merging,
+        mixed_batches,
+        real_run,
+        several_devices,
+        training_step,
+    )
 
     cells = {f"{cell.name}: {name}" for cell in training_step.CELLS for name in training_step.compared(cell)}
     asked: set[str] = set()
@@ -189,6 +199,8 @@ def test_the_page_asks_for_rows_that_the_parts_plan() -> None:
     known |= {f"{count:,} adapters: {kind}" for count in mixed_batches.COUNTS for kind in kinds}
     known |= {f"8B, {count} tokens, eager: {name}" for count in ("2,048", "8,192") for name in four_bit.adapters()}
     known |= {f"1B: pass for {kind}" for kind in data_directions.KINDS}
+    known |= {f"1B: {rule}" for rule in merging.RULES}
+    known |= {f"8B, {engine}: {name}" for engine in several_devices.ENGINES for name in several_devices.METHODS}
     small = decomposition.Known(8, 8, "cpu")
     places = ("4096 x 4096", "4096 x 14336")
     known |= {f"{p}, r = {r}: {m}" for p in places for r in (16, 64) for m in decomposition.methods(small, r)}
