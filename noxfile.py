@@ -117,7 +117,7 @@ def next_peft(session: nox.Session) -> None:
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])
 @nox.parametrize(
-    "extra", ["", "train", "llm", "vision", "diffusion", "quant", "gguf", "ray", "slurm", "report", "demo"]
+    "extra", ["", "train", "llm", "vision", "diffusion", "quant", "gguf", "ray", "slurm", "optuna", "report", "demo"]
 )
 def extra(session: nox.Session, extra: str) -> None:
     """The wheel without its source tree, with one extra alone: what it promises runs in an empty folder."""

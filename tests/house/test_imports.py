@@ -48,6 +48,7 @@ DOORS: dict[str, set[str]] = {
     "vllm": {"plugins"},
     "ray": {"sweeps"},
     "submitit": {"sweeps"},
+    "optuna": {"sweeps"},
     "django": set(),
 }
 FORBIDDEN_FILES = {"utils.py", "common.py", "other.py", "helpers.py", "misc.py"}

@@ -29,7 +29,7 @@ def summary(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     values = {
         "title": "A < B", "metric": "accuracy", "chosen_by": "accuracy", "smaller": False, "seeds": [0, 1],
         "tuning_seeds": 2, "grids": {}, "tasks": ["t"], "methods": names, "rows": list(rows), "averages": [],
-        "gains": [], "failed": [], "runs": 4,
+        "gains": [], "failed": [], "stopped": [], "runs": 4,
         "device": "cpu", "provenance": {"commit": "abc"}, "says": ["Read <this>."],
     }  # fmt: skip
     values |= more

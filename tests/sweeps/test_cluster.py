@@ -16,7 +16,7 @@ from spectune import __version__
 from spectune.errors import MissingExtraError, OptionError, OutputError
 from spectune.sweeps import Cluster, connect, parse_sweep, run_sweep, worker
 from spectune.sweeps import cluster as cluster_file
-from spectune.sweeps.cluster import LostError, _last_step
+from spectune.sweeps.cluster import LostError, _told_since
 from spectune.sweeps.on_node import Errand, obstacle
 from spectune.sweeps.worker import INTERRUPTED, main
 from tests.sweeps.sweeps import text_sweep
@@ -116,10 +116,19 @@ def test_a_run_waits_for_a_process_that_still_saves_it(job: Path, monkeypatch: p
     assert main(told | {"config": {}}) == worker.FAILED and asked == [(Path(told["folder"]), worker.LINGER)]
 
 
-def test_the_last_whole_step_is_read(tmp_path: Path) -> None:
-    assert _last_step(tmp_path / "steps") is None
-    (tmp_path / "steps").write_text("".join(f"[{i}, 5000, null]\n" for i in range(5000)) + "[5000, 50")
-    assert _last_step(tmp_path / "steps") == [4999, 5000, None]
+def test_the_last_whole_step_and_all_validation_losses_are_read(tmp_path: Path) -> None:
+    steps, lines = tmp_path / "steps", "".join(f"[{i}, 5000, null]\n" for i in range(5000))
+    assert _told_since(steps, 0) == ([], 0)
+    steps.write_text("a library\n[7, 5000, null, 0.25]\n[8, 5000, null, NaN]\n" + lines + "[5000, 50")
+    (first, diverged, last), read = _told_since(steps, 0)
+    assert first == [7, 5000, None, 0.25] and diverged[3] != diverged[3] and last == [4999, 5000, None]
+    assert _told_since(steps, read) == ([], read)
+    with steps.open("a") as more:
+        more.write("00, null]\n")
+    told, read = _told_since(steps, read)
+    assert told == [[5000, 5000, None]] and read == steps.stat().st_size
+    steps.write_text("[1, 5000, null]\n")  # another node began it anew
+    assert _told_since(steps, read)[0] == [[1, 5000, None]]
 
 
 def test_a_node_says_in_one_line_why_it_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

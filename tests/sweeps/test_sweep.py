@@ -380,7 +380,7 @@ def test_a_run_ends_with_its_sweep_also_where_ctrl_c_is_ignored(tmp_path: Path, 
 def test_an_interrupt_that_a_library_caught_while_loading_stops_the_first_step() -> None:
     ended, before = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        tell = _telling(io.StringIO(), ended, threading.Event())
+        tell, _ = _telling(io.StringIO(), ended, threading.Event())
         with stop_on_signal() as request:
             tell(1, 9, 0.5)
             assert not request.asked
@@ -539,13 +539,13 @@ def test_what_libraries_print_is_no_step() -> None:
     words = """
 import os, threading
 from spectune.sweeps.worker import _own_stdout, _telling
-tell = _telling(_own_stdout(), threading.Event(), threading.Event())
+tell, validated = _telling(_own_stdout(), threading.Event(), threading.Event())
 os.system("echo '[1/2] nvcc kernel.cu'")
 print("[a library]", flush=True)
-tell(1, 2, 0.5), tell(2, 2, float("nan"))
+tell(1, 2, 0.5), validated(1, 2, 0.75), tell(2, 2, float("nan"))
 """
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[1, 2, 0.5], [2, 2, None]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[1, 2, 0.5], [1, 2, None, 0.75], [2, 2, None]]
     assert "[1/2] nvcc" in done.stderr and "[a library]" in done.stderr
 
 

@@ -133,6 +133,8 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
     console.print(table)
     for failed in summary["failed"]:
         console.print(f"failed: {failed['run']}: {failed['error']}", markup=False, soft_wrap=True)
+    for stopped in summary["stopped"]:
+        console.print(f"stopped early: {stopped['run']}: {stopped['reason']}", markup=False, soft_wrap=True)
     for sentence in summary["says"]:
         console.print(f"note: {sentence}", markup=False, soft_wrap=True)
     page = folder / "comparison.html"

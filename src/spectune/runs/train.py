@@ -82,10 +82,12 @@ def train_run(
     looks: bool = False,
     measures: Collection[str] | None = None,
     on_warning: Callable[[str], Any] = warnings.warn,
+    on_validation: OnStep | None = None,
 ) -> Trained:
     """Get a trained model with its result; the folder is as after `run`.
 
-    `on_warning` gets possible mistakes in the examples, before the first step.
+    `on_warning` gets possible mistakes in the examples, before the first step. `on_validation` is called with (step,
+    steps, loss) after each `training.validate_every` steps; of a run that goes on, with those of its first part, too.
 
     With `looks`, the result also has the page's spectra, updates and answers. `measures` are some of validation, test
     and lm_eval (default: all).
@@ -97,7 +99,8 @@ def train_run(
         there: list[bool] = []  # of the main process alone
         on_main(lambda: there.append(held.enter_context(opened_folder(config, found, resume, overwrite))))
         old = partial(_replace, found, config, there) if overwrite else None
-        trained = _train(config, found, on_step, on_warning if processes.is_main_process else _silent, old, measures)
+        watch = partial(Watch, on_step, on_validation=on_validation)
+        trained = _train(config, found, watch, on_warning if processes.is_main_process else _silent, old, measures)
         _write(found, trained.result, processes)
         refuse_unmeasured(trained.result)
         if looks and trained.model is not None:  # the figures are already saved
@@ -143,7 +146,7 @@ class _Fitted:
 def _train(
     config: RunConfig,
     found: Run,
-    on_step: OnStep | None,
+    watch: Callable[..., Watch],
     on_warning: Callable[[str], Any],
     replace_old: Callable[[], None] | None,
     measures: Collection[str] | None,
@@ -153,7 +156,7 @@ def _train(
     recipe.prepare()
     for said in recipe.warnings():
         on_warning(said)
-    fitted = _fitted(recipe, found, Watch(on_step, recipe.curves), replace_old)
+    fitted = _fitted(recipe, found, watch(curves=recipe.curves), replace_old)
     _give_back_memory()
     model = None
     if fitted.size is not None:

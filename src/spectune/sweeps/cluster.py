@@ -26,8 +26,6 @@ POLL = 0.5
 """Seconds between two looks at a run; chosen, not measured."""
 HIDDEN = 120.0
 """Limit of seconds until another node's file is seen: NFS clients remember for up to 60 that a name was not there."""
-TAIL = 400
-"""Bytes at the end of a file of steps that hold at least one whole line."""
 
 
 class LostError(Exception):
@@ -103,18 +101,17 @@ class Cluster(ABC):
                 self.cancel(task, at_once)
 
     def _follow(self, task: Any, steps: Path, on_step: OnWorkerStep) -> None:
-        told: list[Any] | None = None
+        read = 0
         while not self.ended(task):
-            latest = _last_step(steps)
-            if latest is not None and latest != told:
-                told = latest
-                try:
-                    on_step(*latest)
-                except BaseException:
-                    self.cancel(task, at_once=False)
-                    while not self.ended(task):
-                        time.sleep(POLL)
-                    raise
+            told, read = _told_since(steps, read)
+            try:
+                for line in told:
+                    on_step(*line)
+            except BaseException:
+                self.cancel(task, at_once=False)
+                while not self.ended(task):
+                    time.sleep(POLL)
+                raise
             time.sleep(POLL)
 
     def _status(self, task: Any, log: Path) -> int:
@@ -140,10 +137,15 @@ def token_in(folder: Path) -> Iterator[str]:
         token.unlink(missing_ok=True)
 
 
-def _last_step(steps: Path) -> list[Any] | None:
-    """Get the last whole line of a file of steps."""
-    with suppress(OSError, ValueError), steps.open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - TAIL))
-        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"[")]
-        return list(json.loads(lines[-1])) if lines else None
-    return None
+def _told_since(steps: Path, read: int) -> tuple[list[list[Any]], int]:
+    """Get the validation losses and the last step of a file of steps after `read` bytes, and how far it is read now."""
+    found: list[list[Any]] = []
+    with suppress(OSError), steps.open("rb") as file:
+        read = read if read <= file.seek(0, 2) else 0  # shorter where another node began it anew
+        file.seek(read)
+        whole = file.read().rpartition(b"\n")[0]
+        read += len(whole) + bool(whole)
+        for line in (line for line in whole.split(b"\n") if line.startswith(b"[")):
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return [line for line in found if len(line) > 3 or line is found[-1]], read

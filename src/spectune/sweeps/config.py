@@ -79,6 +79,10 @@ class SweepConfig(Section):
     tuning_seeds: int | None = Field(
         None, gt=0, description="Only this many seeds try every rate, the others only the chosen one; default: all."
     )
+    stop: Literal["asha"] | None = Field(
+        None,
+        description="Stop rates early that are hopeless by their validation losses during training (by Optuna).",
+    )
     baseline: str | None = Field(
         None, description="One of the methods: the others' gains over it are shown, paired by seed, with their errors."
     )

@@ -9,11 +9,23 @@ from typing import Any
 
 from pydantic import Field
 
-from ..errors import DataError, OutputError
+from ..errors import DataError, OutputError, SpectuneError
+from ..recipes.table import parse_config
 from ..runs.result import RESULT_FILE, RunResult
 from ..training.rates import method_of
 from ..training.record import Record
 from .config import Cell
+
+
+class Stopped(Record):
+    """Where and why a rate was stopped early while one was chosen."""
+
+    step: int
+    steps: int
+    """Of the whole run."""
+    reason: str
+    validation_losses: list[tuple[int, float]]
+    """(step, loss), as the run told them."""
 
 
 class SweepRecord(Record):
@@ -31,12 +43,15 @@ class SweepRecord(Record):
     """Why the run failed, or its figures on test; empty where all went well."""
     diverged: bool = False
     """Whether it failed by diverging: then it is not tried again."""
+    stopped: Stopped | None = None
+    """Set for a run that stopped early (`stop: asha`): it was tried, and is neither a result nor a failure."""
     result: RunResult | None = None
-    """None for a run that failed. Test figures are in it at the rate that was chosen, and nowhere else."""
+    """None for a run that failed or stopped. Test figures are in it at the rate that was chosen, and nowhere else."""
     general_loss: float | None = None
     general_loss_base: float | None = None
     seconds: float = 0.0
-    """Seconds of the whole process, including start and evaluation; of a continued run, only its last part."""
+    """Seconds of the whole process, including start and evaluation; of a continued run, only its last part, and 0 of
+    one that stopped early."""
     jobs: int = 1
     """Number of runs at the same time, including itself."""
     created: str = ""
@@ -102,6 +117,8 @@ def finished(
         "jobs": jobs,
         "provenance": {name: answer.get(name, value) for name, value in provenance.items()},
     }
+    if "stopped" in answer:
+        return SweepRecord(**common, stopped=answer["stopped"])
     if "error" in answer or not (run_folder / RESULT_FILE).is_file():
         error = str(answer.get("error", "no result was written"))
         return SweepRecord(**common, error=error, diverged=bool(answer.get("diverged")))
@@ -111,3 +128,17 @@ def finished(
         general_loss=answer.get("general_loss"),
         general_loss_base=answer.get("general_loss_base"),
     )
+
+
+def as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Get a record's configuration with the defaults of options that an older version did not have."""
+    try:
+        return parse_config(config).plain()
+    except SpectuneError:
+        return config
+
+
+def same_base(record: SweepRecord, cell: Cell) -> bool:
+    """Whether a run began with the same model and data."""
+    now = cell.config.plain()
+    return all(record.config.get(name) == now[name] for name in ("model", "revision", "dtype", "data"))

@@ -20,13 +20,13 @@ from typing import Any, Protocol
 
 from ..checkpoint import hold_folder, write_atomically
 from ..checkpoint.run_folder import ADAPTER, MODEL
-from ..errors import OutputError, SpectuneError
-from ..recipes import parse_config
+from ..errors import OutputError
 from ..runs.folder import CHECKPOINTS, differences
 from ..runs.result import RESULT_FILE
 from .choice import chosen_rate, rate_beyond
 from .config import Cell, SweepConfig, cells, require_splits
-from .record import SweepRecord, finished, read_record
+from .halving import Halving, StoppedEarly, Trial
+from .record import SweepRecord, as_now, finished, read_record, same_base
 from .summary import REPORTED
 from .workers import Engine, OnWorkerStep, Workers, last_words, plain_ctrl_c
 
@@ -66,8 +66,8 @@ def run_sweep(
     `engine` (`connect`) they work on its cluster, by default all that do not wait for another's result.
 
     `OutputError` if the folder contains the same runs with another configuration, `DataError` if a task has no
-    validation or test examples; KeyboardInterrupt after Ctrl-C, when all runs have saved their checkpoints: call it
-    again to continue.
+    validation or test examples, `OptionError` if `stop` could stop nothing, `MissingExtraError` if it lacks its
+    package; KeyboardInterrupt after Ctrl-C, when all runs have saved their checkpoints: call it again to continue.
     """
     folder = Path(output_dir)
     if STORE.match(str(folder)):
@@ -75,6 +75,7 @@ def run_sweep(
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: an output folder is needed, but this is a file. Choose another folder.")
     require_splits(sweep)
+    halving = None if sweep.stop is None else Halving(sweep)
     try:
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         (folder / RUNS).mkdir(exist_ok=True)
@@ -82,7 +83,7 @@ def run_sweep(
         raise OutputError(f"{folder}: cannot create this folder: {error.strerror}. Choose another one.") from error
     with hold_folder(folder), plain_ctrl_c():
         write_atomically(folder / ASKED, json.dumps(sweep.model_dump(mode="json"), indent=1) + "\n")
-        running = _Running(sweep, folder, provenance, on_run, on_record, jobs, engine)
+        running = _Running(sweep, folder, provenance, on_run, on_record, jobs, engine, halving)
         running.workers.prepare(folder)
         return _run_all(running)
 
@@ -115,46 +116,69 @@ class _Running:
     on_record: OnRecord | None
     asked: int | None
     engine: Engine | None
+    halving: Halving | None = None
     found: dict[str, SweepRecord] = field(default_factory=dict)
     """Name of the run -> its record."""
     turn: Any = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
         sweep, seeds = self.sweep, len(self.sweep.seeds)
-        first = len(sweep.seeds[: sweep.tuning_seeds])
+        self.first = len(sweep.seeds[: sweep.tuning_seeds])
         rates = [len(method.rates(task)) for method in sweep.methods.values() for task in sweep.tasks]
-        self.runs = sum(count * first + seeds - first for count in rates)
+        self.runs = sum(count * self.first + seeds - self.first for count in rates)
         self.jobs = min(self.runs, self.asked or (1 if self.engine is None else self.runs))
         self.workers: Engine = self.engine or Workers(self.jobs)
         self.slots = Semaphore(self.jobs)
+        if self.halving is not None:
+            self.halving.jobs = self.jobs
 
     def line(self, task: str, method: str) -> list[SweepRecord]:
         """Get the records of one method on one task: the first seeds try all rates, the others only the chosen one."""
         sweep, rates = self.sweep, self.sweep.methods[method].rates(task)
-        first, rest = sweep.seeds[: sweep.tuning_seeds], sweep.seeds[len(sweep.seeds[: sweep.tuning_seeds]) :]
-        tried = cells(sweep, task, method, rates, first)
-        found = self._at_once([partial(self.once, cell, CHOOSING if len(rates) > 1 else None) for cell in tried])
+        tried = self._tried(task, method, rates, CHOOSING if len(rates) > 1 else None)
         for _ in range(sweep.grow):
-            further = rate_beyond(rates, chosen_rate(found, sweep.metric))
+            further = rate_beyond(rates, chosen_rate(self._records(tried), sweep.metric))
             if further is None:
                 break
             rates.append(further)
-            self.runs += len(first)
-            more = cells(sweep, task, method, [further], first)
-            tried += more
-            found += self._at_once([partial(self.once, cell, CHOOSING) for cell in more])
-        rate = chosen_rate(found, sweep.metric)
-        untried = cells(sweep, task, method, [] if rate is None else [rate], rest)
-        best = [(cell, record) for cell, record in zip(tried, found, strict=True) if cell.rate == rate]
-        last = self._at_once(
-            [partial(self.scored, *one) for one in best] + [partial(self.once, cell, None) for cell in untried]
-        )
-        scored = {cell.name: record for (cell, _), record in zip(best, last, strict=False)}
-        found = [scored.get(cell.name, record) for cell, record in zip(tried, found, strict=True)] + last[len(best) :]
+            self.runs += self.first
+            tried += self._tried(task, method, [further], CHOOSING)
+        rate, stopped = chosen_rate(self._records(tried), sweep.metric), self._stopped(tried)
+        if rate is None and stopped:  # what was better failed later
+            self.runs += len(stopped) * (self.first - 1)
+            tried += self._tried(task, method, stopped, CHOOSING, whole=True)
+            rate = chosen_rate(self._records(tried), sweep.metric)
+        best = [cell for cell in tried if cell.rate == rate]
+        untried = cells(sweep, task, method, [] if rate is None else [rate], sweep.seeds[self.first :])
+        self._at_once([partial(self.scored, cell) for cell in best] + [partial(self.once, c, None) for c in untried])
         for cell in [*tried, *untried]:
-            if self.found[cell.name].ok:
+            if self.found[cell.name].ok or self.found[cell.name].stopped:
                 _tidy(self.folder / RUNS / cell.name, sweep.keep)
-        return found
+        return self._records([*tried, *untried])
+
+    def _tried(
+        self, task: str, method: str, rates: Sequence[float], measures: Sequence[str] | None, whole: bool = False
+    ) -> list[Cell]:
+        """Try rates with the first seeds; one that is stopped with the first of them is not tried with the others."""
+        sweep, halving = self.sweep, None if whole or measures is None else self.halving
+        asked = cells(sweep, task, method, rates, sweep.seeds[: self.first if halving is None else 1])
+        self._at_once(
+            [partial(self.once, cell, measures, None if halving is None else halving.trial(cell)) for cell in asked]
+        )
+        if halving is None:
+            return asked
+        stopped = self._stopped(asked)
+        self.runs -= len(stopped) * (self.first - 1)
+        left = [rate for rate in rates if rate not in stopped]
+        others = cells(sweep, task, method, left, sweep.seeds[1 : self.first])
+        self._at_once([partial(self.once, cell, measures) for cell in others])
+        return asked + others
+
+    def _records(self, tried: Sequence[Cell]) -> list[SweepRecord]:
+        return [self.found[name] for name in dict.fromkeys(cell.name for cell in tried)]
+
+    def _stopped(self, tried: Sequence[Cell]) -> list[float]:
+        return [record.rate for record in self._records(tried) if record.stopped]
 
     def _at_once(self, asked: Sequence[Callable[[], SweepRecord]]) -> list[SweepRecord]:
         """Get the records of runs that do not wait for each other."""
@@ -165,12 +189,17 @@ class _Running:
                 self.workers.stop()  # before the pool waits for the others
                 raise
 
-    def once(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
-        """Get the record of a run, done now or read."""
-        return self._heard(cell, self._old(cell) or self._new(cell, measures))
+    def once(self, cell: Cell, measures: Sequence[str] | None, trial: Trial | None = None) -> SweepRecord:
+        """Get the record of a run, done now or read; with a trial it may be one that was stopped early."""
+        old = self._old(cell)
+        record = self._new(cell, measures, trial) if old is None or (old.stopped and trial is None) else old
+        if trial is not None:
+            trial.read(record)
+        return self._heard(cell, record)
 
-    def scored(self, cell: Cell, record: SweepRecord) -> SweepRecord:
+    def scored(self, cell: Cell) -> SweepRecord:
         """Get the record of a run at the chosen rate, with its figures on test."""
+        record = self.found[cell.name]
         if not record.ok or record.error or any(part in record.metrics for part in REPORTED):
             return record
         scored = self._new(cell, None)
@@ -189,8 +218,8 @@ class _Running:
     def _old(self, cell: Cell) -> SweepRecord | None:
         path = self.folder / RECORDS / f"{cell.name}.json"
         old = read_record(path) if path.is_file() else None
-        changes = [] if old is None else differences(_as_now(old.config), cell.config.plain())
-        if old is not None and not old.ok and changes:
+        changes = [] if old is None else differences(as_now(old.config), cell.config.plain())
+        if old is not None and old.error and not old.ok and changes:
             shutil.rmtree(self.folder / RUNS / cell.name, ignore_errors=True)  # the mistake was corrected
         elif changes:
             different = ", ".join(changes[:3])
@@ -199,27 +228,29 @@ class _Running:
                 f"folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
-        if old is not None and old.diverged and not changes:
+        if old is not None and (old.stopped or old.diverged) and not changes:
             return old  # it would diverge again
         return old if old is not None and old.ok and not old.error and not lacks else None
 
-    def _new(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
-        with self.slots:
-            return self._worked(cell, measures)
+    def _new(self, cell: Cell, measures: Sequence[str] | None, trial: Trial | None = None) -> SweepRecord:
+        run_folder = self.folder / RUNS / cell.name
 
-    def _worked(self, cell: Cell, measures: Sequence[str] | None) -> SweepRecord:
-        place, run_folder = len(self.found), self.folder / RUNS / cell.name
-
-        def on_step(step: int, steps: int, loss: float | None) -> None:
-            if self.on_run is not None:
+        def on_step(step: int, steps: int, loss: float | None, validation: float | None = None) -> None:
+            if validation is not None:
+                if trial is not None:
+                    trial.told(step, steps, validation)
+            elif self.on_run is not None:
                 self.on_run(place, self.runs, cell.name, step, steps, loss)
 
-        on_step(0, 0, None)
-        if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
-            # Its deleted weights are needed now: train them again.
-            (run_folder / RESULT_FILE).unlink(missing_ok=True)
-        record = finished(cell, run_folder, self._work(cell, run_folder, measures, on_step), self.provenance, self.jobs)
-        record.write(self.folder / RECORDS / f"{cell.name}.json")
+        with self.slots:
+            place = len(self.found)
+            on_step(0, 0, None)
+            if not (run_folder / ADAPTER).is_dir() and not (run_folder / MODEL).is_dir():
+                # Its deleted weights are needed now: train them again.
+                (run_folder / RESULT_FILE).unlink(missing_ok=True)
+            answer = self._work(cell, run_folder, measures, on_step)
+            record = finished(cell, run_folder, answer, self.provenance, self.jobs)
+            record.write(self.folder / RECORDS / f"{cell.name}.json")
         return record
 
     def _work(
@@ -230,7 +261,7 @@ class _Running:
         known = [
             r.general_loss_base
             for r in list(self.found.values())
-            if r.general_loss_base is not None and _same_base(r, cell)
+            if r.general_loss_base is not None and same_base(r, cell)
         ]
         job, answer, log = (run_folder.with_name(f"{cell.name}.{end}") for end in ("job", "answer", "log"))
         told = {
@@ -243,27 +274,15 @@ class _Running:
         }
         answer.unlink(missing_ok=True)
         write_atomically(job, json.dumps(told))
-        status = self.workers.run(job, log, on_step)
-        answered = answer.is_file()
-        found: dict[str, Any] = (
-            json.loads(answer.read_text("utf-8")) if answered else {"error": last_words(status, log)}
-        )
-        for path in (job, answer, *([log] if answered else [])):
+        found: dict[str, Any]
+        try:
+            status = self.workers.run(job, log, on_step)
+            found = json.loads(answer.read_text("utf-8")) if answer.is_file() else {"error": last_words(status, log)}
+        except StoppedEarly as early:
+            found = {"stopped": early.args[0]} | ({} if self.engine is None else {"machine": {}})  # it was not asked
+        for path in (job, answer, *([log] if "seconds" in found or "stopped" in found else [])):
             path.unlink(missing_ok=True)
         return found
-
-
-def _as_now(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Get a record's configuration with the defaults of options that an older version did not have."""
-    try:
-        return parse_config(config).plain()
-    except SpectuneError:
-        return config
-
-
-def _same_base(record: SweepRecord, cell: Cell) -> bool:
-    now = cell.config.plain()
-    return all(record.config.get(name) == now[name] for name in ("model", "revision", "dtype", "data"))
 
 
 def _tidy(run_folder: Path, keep: str) -> None:

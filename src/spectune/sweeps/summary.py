@@ -58,6 +58,11 @@ def summarise(sweep: SweepConfig, records: Sequence[SweepRecord], planned: int |
         "failed": [
             {"run": f"{r.task}--{r.method}--{r.rate:g}--{r.seed}", "error": r.error} for r in records if r.error
         ],
+        "stopped": [
+            {"run": f"{r.task}--{r.method}--{r.rate:g}--{r.seed}", "reason": r.stopped.reason}
+            for r in records
+            if r.stopped
+        ],
         "runs": len(records),
         "planned": planned,
         "device": good.found.device if good else "",
@@ -138,6 +143,13 @@ def remarks(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], records: Sequ
         said.append("One seed: differences may be chance.")
     elif len(sweep.seeds[: sweep.tuning_seeds]) < len(sweep.seeds):
         said.append(f"Rates were chosen with {len(sweep.seeds[: sweep.tuning_seeds])} of {len(sweep.seeds)} seeds.")
+    stopped = [r.stopped for r in records if r.stopped]
+    if stopped:
+        done, whole = sum(s.step for s in stopped), sum(s.steps for s in stopped)
+        said.append(
+            f"{len(stopped)} runs were stopped early by their validation losses (stop: asha), after {done} of {whole} "
+            f"steps; one of them could have become the best later."
+        )
     jobs = max((r.jobs for r in records if r.ok), default=1)
     if len(sweep.methods) > 1:
         together = f"up to {jobs} runs worked at the same time" if jobs > 1 else "the runs were timed one after another"
@@ -165,6 +177,8 @@ def to_markdown(summary: Mapping[str, Any], published: Mapping[str, Any] | None 
         lines += _gains(summary)
     if summary["failed"]:
         lines += ["## Failed runs", "", *(f"- `{f['run']}`: {f['error']}" for f in summary["failed"]), ""]
+    if summary["stopped"]:
+        lines += ["## Stopped early", "", *(f"- `{s['run']}`: {s['reason']}" for s in summary["stopped"]), ""]
     lines += [f"- {sentence}" for sentence in summary["says"]]
     if published is not None:
         lines += ["", "## Published", "", str(published["source"]), ""]

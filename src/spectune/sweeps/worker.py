@@ -2,8 +2,9 @@
 
     python -m spectune.sweeps.worker JOB.json
 
-Reads the job from a file and writes the answer into one; a line of JSON for each step goes to stdout. It ends as on
-Ctrl-C when stdin closes, so it never outlives the sweep.
+Reads the job from a file and writes the answer into one. Lines of JSON go to stdout: [step, steps, loss] for each step,
+and [step, steps, null, validation loss] where it is measured during training (may be NaN). It ends as on Ctrl-C when
+stdin closes, so it never outlives the sweep.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ A library may catch the interrupt while it is imported, or wait forever for a th
 """
 
 
-def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
+def main(job: dict[str, Any], on_step: OnStep | None = None, on_validation: OnStep | None = None) -> int:
     """Train, measure, write the answer; get the exit status."""
     started, folder = time.perf_counter(), Path(job["folder"])
     answer: dict[str, Any]
@@ -54,7 +55,7 @@ def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
         if folder.is_dir():
             with hold_folder(folder, LINGER):
                 pass
-        answer = work(job, on_step)
+        answer = work(job, on_step, on_validation)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SpectuneError as error:
@@ -66,13 +67,15 @@ def main(job: dict[str, Any], on_step: OnStep | None = None) -> int:
     return FAILED if "error" in answer else 0
 
 
-def work(job: dict[str, Any], on_step: OnStep | None = None) -> dict[str, Any]:
+def work(job: dict[str, Any], on_step: OnStep | None = None, on_validation: OnStep | None = None) -> dict[str, Any]:
     """Get the run's loss on general text and the base model's; trains and measures what is not done yet."""
     config, folder = parse_config(job["config"]), Path(job["folder"])
     recipe: Recipe | None = None
     model: Any = None
     if not (folder / RESULT_FILE).is_file():
-        trained = train_run(config, folder, resume=True, on_step=on_step, measures=job["measures"])
+        trained = train_run(
+            config, folder, resume=True, on_step=on_step, measures=job["measures"], on_validation=on_validation
+        )
         recipe, model = trained.recipe, trained.model
     result = RunResult.read(folder)
     if result.diverged:
@@ -100,17 +103,20 @@ def _measure(result: RunResult, recipe: Recipe, model: Any, parts: list[str]) ->
     Run(Path(result.folder)).write(result.model_copy(update={"metrics": result.metrics | found}))
 
 
-def _telling(steps_told: TextIO, ended: threading.Event, begun: threading.Event) -> OnStep:
+def _telling(steps_told: TextIO, ended: threading.Event, begun: threading.Event) -> tuple[OnStep, OnStep]:
+    def say(line: list[Any]) -> None:
+        with suppress(BrokenPipeError):  # the sweep was killed; stdin closes, too, and a checkpoint is saved
+            print(json.dumps(line), file=steps_told, flush=True)
+
     def tell(step: int, steps: int, loss: float) -> None:
         begun.set()
         # The training has a handler of its own until it is asked to stop. If it still has it, the interrupt came while
         # the run was loading, and a library caught it there.
         if ended.is_set() and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             os.kill(os.getpid(), signal.SIGINT)
-        with suppress(BrokenPipeError):  # the sweep was killed; stdin closes, too, and a checkpoint is saved
-            print(json.dumps([step, steps, loss if math.isfinite(loss) else None]), file=steps_told, flush=True)
+        say([step, steps, loss if math.isfinite(loss) else None])
 
-    return tell
+    return tell, lambda step, steps, validation: say([step, steps, None, validation])
 
 
 def _own_stdout() -> TextIO:
@@ -139,6 +145,6 @@ if __name__ == "__main__":
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     told = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     sweep_ended, training_begun = threading.Event(), threading.Event()
-    tell = _telling(_own_stdout(), sweep_ended, training_begun)
+    tell_step, tell_validation = _telling(_own_stdout(), sweep_ended, training_begun)
     threading.Thread(target=_end_with_the_sweep, args=[sweep_ended, training_begun], daemon=True).start()
-    sys.exit(main(told, tell))
+    sys.exit(main(told, tell_step, tell_validation))

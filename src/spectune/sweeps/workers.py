@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
-OnWorkerStep = Callable[[int, int, "float | None"], None]
-"""Called with (step, steps, loss or None)."""
+OnWorkerStep = Callable[..., None]
+"""Called with (step, steps, loss or None), or (step, steps, None, validation loss). What it raises ends the run."""
 
 
 class Engine(Protocol):

@@ -235,13 +235,23 @@ def looped(base: type[Trainer]) -> type[Any]:
 class Watch(TrainerCallback):
     """Keeps the loss, the time and other logged figures of every step, and the validation losses with their steps."""
 
-    def __init__(self, on_step: OnStep | None = None, curves: Iterable[str] = ()) -> None:
-        self.on_step = on_step
+    def __init__(
+        self, on_step: OnStep | None = None, curves: Iterable[str] = (), on_validation: OnStep | None = None
+    ) -> None:
+        self.on_step, self.on_validation = on_step, on_validation
         self.losses: list[float] = []
         self.curves: dict[str, list[float]] = {name: [] for name in curves}
         self.validation: list[tuple[int, float]] = []
         self.seconds: list[float] = []
         self._started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for step, loss in self.validation:  # of the part before, where a run goes on
+            self._validated(state, step, loss)
+
+    def _validated(self, state: Any, step: int, loss: float) -> None:
+        if self.on_validation is not None and state.is_world_process_zero:
+            self.on_validation(step, state.max_steps, loss)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = _now()
@@ -252,6 +262,7 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "eval_loss" in logs:
             self.validation.append((state.global_step, float(logs["eval_loss"])))
+            self._validated(state, *self.validation[-1])
         if logs and "loss" in logs:
             self.read(logs)
             if self.on_step is not None and state.is_world_process_zero:
