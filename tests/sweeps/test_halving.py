@@ -56,8 +56,9 @@ class Pretended:
                 self.checkpoints[job.stem] = step
                 on_step(step, STEPS, 0.5)
             if step % 2 == 0:
-                losses.append((step, LOSSES[rate] / step))
-                on_step(step, STEPS, None, LOSSES[rate] / step)
+                loss = LOSSES[rate] / step if step < STEPS else 1 - LOSSES[rate]  # at the end nothing is left to stop
+                losses.append((step, loss))
+                on_step(step, STEPS, None, loss)
         metrics = {"validation": {"accuracy": 1 - LOSSES[rate]}} | (
             {} if told["measures"] else {"test": {"accuracy": 0.5}}
         )
