@@ -7,11 +7,12 @@ respect to its outputs; G = g^T x is then the gradient of the weight. `Moments` 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 
+from ..errors import OptionError
 from ..records import Quality, Spectrum, Weight
 from ..thin_svd import thin_svd
 from .data_spectra import unorthogonal
@@ -28,6 +29,8 @@ DIRECTIONS = {
 WHOLE_SIDE = 1024
 # Columns of a sketch beyond twice the wanted directions. Tropp et al., arXiv 1706.05736: a few suffice. Chosen.
 MORE_COLUMNS = 16
+# Cosine at which a direction lies no longer beside those of `Inputs`: float64's rounding is far below. Chosen.
+OVERLAP = 1e-5
 
 
 class SecondMoment:
@@ -71,12 +74,53 @@ class SecondMoment:
         return (roots.square() - shift).clamp_min(0), vectors
 
 
+class Inputs:
+    """The inputs of a layer for examples that an adapter should leave alone."""
+
+    def __init__(self, name: str, shape: tuple[int, int], rank: int, device: torch.device) -> None:
+        self.name, self.rank, self.tokens, self.energy = name, rank, 0, torch.zeros((), device=device)
+        self.moment = SecondMoment(shape[1], rank, zlib.crc32(name.encode()), device)
+
+    def add(self, x_NI: torch.Tensor, g_NO: torch.Tensor) -> None:
+        """Add the inputs of one batch; the gradients say nothing here."""
+        self.tokens += len(x_NI)
+        self.energy += x_NI.float().square().sum()
+        self.moment.add(x_NI.float())
+
+    def add_up(self) -> None:
+        """Add what the other processes of a distributed run have seen."""
+        self.tokens = _added_up((self.moment.sum, self.energy), self.tokens)
+
+    @torch.no_grad()
+    def directions(self, share: float) -> torch.Tensor:
+        """Get as columns Q_IK the fewest leading eigenvectors of sum x x^T that hold a share of its trace.
+
+        `OptionError` if they leave fewer than the rank for the adapter, or if a sketch (sides over 1,024) holds less.
+        """
+        values_J, vectors_IJ = self.moment.eigen()
+        held_J = values_J.cumsum(0) / self.energy.double()
+        count = int((held_J < share).sum()) + 1
+        if count > len(held_J):
+            raise OptionError(
+                f"{self.name}: away_share={share}: the {len(held_J)} directions that are kept of these inputs hold "
+                f"{float(held_J[-1]):.2f} of their energy. Name a smaller share."
+            )
+        if len(vectors_IJ) - count < self.rank:
+            raise OptionError(
+                f"{self.name}: away_share={share} takes {count} of {len(vectors_IJ)} directions, and the adapter needs "
+                f"{self.rank}. Name a smaller share, or a smaller basis_rank."
+            )
+        return vectors_IJ[:, :count]
+
+
 class Moments:
     """What one weight has seen, as far as its kind of directions needs it."""
 
     def __init__(self, directions: str, name: str, shape: tuple[int, int], rank: int, device: torch.device) -> None:
         self.directions, self.name, self.rank = directions, name, rank
         self.tokens = 0
+        self.away_IK: torch.Tensor | None = None
+        """Orthonormal directions that the right ones keep out of."""
         rows_O, cols_I = shape
         seed = zlib.crc32(name.encode())
         left = directions in ("gradient", "activation")
@@ -103,12 +147,7 @@ class Moments:
 
     def add_up(self) -> None:
         """Add what the other processes of a distributed run have seen."""
-        count = torch.tensor(float(self.tokens))
-        for tensor in (*self._sums(), count):
-            parcel = tensor.cuda() if "nccl" in dist.get_backend() else tensor.cpu()
-            dist.all_reduce(parcel)
-            tensor.copy_(parcel)
-        self.tokens = int(count)
+        self.tokens = _added_up(self._sums(), self.tokens)
 
     def _sums(self) -> Iterator[torch.Tensor]:
         yield from (moment.sum for moment in (self.left, self.right) if moment is not None)
@@ -120,6 +159,7 @@ class Moments:
         """Get the leading directions, signed so that S_i = u_i^T W v_i, what the weight has along them, is positive."""
         W_OI = weight.W_OI.double()
         U_OR, V_IR, kept = self._sides(W_OI)
+        self._refuse_overlap(V_IR)
         S_R = (U_OR * (W_OI @ V_IR)).sum(0)
         V_IR = V_IR * torch.where(S_R < 0, -1.0, 1.0)
         off = max(unorthogonal(U_OR), unorthogonal(V_IR))
@@ -139,16 +179,44 @@ class Moments:
         """Get (U_OR, V_IR, the share of what was seen that they hold)."""
         R = self.rank
         if self.mean is not None:
-            U_OK, S_K, Vh_KI = thin_svd(self.mean.double())
+            U_OK, S_K, Vh_KI = thin_svd(self._turned(self.mean.double().mT).mT)
             return U_OK[:, :R], Vh_KI[:R].mT, _share(S_K.square(), R)
         assert self.right is not None
         inputs, V_IJ = self.right.eigen()
+        if self.away_IK is not None:
+            V_IJ, roots_J, _ = thin_svd(self._turned(V_IJ * inputs.clamp_min(0).sqrt()))
+            inputs = roots_J.square()
         if self.left is not None:
             outputs, U_OJ = self.left.eigen()
             return U_OJ[:, :R], V_IJ[:, :R], min(_share(inputs, R), _share(outputs, R))
         U_OJ, S_J, _ = thin_svd(W_OI @ (V_IJ * inputs.clamp_min(0).sqrt()))
-        X_RR, _, Yh_RI = thin_svd(U_OJ[:, :R].mT @ W_OI)
+        X_RR, _, Yh_RI = thin_svd(self._turned((U_OJ[:, :R].mT @ W_OI).mT).mT)
         return U_OJ[:, :R] @ X_RR, Yh_RI.mT, _share(S_J.square(), R)
+
+    def _turned(self, columns_IJ: torch.Tensor) -> torch.Tensor:
+        """Get columns without their part along the directions to keep out of."""
+        if self.away_IK is None:
+            return columns_IJ
+        Q_IK = self.away_IK.to(columns_IJ)
+        return columns_IJ - Q_IK @ (Q_IK.mT @ columns_IJ)
+
+    def _refuse_overlap(self, V_IR: torch.Tensor) -> None:
+        """Raise `OptionError` if directions beyond the examples' own had to fill the basis up."""
+        if self.away_IK is not None and float((self.away_IK.to(V_IR).mT @ V_IR).abs().max()) > OVERLAP:
+            raise OptionError(
+                f"{self.name}: beside those of away_from the examples have fewer than {self.rank} input directions. "
+                f"Pass more examples, or name a smaller away_share or basis_rank."
+            )
+
+
+def _added_up(sums: Iterable[torch.Tensor], tokens: int) -> int:
+    """Sum tensors, in place, and a count over all processes."""
+    count = torch.tensor(float(tokens))
+    for tensor in (*sums, count):
+        parcel = tensor.cuda() if "nccl" in dist.get_backend() else tensor.cpu()
+        dist.all_reduce(parcel)
+        tensor.copy_(parcel)
+    return int(count)
 
 
 def _share(values_J: torch.Tensor, R: int) -> float:

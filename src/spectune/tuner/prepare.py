@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
-from ..adapter import in_eval_mode
 from ..adapter.saved import LayerRanks
 from ..errors import OptionError, WeightError
 from ..methods import Method
 from ..records import Spectrum, Weight
-from ..spectrum import DataSpectra, Moments, is_first, processes
+from ..spectrum import DataSpectra, Inputs, Moments, is_first
 from .base_weight import backend_of, keep_unpacked, layout_of
 from .bases import find_bases, find_basis, plain_weight
 from .budget import refuse_given_sizes, within_budget
 from .config import SpectralConfig
+from .example_pass import AnyBatch, LossFunction, Pass, sum_of_outputs
 from .from_file import chosen_layers
 from .full_precision import bases_of_quantised
 from .model import SpectralTuner
@@ -30,8 +29,8 @@ from .number_scores import NumberScores
 from .progress import ticking
 from .usual_layers import choose_usual_layers
 
-AnyBatch = Mapping[str, Any]
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+AWAY_SHARE = 0.9
+"""Of the energy of other tasks' inputs that an adapter leaves alone; chosen."""
 
 
 def prepare(
@@ -41,6 +40,8 @@ def prepare(
     *,
     loss: LossFunction | None = None,
     save: str | Path | None = None,
+    away_from: Iterable[AnyBatch] | None = None,
+    away_share: float = AWAY_SHARE,
 ) -> SpectralConfig:
     """Get a copy of the config that holds the directions which these examples choose, ready for `get_peft_model`.
 
@@ -62,6 +63,11 @@ def prepare(
     one. `save` is a folder, or a .safetensors file: the directions become a basis file of their own there, and the
     adapter's file will not hold them. `config.directions` says what is collected:
 
+    `away_from` are batches of other tasks, or of neutral text, that the adapter should leave alone (labels are not
+    needed): of each layer's inputs x there, the leading directions Q of sum x x^T that hold `away_share` of its trace
+    are kept out of the right directions, V^T Q = 0. Whatever is trained then, dW Q = 0 but for the rounding of V to
+    bfloat16, so of those inputs the layer changes only what lies in the rest.
+
     - gradient: left singular vectors from sum_k G_k G_k^T, right from sum_k G_k^T G_k, G_k the gradient of the loss of
       batch k with respect to the weight (the factors of Shampoo, Gupta et al., arXiv 1802.09568).
     - gradient_mean: the SVD of mean_k G_k (LoRA-GA, arXiv 2407.05000; LoRA-SB, arXiv 2411.19557).
@@ -70,15 +76,18 @@ def prepare(
     - weight_x_activation: the best approximation of W x over the inputs: U from the SVD of W C^(1/2), C = sum x x^T,
       then the SVD of U^T W (CorDA, arXiv 2406.05223).
 
-    Raises `OptionError` for a config that needs no examples, no batches, a model without a loss, and layers that are
-    not linear or that no batch went through.
+    Raises `OptionError` for a config that needs no examples, no batches, a model without a loss, layers that are not
+    linear or that no batch went through, and an `away_from` that leaves a layer too few directions.
     """
     _refuse(config, save)
+    if away_from is not None:
+        _refuse_away(config, away_share)
     keep_unpacked(model)
-    layers, examples = layers_of(model, config), _Pass(model, config, batches, loss)
-    prepared, spectra = copy.copy(config), _directions(examples, layers)
+    layers, examples = layers_of(model, config), Pass(model, batches, loss)
+    others = None if away_from is None else Pass(model, away_from, sum_of_outputs)
+    prepared, spectra = copy.copy(config), _directions(examples, layers, config, others, away_share)
     if _is_scored(config):
-        prepared, spectra = _scored(examples, layers, spectra)
+        prepared, spectra = _scored(examples, layers, spectra, prepared)
     if config.directions == "weight" and not config.build_method().needs_examples():
         spectra = {}  # found again when the adapter is attached, as when it is loaded
     prepared.spectra = DataSpectra(config.directions, spectra, examples.count)
@@ -102,29 +111,45 @@ def _refuse(config: SpectralConfig, save: str | Path | None) -> None:
         raise OptionError(f"save={str(save)!r}: {config.needs_examples} belongs to one adapter. Leave save out.")
 
 
+def _refuse_away(config: SpectralConfig, share: float) -> None:
+    if config.directions == "weight":
+        raise OptionError(
+            "away_from: directions='weight' are the weight's own and cannot be turned. Name directions of data."
+        )
+    if not 0 < share < 1:
+        raise OptionError(f"away_share={share}: it must lie between 0 and 1.")
+
+
 def _is_scored(config: SpectralConfig) -> bool:
     """Ask whether examples also say which numbers train."""
     return config.budget is not None or config.build_method().needs_examples()
 
 
-def _directions(examples: _Pass, layers: Mapping[str, Any]) -> dict[str, Spectrum]:
+def _directions(
+    examples: Pass, layers: Mapping[str, Any], config: SpectralConfig, others: Pass | None, share: float
+) -> dict[str, Spectrum]:
     """Get layer -> the directions that the config asks for: the weight's own, or by a pass."""
-    config = examples.config
     if config.directions == "weight":
         return _bases_of_weights(examples.model, layers, config)
     if _is_scored(config):
         asks = f"budget={config.budget}" if config.budget is not None else f"pattern={config.pattern!r}"
         examples.refuse_single_use(f"{asks} with directions={config.directions!r}")
-    moments = {name: Moments(config.directions, name, *seen) for name, seen in wanted(layers, config).items()}
+    asked = wanted(layers, config)
+    moments = {name: Moments(config.directions, name, *seen) for name, seen in asked.items()}
     examples.through(moments, layers)
+    if others is not None:
+        inputs = {name: Inputs(name, *seen) for name, seen in asked.items()}
+        others.through(inputs, layers)
+        for name, seen in moments.items():
+            seen.away_IK = inputs[name].directions(share)
     return {name: seen.spectrum(Weight(name, _matrix(layers[name], name))) for name, seen in moments.items()}
 
 
 def _scored(
-    examples: _Pass, layers: Mapping[str, Any], spectra: dict[str, Spectrum]
+    examples: Pass, layers: Mapping[str, Any], spectra: dict[str, Spectrum], config: SpectralConfig
 ) -> tuple[SpectralConfig, dict[str, Spectrum]]:
     """Get the config with each layer's size, and the directions with the places, that a pass chooses."""
-    config, ranks = copy.copy(examples.config), LayerRanks(examples.config.rank_pattern)
+    ranks = LayerRanks(config.rank_pattern)
     methods = {name: config.method_for(name, ranks.of(name), *basis.shape[:2]) for name, basis in spectra.items()}
     scores = {name: NumberScores(config.budget_by, methods[name].candidates(), one) for name, one in spectra.items()}
     examples.through(scores, layers)
@@ -142,43 +167,6 @@ def _leading(basis: Spectrum, method: Method) -> Spectrum:
         return basis
     U_OR, S_R, Vh_RI = basis.U_OR[:, :R].contiguous(), basis.S_R[:R].clone(), basis.Vh_RI[:R].clone()
     return replace(basis, U_OR=U_OR, S_R=S_R, Vh_RI=Vh_RI, columns=basis.columns[:R])
-
-
-class _Pass:
-    """The batches, gone through as often as needed, with the layers reporting."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: SpectralConfig,
-        batches: Iterable[AnyBatch],
-        loss: LossFunction | None,
-    ) -> None:
-        self.model, self.config, self.batches, self.loss = model, config, batches, loss
-        self.count = 0
-        """Batches of one pass."""
-
-    def refuse_single_use(self, reason: str) -> None:
-        """Raise `OptionError` for batches that can be read only once."""
-        if isinstance(self.batches, Iterator):
-            raise OptionError(f"batches: {reason} reads them twice, and this iterator ends after once. Pass a list.")
-
-    def through(
-        self, seen: Mapping[str, Moments] | Mapping[str, NumberScores], layers: Mapping[str, nn.Module]
-    ) -> None:
-        """Add what each layer sees of all batches, on all processes."""
-        self.count = 0
-        with _watched(self.model, layers, seen) as mask, ticking("{} batches of examples passed") as tick:
-            for batch in self.batches:
-                placed = {name: _on_device(value, self.model) for name, value in batch.items()}
-                mask[:] = [placed.get("attention_mask")]
-                _backward(self.model, placed, self.loss)
-                self.count += 1
-                tick("")
-        if processes() > 1:
-            for one in seen.values():
-                one.add_up()
-        _refuse_unseen(seen)
 
 
 def _bases_of_weights(model: nn.Module, layers: Mapping[str, Any], config: SpectralConfig) -> dict[str, Spectrum]:
@@ -234,65 +222,3 @@ def _matrix(layer: Any, name: str) -> torch.Tensor:
     if stored.is_meta:
         raise WeightError(f"{name}: the base weight is on the meta device. Load the base model with its weights first.")
     return layout.to_matrix(stored.detach())
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, layers: Mapping[str, nn.Module], seen: Mapping[str, Moments] | Mapping[str, NumberScores]
-) -> Iterator[list[torch.Tensor | None]]:
-    """Have the layers report while the block runs; the list that it gets holds the attention mask of the batch."""
-    mask: list[torch.Tensor | None] = [None]
-    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(_reporter(seen[name], mask), with_kwargs=True).remove)
-        stack.enter_context(in_eval_mode(model))
-        try:
-            model.requires_grad_(False)  # no gradient of a weight is ever made by autograd
-            yield mask
-        finally:
-            for parameter, value in trains.items():
-                parameter.requires_grad_(value)
-
-
-def _reporter(seen: Moments | NumberScores, mask: list[torch.Tensor | None]) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor | None:
-        if not torch.is_grad_enabled():  # the first pass of gradient checkpointing
-            return None
-        x, kept = (args[0] if args else next(iter(kwargs.values()))).detach(), mask[0]
-        if not output.requires_grad:  # nothing before this layer asks for a gradient
-            output.requires_grad_(True)
-
-        def add(g: torch.Tensor) -> None:
-            if kept is not None and x.shape[:-1] == kept.shape:
-                seen.add(x[kept.bool()], g[kept.bool()])
-            else:
-                seen.add(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]))
-
-        output.register_hook(add)
-        return output.clone()  # the model may write into what it gets: not into a leaf, and a view would lose its hook
-
-    return hook
-
-
-def _backward(model: nn.Module, batch: AnyBatch, loss: LossFunction | None) -> None:
-    with torch.enable_grad():
-        value = loss(model, batch) if loss is not None else getattr(model(**batch), "loss", None)
-        if not isinstance(value, torch.Tensor):
-            raise OptionError(
-                f"{type(model).__name__} returned no loss. Put labels into the batches, or pass loss=(a function of "
-                f"model and batch)."
-            )
-        value.backward()  # type: ignore[no-untyped-call]
-
-
-def _on_device(value: Any, model: nn.Module) -> Any:
-    return value.to(next(model.parameters()).device) if isinstance(value, torch.Tensor) else value
-
-
-def _refuse_unseen(moments: Mapping[str, Moments] | Mapping[str, NumberScores]) -> None:
-    unseen = [name for name, seen in moments.items() if not seen.tokens]
-    if len(unseen) == len(moments):
-        raise OptionError("batches: there are none, or the loss does not depend on the layers. Pass some examples.")
-    if unseen:
-        raise OptionError(f"{unseen[0]}: this layer got no gradient. Exclude it, or pass examples that use it.")

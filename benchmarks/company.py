@@ -1,0 +1,143 @@
+"""Adapters trained for company: `prepare(away_from=…)` keeps each out of the inputs of the others, then they are summed.
+
+    python benchmarks/company.py --data FOLDER --work FOLDER [--seeds 0 1 2] [--tasks …] [--rows 1000] [--epochs 1]
+
+A dense core in the gradient's directions on the attention's four weights of all-MiniLM-L6-v2, each task with its own
+head. Every arm is scored alone and after the sum of all its adapters; "keeps" is the share of what it scores alone, and
+"of plain" of what the plain core scores alone. Rows as in merging.py, fewer of them. Goes on when started again. Writes
+benchmarks/results/company.json (--output).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_spectra import GLUE, split_files
+from fusion_arms import cached
+from merging import RESULTS, STSB, TARGETS, score
+from provenance import provenance
+
+from spectune import SpectralConfig, prepare
+from spectune.checkpoint import write_atomically
+from spectune.demo import base_folder, write_languages
+from spectune.fusion import fuse
+from spectune.recipes import parse_config
+from spectune.runs import examples_of, load_run, load_with, run
+from spectune.runs.company import batches_of
+
+TASKS = ("sst2", "cola", "languages")
+BASIS = 78  # as many numbers as LoRA of rank 8 in a weight of 384 x 384
+RATE = 3e-3  # of .24 / P, the default for dense cores (docs/data-spectra.md)
+EXAMPLES, A_BATCH = 256, 16  # as a run passes them
+ARMS = {"plain": None, "away, half": 0.5, "away, .9": 0.9, "away, .99": 0.99}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share."""
+
+    data: Path
+    work: Path
+    tasks: tuple[str, ...]
+    rows: int
+    epochs: float
+
+    def config(self, task: str, seed: int, adapter: Any, training: dict[str, Any]) -> Any:
+        files = self.work / "data"
+        files.mkdir(parents=True, exist_ok=True)
+        if task == "languages":
+            data: dict[str, Any] = {split: str(path) for split, path in write_languages(files).items()}
+            data |= {"max_tokens": 48}
+        else:
+            data = split_files(task, self.data, files, GLUE | STSB)
+        values = {
+            "recipe": "text_classification",
+            "model": str(base_folder()),
+            "pooling": "mean",
+            "seed": seed,
+            "data": data | {"limit": {"train": self.rows, "validation": 400, "test": 1000}},
+            "adapter": adapter,
+            "training": {"batch_size": 32, "head_first": True, "head_learning_rate": 1e-3, **training},
+            "evaluation": {"metrics": ["spearman" if task == "stsb" else "accuracy"]},
+        }
+        return parse_config(values, task)
+
+    def head(self, task: str, seed: int) -> Path:
+        """Get the run that fits a head on the untouched body."""
+        tiny = {"steps": 1, "head_learning_rate": 1e-12}  # a run has at least one step
+        folder = self.work / f"{task}-head-{seed}"
+        run(self.config(task, seed, "head", tiny), folder, resume=True)
+        return folder
+
+    def core(self, task: str, seed: int, share: float | None) -> Path:
+        """Get the run of a core whose directions keep out of a share of the others' inputs."""
+        folder = self.work / f"{task}-{'plain' if share is None else share}-{seed}"
+        core = {"method": "svft", "pattern": "dense", "basis_rank": BASIS, "target_modules": TARGETS}
+        core |= {"directions": "gradient"}
+        basis = folder.with_name(f"{folder.name}.safetensors")
+        if not basis.exists():
+            recipe, model = load_run(self.head(task, seed))
+            others = [batch for other in self.tasks if other != task for batch in examples_of(self.head(other, seed))]
+            away: dict[str, Any] = {} if share is None else {"away_from": others, "away_share": share}
+            batches = batches_of(recipe, EXAMPLES, A_BATCH)
+            prepare(model, SpectralConfig(**core), batches, loss=recipe.loss, save=basis, **away)
+        training = {"epochs": self.epochs, "learning_rate": RATE}
+        run(self.config(task, seed, core | {"basis": str(basis)}, training), folder, resume=True)
+        return folder
+
+
+def measured(bench: Bench, seed: int, share: float | None) -> dict[str, Any]:
+    """Get task -> what it scores alone, and in the sum of all."""
+    folders = {task: bench.core(task, seed, share) for task in bench.tasks}
+    alone = {task: score(load_run_metrics(folder)) for task, folder in folders.items()}
+    together = bench.work / f"sum-{'plain' if share is None else share}-{seed}"
+    fuse(list(folders.values()), rule="average", weights=1.0, base=base_folder(), heads_apart=True).save(
+        together, overwrite=True
+    )
+    merged = {}
+    for task, folder in folders.items():
+        recipe, model = load_with(folder, together)
+        merged[task] = score(recipe.evaluate(model, "test"))
+    return {"alone": alone, "merged": merged}
+
+
+def load_run_metrics(folder: Path) -> dict[str, float]:
+    recipe, model = load_run(folder)
+    found: dict[str, float] = recipe.evaluate(model, "test")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS.with_name("company.json"))
+    asked = parser.parse_args()
+    bench = Bench(asked.data, asked.work, tuple(asked.tasks), asked.rows, asked.epochs)
+    found: list[dict[str, Any]] = []
+    for seed in asked.seeds:
+        arms = {}
+        for name, share in ARMS.items():
+            arms[name] = cached(asked.work / f"{name}-{seed}.json", partial(measured, bench, seed, share))
+            plain = arms["plain"]["alone"]
+            for task, figures in arms[name]["merged"].items():
+                alone = arms[name]["alone"][task]
+                print(
+                    f"{seed} {name:10} {task:10} alone {alone:.3f} merged {figures:.3f} of plain {figures / plain[task]:.3f}"
+                )
+        found.append({"seed": seed, "arms": arms})
+        record = {**provenance(), "tasks": asked.tasks, "rows": asked.rows, "epochs": asked.epochs, "seeds": found}
+        write_atomically(asked.output, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
