@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from spectune import SpectralConfig, prepare
 from spectune.errors import OptionError
 from spectune.records import Weight
-from spectune.spectrum import Inputs, Moments
+from spectune.spectrum import Moments, OthersInputs
 from spectune.spectrum import data as data_module
 
 from .test_prepare import OF_DATA, ROUNDED, Two, batches, config
@@ -74,7 +74,7 @@ def test_a_transformer_needs_no_labels_for_the_others() -> None:
     mine, theirs = texts(labels=torch.randint(2, (8,), generator=stream)), texts()
     plain, turned = prepare(model, asked, mine), prepare(model, asked, mine, away_from=theirs, away_share=0.5)
     name = next(iter(plain.spectra))
-    inputs = Inputs(name, (32, 32), 8, torch.device("cpu"))
+    inputs = OthersInputs(name, (32, 32), 8, torch.device("cpu"))
     layer = model.get_submodule(name)
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.add(args[0].flatten(0, 1), args[0]))
     with torch.no_grad():

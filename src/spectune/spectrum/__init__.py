@@ -9,8 +9,8 @@ from .cache import default_folder as default_folder
 from .cache import open_cache as open_cache
 from .cache import parse_bytes as parse_bytes
 from .data import DIRECTIONS as DIRECTIONS
-from .data import Inputs as Inputs
 from .data import Moments as Moments
+from .data import OthersInputs as OthersInputs
 from .data_spectra import FOREIGN_GAIN as FOREIGN_GAIN
 from .data_spectra import DataSpectra as DataSpectra
 from .data_spectra import gain_off as gain_off

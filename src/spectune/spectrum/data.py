@@ -29,7 +29,7 @@ DIRECTIONS = {
 WHOLE_SIDE = 1024
 # Columns of a sketch beyond twice the wanted directions. Tropp et al., arXiv 1706.05736: a few suffice. Chosen.
 MORE_COLUMNS = 16
-# Cosine at which a direction lies no longer beside those of `Inputs`: float64's rounding is far below. Chosen.
+# Cosine at which a direction lies no longer beside those of `OthersInputs`: float64's rounding is far below. Chosen.
 OVERLAP = 1e-5
 
 
@@ -74,7 +74,7 @@ class SecondMoment:
         return (roots.square() - shift).clamp_min(0), vectors
 
 
-class Inputs:
+class OthersInputs:
     """The inputs of a layer for examples that an adapter should leave alone."""
 
     def __init__(self, name: str, shape: tuple[int, int], rank: int, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from ..adapter.saved import LayerRanks
 from ..errors import OptionError, WeightError
 from ..methods import Method
 from ..records import Spectrum, Weight
-from ..spectrum import DataSpectra, Inputs, Moments, is_first
+from ..spectrum import DataSpectra, Moments, OthersInputs, is_first
 from .base_weight import backend_of, keep_unpacked, layout_of
 from .bases import find_bases, find_basis, plain_weight
 from .budget import refuse_given_sizes, within_budget
@@ -138,7 +138,7 @@ def _directions(
     moments = {name: Moments(config.directions, name, *seen) for name, seen in asked.items()}
     examples.through(moments, layers)
     if others is not None:
-        inputs = {name: Inputs(name, *seen) for name, seen in asked.items()}
+        inputs = {name: OthersInputs(name, *seen) for name, seen in asked.items()}
         others.through(inputs, layers)
         for name, seen in moments.items():
             seen.away_IK = inputs[name].directions(share)
