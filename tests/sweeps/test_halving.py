@@ -13,7 +13,7 @@ import pytest
 
 from spectune.errors import MissingExtraError, OptionError
 from spectune.pages.comparison_page import render_comparison
-from spectune.sweeps import SweepRecord, parse_sweep, run_sweep, summarise, to_markdown
+from spectune.sweeps import SweepRecord, halving, parse_sweep, run_sweep, summarise, to_markdown
 from spectune.sweeps.halving import Halving
 from tests.sweeps.sweeps import record, text_sweep
 
@@ -101,6 +101,17 @@ def test_a_hopeless_rate_stops_and_the_figures_are_of_whole_runs(tmp_path: Path)
     assert not again.steps
 
 
+@pytest.mark.parametrize(("loss", "goes_on"), [(0.54, True), (0.56, False), (math.inf, False), (math.nan, False)])
+def test_a_rate_that_is_near_the_best_is_not_hopeless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, goes_on: bool
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setitem(LOSSES, 1e-1, loss)
+    sweep = parse_sweep(asked_of(tmp_path, seeds=[0], tuning_seeds=1))
+    found = run_sweep(sweep, tmp_path / "out", provenance={}, engine=Pretended(), jobs=1)
+    assert [r.rate for r in found if r.ok] == [1e-3, 1e-2] + [1e-1] * goes_on
+
+
 @pytest.mark.parametrize("place", [(1e-2, 0, 5), (1e-1, 0, 1), (1e-1, 0, 2), (1e-2, 1, 3)])
 def test_a_killed_sweep_stops_the_same_rates(tmp_path: Path, place: tuple[float, int, int]) -> None:
     """Also one that was killed between two looks of a run, which it goes on with."""
@@ -153,9 +164,10 @@ def test_without_the_option_a_stopped_run_is_trained_whole(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_process_is_told_to_stop(tmp_path: Path) -> None:
+def test_a_process_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own, as users have it."""
     pytest.importorskip("optuna")
+    monkeypatch.setattr(halving, "MARGIN", 0.0)  # the losses of a tiny model are all near
     asked = asked_of(tmp_path, seeds=[0], tuning_seeds=1)
     asked["methods"]["spectral_a"]["learning_rates"] = [1e-3, 1e4]
     asked["run"]["training"] |= {"steps": 40, "validate_every": 10}
