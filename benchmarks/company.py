@@ -76,17 +76,18 @@ class Bench:
 
     def core(self, task: str, seed: int, share: float | None) -> Path:
         """Get the run of a core whose directions keep out of a share of the others' inputs."""
-        folder = self.work / f"{task}-{'plain' if share is None else share}-{seed}"
+        place = self.work / f"{task}-{'plain' if share is None else share}-{seed}"
         core = {"method": "svft", "pattern": "dense", "basis_rank": BASIS, "target_modules": TARGETS}
         core |= {"directions": "gradient"}
-        basis = folder.with_name(f"{folder.name}.safetensors")
-        if not basis.exists():
+        if not list(place.glob("basis-*")):
             recipe, model = load_run(self.head(task, seed))
             others = [batch for other in self.tasks if other != task for batch in examples_of(self.head(other, seed))]
             away: dict[str, Any] = {} if share is None else {"away_from": others, "away_share": share}
             batches = batches_of(recipe, EXAMPLES, A_BATCH)
-            prepare(model, SpectralConfig(**core), batches, loss=recipe.loss, save=basis, **away)
+            prepare(model, SpectralConfig(**core), batches, loss=recipe.loss, save=place, **away)
+        (basis,) = place.glob("basis-*")  # where a run below finds it again
         training = {"epochs": self.epochs, "learning_rate": RATE}
+        folder = place / "run"
         run(self.config(task, seed, core | {"basis": str(basis)}, training), folder, resume=True)
         return folder
 
