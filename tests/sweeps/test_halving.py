@@ -101,7 +101,7 @@ def test_a_hopeless_rate_stops_and_the_figures_are_of_whole_runs(tmp_path: Path)
     assert not again.steps
 
 
-@pytest.mark.parametrize(("loss", "goes_on"), [(0.54, True), (0.56, False), (math.inf, False), (math.nan, False)])
+@pytest.mark.parametrize(("loss", "goes_on"), [(0.58, True), (0.62, False), (math.inf, False), (math.nan, False)])
 def test_a_rate_that_is_near_the_best_is_not_hopeless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, goes_on: bool
 ) -> None:
