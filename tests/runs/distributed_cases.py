@@ -22,12 +22,13 @@ import torch.distributed as dist
 import yaml
 from accelerate.utils import DistributedType
 
+from spectune.adapter import spectral_modules
 from spectune.cli import main
-from spectune.errors import OutputError
 from spectune.recipes import parse_config
 from spectune.runs import run, train, train_run
 from spectune.training import Interrupted
 from spectune.training.yaml_file import write_yaml
+from spectune.training.zero import gathered
 
 from ..abilities import FSDP2_ON_A_CPU, RESUMES_ON_SEVERAL_CPUS
 from ..models import vit_targets
@@ -58,7 +59,15 @@ CASES: dict[str, tuple[str, Any, int]] = {
     "muon": ("text", {"method": "svft", "pattern": "dense", "target_modules": ["query"]}, 1),
 }
 # DeepSpeed's optimizer holds other tensors than the adapter's, so dynamics and muon are refused there.
-ZERO2 = [name for name in CASES if name not in ("singular decay and gradient norm", "muon")]
+ZERO = [name for name in CASES if name not in ("singular decay and gradient norm", "muon")]
+# Those that move between DeepSpeed's processes and a single one.
+MOVED = ["spectral_a", "svft"]
+BASES = ("U_OR", "Vh_RI")
+# Up to so many numbers, DeepSpeed keeps whole what it has gathered.
+KEEPS_WHOLE = [
+    f"stage3_{name}"
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+]
 
 
 def prepare(folder: Path) -> None:
@@ -95,15 +104,15 @@ def config_of(name: str, folder: Path, processes: int) -> Any:
     return parse_config(tiny.merged(values, {"adapter": adapter, "training": training}))
 
 
-def stopped(name: str, folder: Path, output: Path, processes: int) -> None:
-    """Run until the main process alone gets a signal in its second step."""
+def stopped(name: str, folder: Path, output: Path, processes: int, step: int = 2) -> None:
+    """Run, or go on, until the main process alone gets a signal in this step."""
 
     def stop(done: int, steps: int, loss: float) -> None:
-        if done == 2:
+        if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        run(config_of(name, folder, processes), output, on_step=stop)
+        run(config_of(name, folder, processes), output, on_step=stop, resume=output.exists())
     except Interrupted:
         return
     raise AssertionError("the run did not stop")
@@ -145,7 +154,7 @@ def _sharded(folder: Path) -> None:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ |= {key.upper(): str(value) for key, value in told["fsdp_config"].items()}
     done = train_run(config_of("svft", folder, dist.get_world_size()), folder / "sharded")
-    held = bytes_here(done.model, ("U_OR", "Vh_RI"))
+    held = bytes_here(done.model, BASES)
     (folder / f"{os.environ['RANK']}.bytes").write_text(str(held))
     stopped("svft", folder, folder / "sharded to one", dist.get_world_size())
     for name in ("sharded to pair", "sharded from one"):  # the second was stopped on one process
@@ -155,17 +164,39 @@ def _sharded(folder: Path) -> None:
         run(config_of("svft", folder, dist.get_world_size()), folder / name, resume=True)
 
 
-def zero2(folder: Path) -> None:
-    """Train and try to go on, through DeepSpeed as accelerate's launcher sets it up."""
-    for name in ZERO2:
+def zero(folder: Path) -> None:
+    """Train through DeepSpeed as accelerate's launcher sets it up, and go on from one process."""
+    stage = _cut_small_parameters()
+    for name in ZERO:
         with _compared(name):
-            train_run(config_of(name, folder, dist.get_world_size()), folder / "zero2" / name)
-        try:
-            (folder / "zero2" / name / "result.json").unlink(missing_ok=True)
-            dist.barrier()
-            run(config_of(name, folder, dist.get_world_size()), folder / "zero2" / name, resume=True)
-        except OutputError as error:
-            (folder / f"{os.environ['RANK']}.{name}.refused").write_text(str(error))
+            done = train_run(config_of(name, folder, dist.get_world_size()), folder / f"zero{stage}" / name)
+        if name == "svft" and stage == "3":
+            cut = [getattr(module, basis) for _, _, module in spectral_modules(done.model) for basis in BASES]
+            assert not any(part.numel() for part in cut)
+            held = sum(part.ds_tensor.numel() * part.element_size() for part in cut)
+            (folder / f"{os.environ['RANK']}.zero3.bytes").write_text(str(held))
+    for name in MOVED:
+        stopped(name, folder, folder / f"zero{stage} to one" / name, dist.get_world_size())
+    zero_again(folder, f"zero{stage} from one")
+
+
+def zero_again(folder: Path, place: str = "") -> None:
+    """Go on with runs that one process stopped."""
+    place = place or f"zero{_cut_small_parameters()} to one"
+    for name in MOVED:
+        run(config_of(name, folder, dist.get_world_size()), folder / place / name, resume=True)
+
+
+def _cut_small_parameters() -> str:
+    """Have ZeRO-3 cut a tiny model, too, and give back at once what it gathers; get the stage of this launch."""
+    made = accelerate.DeepSpeedPlugin.__post_init__
+
+    def make(self: Any) -> None:
+        made(self)
+        self.hf_ds_config.config["zero_optimization"] |= dict.fromkeys(KEEPS_WHOLE, 0)
+
+    accelerate.DeepSpeedPlugin.__post_init__ = make
+    return os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"]
 
 
 @contextmanager
@@ -185,7 +216,8 @@ def _compared(name: str) -> Iterator[None]:
 
 
 def _say_if_weights_differ(name: str, model: torch.nn.Module) -> None:
-    mine = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    with gathered(*model.parameters()):
+        mine = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(others, mine)
     if not all(torch.equal(other, mine) for other in others):
@@ -207,4 +239,4 @@ if __name__ == "__main__":
     from spectune.training import join
 
     join()
-    {"pair": pair, "killed": killed, "zero2": zero2}[sys.argv[1]](Path(sys.argv[2]))
+    {"pair": pair, "killed": killed, "zero": zero, "zero again": zero_again}[sys.argv[1]](Path(sys.argv[2]))

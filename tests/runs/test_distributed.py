@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from spectune.adapter import Dynamics
+from spectune import SpectralConfig
 from spectune.errors import OptionError, OutputError
 from spectune.recipes.table import recipe_class
 from spectune.runs import RunResult, run
@@ -27,7 +27,7 @@ from ..abilities import RESUMES_ON_SEVERAL_CPUS, needs_fsdp2_on_a_cpu
 from ..effort import PATIENCE
 from ..models import MODELS
 from ..tuner.test_sharding import bytes_here
-from .distributed_cases import CASES, STEPS, ZERO2, config_of, prepare, stopped
+from .distributed_cases import BASES, CASES, MOVED, STEPS, ZERO, config_of, prepare, stopped
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,8 @@ LOSS = 1e-5
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ZERO2_LAUNCH = ("accelerate.commands.launch", "--config_file", "examples/accelerate/zero2.yaml", "--num_processes", "2")
+# Runs that one process stopped.
+STOPPED = {"spectral_a": "from one", "svft": "sharded from one"}
 
 
 def launch(*words: str | Path, by: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
@@ -71,8 +72,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepare(folder)
     for name in CASES:
         run(config_of(name, folder, 1), folder / "one" / name)
-    stopped("spectral_a", folder, folder / "from one", 1)
-    stopped("svft", folder, folder / "sharded from one", 1)
+    for name, place in STOPPED.items():
+        stopped(name, folder, folder / "stopped" / name, 1)
+        shutil.copytree(folder / "stopped" / name, folder / place)
     done = launch("-m", "tests.runs.distributed_cases", "pair", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -122,6 +124,14 @@ def test_a_step_of_other_examples_is_refused(runs: Path) -> None:
         run(halved, runs / "one" / "spectral_a", resume=True)
 
 
+def test_a_checkpoint_that_deepspeed_wrote_is_refused(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "stopped" / "svft", tmp_path / "svft")
+    for state in tmp_path.rglob("optimizer.pt"):
+        state.replace(state.with_name("global_step2"))
+    with pytest.raises(OutputError, match="cannot continue: there is no optimizer.pt, only DeepSpeed's own pickles"):
+        run(config_of("svft", runs, 1), tmp_path / "svft", resume=True)
+
+
 def test_a_killed_worker_ends_the_launch_and_costs_no_checkpoint(runs: Path) -> None:
     done = launch("-m", "tests.runs.distributed_cases", "killed", runs)  # within PATIENCE, or it raises
     assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-3000:]
@@ -169,26 +179,56 @@ def test_a_sharded_run_goes_on_with_as_many_fewer_and_more_processes(runs: Path)
         assert difference(runs / name, Path(whole.folder)) < WEIGHTS, name
 
 
-@pytest.fixture(scope="module")
-def zero2(runs: Path) -> Path:
-    """The same folder, with every case that DeepSpeed takes; its part for CPUs needs a C++ compiler."""
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def zero(request: pytest.FixtureRequest, runs: Path) -> Path:
+    """A folder with every case that DeepSpeed takes, by a stage; its part for CPUs needs a C++ compiler."""
     pytest.importorskip("deepspeed")
     if not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("DeepSpeed compiles its part for CPUs, and there is no C++ compiler")
-    done = launch("-m", "tests.runs.distributed_cases", "zero2", runs, by=ZERO2_LAUNCH)
+    stage = str(request.param)
+    for name in MOVED:
+        shutil.copytree(runs / "stopped" / name, runs / f"{stage} from one" / name)
+    done = launch("-m", "tests.runs.distributed_cases", "zero", runs, by=zero_launch(stage))
     assert done.returncode == 0, done.stderr[-3000:]
-    return runs
+    return runs / stage
 
 
-@pytest.mark.parametrize("name", ZERO2)
-def test_zero_2_trains_what_one_process_trains(name: str, zero2: Path) -> None:
-    whole = RunResult.read(zero2 / "one" / name)
-    (last,) = checkpoints(zero2 / "zero2" / name / "checkpoints")[-1:]
-    assert any(last.glob("global_step*")), "DeepSpeed did not run"
-    assert [e["loss"] for e in history(last) if "loss" in e] == near(whole.losses)
-    assert difference(zero2 / "zero2" / name, Path(whole.folder)) < WEIGHTS
-    for rank in range(2):
-        assert "runs under DeepSpeed do not save" in (zero2 / f"{rank}.{name}.refused").read_text()
+def zero_launch(stage: str) -> tuple[str, ...]:
+    config = f"examples/accelerate/{stage}.yaml"
+    return "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"
+
+
+def test_zero_trains_what_one_process_trains(zero: Path) -> None:
+    for name in ZERO:
+        one, two = RunResult.read(zero.parent / "one" / name), RunResult.read(zero / name)
+        assert len(two.losses) == STEPS and two.losses == near(one.losses), name
+        assert difference(zero / name, Path(one.folder)) < WEIGHTS, name
+        assert two.trainable == one.trainable and two.file_bytes == one.file_bytes, name
+        for split, figures in one.metrics.items():
+            assert two.metrics[split] == near(figures), name
+
+
+def test_zero_3_cuts_the_bases(zero: Path) -> None:
+    if zero.name == "zero3":
+        model, _ = build(recipe_class("causal_lm")(config_of("svft", zero.parent, 1)))
+        for rank in range(2):
+            held = int((zero.parent / f"{rank}.zero3.bytes").read_text())
+            assert held == pytest.approx(bytes_here(model, BASES) / 2, rel=0.02)
+
+
+def test_a_run_under_deepspeed_goes_on_with_fewer_and_more_processes(zero: Path) -> None:
+    moved = zero.parent / f"{zero.name} to one"
+    for name in MOVED:
+        last = checkpoints(moved / name / "checkpoints")[-1]
+        assert not list(last.glob("global_step*")) and (last / "optimizer.pt").is_file()
+        stopped(name, zero.parent, moved / name, 1, 4)
+    done = launch("-m", "tests.runs.distributed_cases", "zero again", zero.parent, by=zero_launch(zero.name))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder in (moved, zero.parent / f"{zero.name} from one"):
+        for name in MOVED:
+            whole, other = RunResult.read(zero.parent / "one" / name), RunResult.read(folder / name)
+            assert other.losses == near(whole.losses), folder
+            assert difference(folder / name, Path(whole.folder)) < WEIGHTS, folder
 
 
 @pytest.mark.parametrize(
@@ -217,13 +257,18 @@ def test_an_output_embedding_that_is_trained_in_full_is_refused_under_fsdp2() ->
 
 
 def test_what_deepspeed_cannot_do_with_an_adapter_is_refused() -> None:
-    acting, still = (SimpleNamespace(dynamics=Dynamics(grad_norm=norm)) for norm in ("rms", None))
+    def model(**options: Any) -> Any:
+        return get_peft_model(MODELS["llama"].fresh(), SpectralConfig(r=2, target_modules=["q_proj"], **options))
+
     agrees = SimpleNamespace(mismatches=[])
-    refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still])
+    three = SimpleNamespace(zero_stage=3, hf_ds_config=agrees)
+    still = model()
+    refuse_deepspeed_options(three, still)
     with pytest.raises(OptionError, match="singular_decay and grad_norm have no effect under DeepSpeed"):
-        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=agrees), [still, acting])
-    with pytest.raises(OptionError, match="ZeRO-3.* Use FSDP2"):
-        refuse_deepspeed_options(SimpleNamespace(zero_stage=3, hf_ds_config=agrees), [still])
+        refuse_deepspeed_options(three, model(grad_norm="rms"))
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=9)
+    with pytest.raises(OptionError, match="ZeRO-3.* Use ZeRO-2 or DDP"):
+        refuse_deepspeed_options(three, get_peft_model(MODELS["llama"].fresh(), config))
     differs = SimpleNamespace(mismatches=["- ds gradient_clipping=0.3 vs hf max_grad_norm=1.0"])
     with pytest.raises(OptionError, match=r"the run: DeepSpeed gradient_clipping=0.3 vs hf max_grad_norm=1.0. Leave"):
-        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=differs), [still])
+        refuse_deepspeed_options(SimpleNamespace(zero_stage=2, hf_ds_config=differs), still)

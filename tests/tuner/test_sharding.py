@@ -114,5 +114,5 @@ def test_bases_as_parameters_change_neither_output_nor_file() -> None:
 
 def test_numbers_shared_by_all_layers_are_refused() -> None:
     config = SpectralConfig(method="specadapt", r=4, target_modules=TARGETS)
-    with pytest.raises(AdapterError, match="FSDP2 shards each layer for itself. Set shared_core to false"):
+    with pytest.raises(AdapterError, match="FSDP2 and ZeRO-3 shard each layer for itself. Set shared_core to false"):
         bases_as_parameters(get_peft_model(LLAMA.fresh(), config))

@@ -39,15 +39,16 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 def bases_as_parameters(model: nn.Module) -> int:
     """Turn frozen bases into parameters, and get the number of adapters; call it before `fully_shard`.
 
-    FSDP2 shards parameters and copies buffers to every process; normally a basis is a buffer, so that DDP and PEFT
-    leave it alone. Raises `AdapterError` for a method whose weights share trained numbers, which FSDP2 cannot do.
+    FSDP2 and ZeRO-3 shard parameters and copy buffers to every process; normally a basis is a buffer, so that DDP and
+    PEFT leave it alone. Raises `AdapterError` for a method whose weights share trained numbers: they shard by layer.
     """
     found = [module for _, _, module in spectral_modules(model)]
     for module in found:
         if module.method.shared_by():
             raise AdapterError(
-                f"{module.name}: {module.method.name} trains numbers that several weights share, and FSDP2 shards "
-                f"each layer for itself. Set shared_core to false (specadapt) or leave share out, or use DDP."
+                f"{module.name}: {module.method.name} trains numbers that several weights share, and FSDP2 and "
+                f"ZeRO-3 shard each layer for itself. Set shared_core to false (specadapt) or leave share out, or use "
+                f"DDP."
             )
         module.bases_as_parameters()
     return len(found)

@@ -14,7 +14,7 @@ from ..methods.contract import Method
 from ..records import Spectrum
 from ..spectrum import FOREIGN_GAIN, align, gain_off, sketch, sketch_tolerance, sketch_width
 from .autocast import in_own_dtype
-from .offloading import at_hand
+from .offloading import at_hand, is_cut
 
 # |W Vh^T - U S| of an embedded basis, as a fraction of a foreign basis of that size (|W|_F sqrt(R / K)): rounding the
 # base to bfloat16 gives at most 2^-9, another weight about 1. In between, chosen.
@@ -193,11 +193,11 @@ class KeptBasis(nn.Module):
         if any(tensor.is_meta for tensor in self._buffers.values() if tensor is not None):
             return  # no file has come yet
         self._aside.clear()
-        if hasattr(self._kept("Vh_RI"), "device_mesh"):  # no process has it whole
+        if is_cut(self._kept("Vh_RI")):  # no process has it whole
             if self._buffers["sketch"] is not self._settled_on:
                 raise AdapterError(
-                    f"{self.name}: numbers were loaded after fully_shard, and a sharded basis cannot be rotated to "
-                    f"match them. Load the adapter first, then call fully_shard."
+                    f"{self.name}: numbers were loaded after the model was sharded, and a sharded basis cannot be "
+                    f"rotated to match them. Load the adapter first, then call fully_shard or deepspeed.initialize."
                 )
             return
         if self.sketch.numel() and "sketch" not in self._non_persistent_buffers_set:

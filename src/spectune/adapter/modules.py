@@ -17,7 +17,7 @@ from ..records import Delta, SparseCore, Spectrum
 from .autocast import in_own_dtype
 from .dynamics import Dynamics, follow
 from .kept_basis import BASIS, KeptBasis
-from .offloading import at_hand
+from .offloading import at_hand, is_cut
 
 # PEFT's init_weights=False, a start other than the identity to test merging and saving: how far the trained numbers
 # are from it. Chosen.
@@ -129,7 +129,7 @@ class SpectralModule(KeptBasis):
     def has_settled_basis(self) -> bool:
         """Whether the basis is here and whole: not on the meta device until a file comes, and not sharded."""
         kept = [self._kept(name) for name in (*BASIS, *self.frozen_names)]
-        return not any(tensor.is_meta or hasattr(tensor, "device_mesh") for tensor in kept)
+        return not any(tensor.is_meta or is_cut(tensor) for tensor in kept)
 
     def take_basis(self, other: SpectralModule) -> None:
         """Replace this basis, its sketch and the method's frozen tensors by copies of another module's."""

@@ -1,4 +1,4 @@
-"""Tensors that accelerate keeps elsewhere (`cpu_offload`, `dispatch_model`) between the forwards of their module."""
+"""Tensors that are kept elsewhere between the forwards of their module: by accelerate, or in parts by processes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -17,6 +18,11 @@ def at_hand(module: nn.Module) -> AbstractContextManager[None]:
     """
     hook = module.__dict__.get("_hf_hook")
     return nullcontext() if hook is None or not _is_elsewhere(module) else _fetched(module, hook)
+
+
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Ask whether this process holds only a part of a tensor: under FSDP2, tensor parallelism or ZeRO-3."""
+    return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:

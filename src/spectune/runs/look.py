@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapter import is_cut
 from ..recipes.recipe import Recipe
 from ..training.rates import method_of
 from .folder import Run
@@ -36,7 +37,7 @@ def look(result: RunResult, recipe: Recipe, model: Any) -> RunResult:
                 *_parts(result.parts, Run(Path(result.folder)).tuned(config)),
                 Size(name="the whole model", trainable=result.total),
             ],
-            "spectra": layer_spectra(model) if spectral else [],
+            "spectra": layer_spectra(model) if spectral and not any(map(is_cut, model.parameters())) else [],
             "updates": layer_updates(model) if adapted else [],
             "confusion": _confusion(recipe, model),
             "samples": [Sample(**vars(s)) for s in recipe.samples(model, split, MOST_SAMPLES)] if split else [],

@@ -24,6 +24,7 @@ from ..training.divergence import StopAtDivergence, remedies
 from ..training.loop import OnStep, Watch, quiet_libraries
 from ..training.processes import anywhere, join, on_main
 from ..training.rates import head_learning_rate, learning_rate, method_of
+from ..training.sharded import OPTIMIZER
 from .building import build, numbers
 from .folder import Run, opened_folder, refuse_other_run
 from .load import reloaded
@@ -223,7 +224,7 @@ def _fitted(recipe: Recipe, found: Run, watch: Watch, replace_old: Callable[[], 
     if stopped:  # after the last step, so that nothing of it is lost
         raise Interrupted(found.checkpoints, trainer.state.global_step)
     diverged = _diverged(divergence, config, good, found.tuned(config)) if divergence.found else ""
-    sharded = trainer.model if trainer.is_fsdp_enabled else None
+    sharded = trainer.model if trainer.is_fsdp_enabled or trainer.is_cut else None
     parts, directions = recipe.parts(model), directions_said(model)
     return _Fitted(watch, counts, parts, directions, size, *_memory(), diverged, sharded)
 
@@ -251,10 +252,10 @@ def _fit(trainer: Any, last: Path | None) -> None:
     if last is None:
         trainer.train()
         return
-    if trainer.is_deepspeed_enabled or not (last / "optimizer.pt").is_file():
+    if not (last / OPTIMIZER).is_file():
         raise OutputError(
-            f"{last}: cannot continue: runs under DeepSpeed do not save the optimizer's state in a form that other "
-            f"processes read. Start the run again in another folder, or use DDP or FSDP2."
+            f"{last}: cannot continue: there is no {OPTIMIZER}, only DeepSpeed's own pickles. Start the run again in "
+            f"another folder."
         )
     steps = trainer.args.max_steps
     total = steps if steps > 0 else _all_steps(trainer)
@@ -274,7 +275,7 @@ def _save(recipe: Recipe, trainer: Any, found: Run) -> int:
     """Save adapter (or model), tokenizer and template, all or nothing; get the tensors' bytes."""
     goal = found.tuned(recipe.config)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    whole = {} if not trainer.is_fsdp_enabled else {"state_dict": trainer.accelerator.get_state_dict(trainer.model)}
+    whole = trainer.whole()
     if trainer.accelerator.is_main_process:
         with fresh_folder(goal, overwrite=True) as new:
             model.save_pretrained(str(new), **whole)

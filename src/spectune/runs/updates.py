@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import spectral_modules
+from ..adapter import is_cut, spectral_modules
 from ..algebra import dense
 from ..checkpoint import PEFT_PREFIX
 from .result import LayerMove
@@ -25,7 +25,7 @@ def layer_updates(model: nn.Module) -> list[LayerMove]:
     DoRA, OFT, …) maps the identity with and without its adapter, so that dW is its effect, whatever it stores. Other
     layers of other methods, and sharded models, are left out.
     """
-    if any(type(p).__name__ == "DTensor" for p in model.parameters()):
+    if any(is_cut(p) for p in model.parameters()):
         return []
     training = model.training
     model.eval()  # dropout is not part of an update

@@ -43,8 +43,9 @@ class StopAtDivergence(TrainerCallback):
 
 
 def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Ask whether every number is finite."""
-    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors)
+    """Ask whether every number is finite, under ZeRO-3 of this process's part."""
+    parts = (getattr(tensor, "ds_tensor", tensor).detach() for tensor in tensors)
+    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def remedies(config: RunConfig, step: int) -> str:

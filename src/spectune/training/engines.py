@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from ..adapter import SpectralModule
+from ..adapter import spectral_modules
 from ..errors import OptionError
+from .adalora import is_adalora
+from .checkpoints import OwnCheckpoints
 
 
 def refuse_fsdp_options(plugin: Any) -> None:
@@ -42,21 +43,21 @@ def refuse_output_embedding(model: Any) -> None:
         )
 
 
-def refuse_deepspeed_options(plugin: Any, modules: Sequence[SpectralModule]) -> None:
+def refuse_deepspeed_options(plugin: Any, model: Any) -> None:
     """Raise `OptionError` for options of DeepSpeed that a run does not support."""
-    if plugin.zero_stage == 3:
-        raise OptionError(
-            "accelerate: DeepSpeed ZeRO-3 does not shard bases, and no process has the whole adapter to save. "
-            "Use FSDP2 (examples/accelerate/fsdp2.yaml), or ZeRO-2."
-        )
     if plugin.hf_ds_config.mismatches:
         lines = "; ".join(line.strip("- ").replace("ds ", "DeepSpeed ", 1) for line in plugin.hf_ds_config.mismatches)
         raise OptionError(
             f"accelerate: the DeepSpeed file contradicts the run: {lines}. Leave this out of accelerate's file; then "
             f"the run's own values apply (examples/accelerate/zero2.yaml)."
         )
-    if any(module.dynamics for module in modules):
+    if any(module.dynamics for _, _, module in spectral_modules(model)):
         raise OptionError(
             "adapter: singular_decay and grad_norm have no effect under DeepSpeed, whose optimizer does not hold the "
             "adapter's own tensors. Leave them out, or use DDP or FSDP2."
+        )
+    if plugin.zero_stage == 3 and (is_adalora(model) or isinstance(model, OwnCheckpoints)):
+        raise OptionError(
+            "accelerate: this adapter reads its whole numbers between steps or saves them itself, and under DeepSpeed "
+            "ZeRO-3 no process has them. Use ZeRO-2 or DDP."
         )

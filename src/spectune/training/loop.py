@@ -10,25 +10,23 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..adapter import bases_as_parameters, spectral_modules
 from ..errors import OptionError
-from .adalora import AllocateBudget, is_adalora, load_budget, save_budget
-from .checkpoints import PARTIAL, OwnCheckpoints, save_whole, write_examples_a_step
+from .adalora import AllocateBudget
 from .engines import refuse_deepspeed_options, refuse_fsdp_options, refuse_output_embedding
 from .muon import MUON, SpectralMuon, muon_groups
-from .sharded import SCHEDULER, load_optimizer, load_trained, load_whole, save_optimizer, written_by_name
+from .saving import Saving
+from .zero import load_whole_models
 
 OnStep = Callable[[int, int, float], None]
 """Called with (step, steps, loss) after each optimizer step."""
@@ -49,13 +47,12 @@ class Plan:
     """For a range test: the first group's rate grows exponentially from this share of its peak up to the peak."""
 
 
-class Loop:
+class Loop(Saving):
     """What every run adds to a Trainer: rates by group, its own loss, complete checkpoints."""
 
     def __init__(self, *args: Any, plan: Plan, **kwargs: Any) -> None:
         self.plan = plan
         super().__init__(*args, **kwargs)
-        self._run_dir: Path | None = None
         self._place_bases()
         self.add_callback(AllocateBudget())  # type: ignore[attr-defined]
         for callback in list(self.callback_handler.callbacks):  # type: ignore[attr-defined]
@@ -76,7 +73,8 @@ class Loop:
             refuse_output_embedding(me.model)
             bases_as_parameters(me.model)
         if me.is_deepspeed_enabled:
-            refuse_deepspeed_options(me.accelerator.state.deepspeed_plugin, modules)
+            refuse_deepspeed_options(me.accelerator.state.deepspeed_plugin, me.model)
+            load_whole_models()
         # DDP would send every buffer before every forward.
         tensors = {id(t) for module in modules for t in module.buffers()}
         names = [name for name, buffer in me.model.named_buffers() if id(buffer) in tensors]
@@ -125,105 +123,8 @@ class Loop:
         loss = self.plan.loss(model, inputs)
         return (loss, {}) if return_outputs else loss
 
-    def _get_output_dir(self, trial: Any = None) -> str:
-        me: Any = self
-        return str(self._run_dir or me.args.output_dir)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Unlike transformers, which writes into the final folder, never leave half a checkpoint."""
-        me: Any = self
-        folder = Path(me.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        keep, me.args.save_total_limit = me.args.save_total_limit, None
-
-        def write() -> None:
-            self._run_dir = folder / PARTIAL
-            with same_bases(me.model):
-                super(Loop, self)._save_checkpoint(model, trial)  # type: ignore[misc]
-            if me.args.should_save:
-                asked = me.args.per_device_train_batch_size * me.args.gradient_accumulation_steps
-                write_examples_a_step(folder / PARTIAL / name, asked * me.args.world_size)
-                if is_adalora(me.model):
-                    save_budget(me.model, folder / PARTIAL / name)
-
-        name = f"checkpoint-{me.state.global_step}"
-        try:
-            save_whole(folder, name, write, keep, me.accelerator.wait_for_everyone, me.args.should_save)
-        finally:
-            self._run_dir, me.args.save_total_limit = None, keep
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        me: Any = self
-        if isinstance(me.model, PreTrainedModel):
-            # For some architectures (ViT) its files use the names of older releases, which only from_pretrained knows;
-            # transformers' own method would silently load nothing.
-            saved = type(me.model).from_pretrained(resume_from_checkpoint, local_files_only=True)
-            if me.is_fsdp_enabled:
-                load_whole(me.model, saved.state_dict())
-            else:
-                me.model.load_state_dict(saved.state_dict())
-            return
-        if me.is_fsdp_enabled:
-            load_trained(me.model, Path(resume_from_checkpoint))
-            return
-        if is_adalora(me.model):
-            load_budget(me.model, Path(resume_from_checkpoint))
-            return
-        with same_bases(me.model):
-            if isinstance(me.model, OwnCheckpoints):
-                me.model.load_checkpoint(Path(resume_from_checkpoint))
-                return
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        me: Any = self
-        if not me.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-            return
-        # transformers would write the whole base, too, and files that only as many processes can read.
-        save_optimizer(me.model, me.optimizer.optimizer, Path(output_dir), me.args.should_save)
-        if me.args.should_save:
-            torch.save(me.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        me: Any = self
-        if checkpoint is None or me.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-            return
-        folder = Path(checkpoint)
-        if me.is_fsdp_enabled or written_by_name(folder):
-            load_optimizer(me.model, me.optimizer.optimizer, folder, me.is_fsdp_enabled)
-            me.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        me: Any = self
-        if isinstance(me.model, OwnCheckpoints):
-            folder = Path(output_dir or me.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            me.model.save_checkpoint(folder)
-            return
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        # A pickle of the arguments; run.yaml has them.
-        Path(output_dir or "", "training_args.bin").unlink(missing_ok=True)
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: the run's report replaces trl's model card."""
-
-
-@contextmanager
-def same_bases(model: nn.Module) -> Iterator[None]:
-    """Keep the bases of spectral adapters bit for bit while they are saved or loaded.
-
-    Both rotate a basis to match its sketch, which changes the last bits even if it already matches. If the sketch has
-    not changed, the old basis is put back, so that a resumed run ends in exactly the same weights.
-    """
-    found = [(m, (m.U_OR, m.S_R, m.Vh_RI), m.sketch.clone()) for _, _, m in spectral_modules(model)]
-    yield
-    for module, basis, sketch in found:
-        if torch.equal(module.sketch, sketch):
-            module.U_OR, module.S_R, module.Vh_RI = basis
 
 
 @cache

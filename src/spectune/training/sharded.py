@@ -26,18 +26,27 @@ def save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
         torch.save(state, folder / OPTIMIZER)
 
 
+def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """Read an optimizer's state by names of parameters, written so or by places."""
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    return state if is_by_name(state) else _renamed(state, dict(enumerate(_names(model, optimizer))))
+
+
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, sharded: bool) -> None:
     """Read an optimizer's state, written by names or by places, into an optimizer of either kind."""
-    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    places = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state = state_by_name(model, optimizer, folder)
     if sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-        by_name = state if is_by_name(state) else _renamed(state, dict(enumerate(places)))
-        set_optimizer_state_dict(model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
     else:
-        optimizer.load_state_dict(_renamed(state, {name: place for place, name in enumerate(places)}))
+        places = {name: place for place, name in enumerate(_names(model, optimizer))}
+        optimizer.load_state_dict(_renamed(state, places))
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_by_name(state: dict[str, Any]) -> bool:
@@ -54,8 +63,8 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
     return {"state": {names[one]: values for one, values in state["state"].items()}, "param_groups": groups}
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Read an adapter's trained tensors into a model whose parameters may be cut; bases stay as they are.
+def trained_tensors(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Get an adapter's trained tensors by the names of a model whose parameters may be cut; bases stay as they are.
 
     `AdapterError` for a checkpoint that lacks one of them.
     """
@@ -63,12 +72,11 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             key = ".".join(part for part in name.split(".") if part not in NOT_IN_FILE)
-            if key not in file.shapes or file.shapes[key] != tuple(parameter.shape):
-                raise AdapterError(
-                    f"{folder}: the checkpoint has no {key} of shape {tuple(parameter.shape)}. Start anew."
-                )
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if key not in file.shapes or file.shapes[key] != shape:
+                raise AdapterError(f"{folder}: the checkpoint has no {key} of shape {shape}. Start anew.")
             found[name] = file.tensor(key).to(parameter.dtype)
-    load_whole(model, found, strict=False)
+    return found
 
 
 def load_whole(model: nn.Module, state: dict[str, Any], strict: bool = True) -> None:

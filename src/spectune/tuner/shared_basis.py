@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import ADAPTERS_ATTRIBUTE, BASIS, spectral_modules
+from ..adapter import ADAPTERS_ATTRIBUTE, BASIS, is_cut, spectral_modules
 from ..checkpoint import PEFT_PREFIX
 
 
@@ -47,4 +47,4 @@ def with_basis(
 
 
 def _is_rounded(tensor: torch.Tensor) -> bool:
-    return not hasattr(tensor, "device_mesh") and torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
+    return not is_cut(tensor) and torch.equal(tensor.to(torch.bfloat16).to(tensor.dtype), tensor)
