@@ -290,7 +290,7 @@ def slurm() -> None:
     import submitit  # noqa: F401
 
     if shutil.which("sbatch") is None:
-        assert "no sbatch" in spectune_says("compare", sweep(), "--on", "slurm", fails=True)
+        assert "sbatch was not found" in spectune_says("compare", sweep(), "--on", "slurm", fails=True)
 
 
 def optuna() -> None:

@@ -106,3 +106,18 @@ def test_what_leaves_too_few_directions_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(data_module, "MORE_COLUMNS", 0)
     with pytest.raises(OptionError, match="the 8 directions that are kept of these inputs hold 0.8"):
         prepare(Two(), small("gradient"), batches(), away_from=others(12), away_share=0.99999)
+
+
+def test_steep_spectra_leave_nothing_of_the_strong_directions() -> None:
+    """Eigenvectors in float32 are orthonormal to 1e-6, and a strong direction is 1e4 times as strong as a weak one."""
+    stream = torch.Generator().manual_seed(0)
+    scales_I = torch.logspace(0, -4, 64)
+    turn_II = torch.linalg.qr(torch.randn(64, 64, generator=stream))[0]
+    theirs, mine = ((torch.randn(400, 64, generator=stream) * scales_I) @ turn_II for _ in range(2))
+    moments = Moments("activation", "layer", (16, 64), 16, torch.device("cpu"))
+    inputs = OthersInputs("layer", (16, 64), 16, torch.device("cpu"))
+    moments.add(mine, torch.randn(400, 16, generator=stream))
+    inputs.add(theirs, theirs)
+    moments.away_IK = inputs.directions(0.99)
+    V_IR = moments.spectrum(Weight("layer", torch.randn(16, 64, generator=stream))).Vh_RI.mT.double()
+    assert float((moments.away_IK.mT @ V_IR).abs().max()) < 1e-6

@@ -110,7 +110,7 @@ class OthersInputs:
                 f"{self.name}: away_share={share} takes {count} of {len(vectors_IJ)} directions, and the adapter needs "
                 f"{self.rank}. Name a smaller share, or a smaller basis_rank."
             )
-        return vectors_IJ[:, :count]
+        return torch.linalg.qr(vectors_IJ[:, :count])[0]  # found in float32: as good as orthonormal only now
 
 
 class Moments:
