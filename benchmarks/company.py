@@ -3,8 +3,8 @@
     python benchmarks/company.py --data FOLDER --work FOLDER [--seeds 0 1 2] [--tasks …] [--rows 1000] [--epochs 1]
 
 A dense core in the gradient's directions on the attention's four weights of all-MiniLM-L6-v2, each task with its own
-head. Every arm is scored alone and after the sum of all its adapters; "keeps" is the share of what it scores alone, and
-"of plain" of what the plain core scores alone. Rows as in merging.py, fewer of them. Goes on when started again. Writes
+head. Every arm is scored alone and in the sum of all its adapters; "of plain" is the sum's share of what the plain core
+scores alone. Rows as in merging.py, fewer of them. Goes on when started again. Writes
 benchmarks/results/company.json (--output).
 """
 
@@ -17,16 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_spectra import GLUE, split_files
 from fusion_arms import cached
-from merging import RESULTS, STSB, TARGETS, score
+from merging import RESULTS, TARGETS, Bench, score
 from provenance import provenance
 
 from spectune import SpectralConfig, prepare
 from spectune.checkpoint import write_atomically
-from spectune.demo import base_folder, write_languages
+from spectune.demo import base_folder
 from spectune.fusion import fuse
-from spectune.recipes import parse_config
 from spectune.runs import examples_of, load_run, load_with, run
 from spectune.runs.company import batches_of
 
@@ -38,40 +36,13 @@ ARMS = {"plain": None, "away, .9": 0.9, "away, half": 0.5}
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all runs share."""
+class Company(Bench):
+    """Runs whose adapters know of each other."""
 
-    data: Path
-    work: Path
-    tasks: tuple[str, ...]
-    rows: int
-    epochs: float
-
-    def config(self, task: str, seed: int, adapter: Any, training: dict[str, Any]) -> Any:
-        files = self.work / "data"
-        files.mkdir(parents=True, exist_ok=True)
-        if task == "languages":
-            data: dict[str, Any] = {split: str(path) for split, path in write_languages(files).items()}
-            data |= {"max_tokens": 48}
-        else:
-            data = split_files(task, self.data, files, GLUE | STSB)
-        values = {
-            "recipe": "text_classification",
-            "model": str(base_folder()),
-            "pooling": "mean",
-            "seed": seed,
-            "data": data | {"limit": {"train": self.rows, "validation": 400, "test": 1000}},
-            "adapter": adapter,
-            "training": {"batch_size": 32, "head_first": True, "head_learning_rate": 1e-3, **training},
-            "evaluation": {"metrics": ["spearman" if task == "stsb" else "accuracy"]},
-        }
-        return parse_config(values, task)
-
-    def head(self, task: str, seed: int) -> Path:
-        """Get the run that fits a head on the untouched body."""
-        tiny = {"steps": 1, "head_learning_rate": 1e-12}  # a run has at least one step
-        folder = self.work / f"{task}-head-{seed}"
-        run(self.config(task, seed, "head", tiny), folder, resume=True)
+    def fitted_head(self, task: str, seed: int) -> Path:
+        """Get the folder of the run that fits a head on the untouched body."""
+        config, folder = self.head(task, seed)
+        run(config, folder, resume=True)
         return folder
 
     def core(self, task: str, seed: int, share: float | None) -> Path:
@@ -80,22 +51,23 @@ class Bench:
         core = {"method": "svft", "pattern": "dense", "basis_rank": BASIS, "target_modules": TARGETS}
         core |= {"directions": "gradient"}
         if not list(place.glob("basis-*")):
-            recipe, model = load_run(self.head(task, seed))
-            others = [batch for other in self.tasks if other != task for batch in examples_of(self.head(other, seed))]
+            recipe, model = load_run(self.fitted_head(task, seed))
+            heads = [self.fitted_head(other, seed) for other in self.tasks if other != task]
+            others = [batch for head in heads for batch in examples_of(head)]
             away: dict[str, Any] = {} if share is None else {"away_from": others, "away_share": share}
             batches = batches_of(recipe, EXAMPLES, A_BATCH)
             prepare(model, SpectralConfig(**core), batches, loss=recipe.loss, save=place, **away)
         (basis,) = place.glob("basis-*")  # where a run below finds it again
-        training = {"epochs": self.epochs, "learning_rate": RATE}
+        training = {"epochs": self.epochs, "learning_rate": RATE, "head_learning_rate": 1e-3}
         folder = place / "run"
         run(self.config(task, seed, core | {"basis": str(basis)}, training), folder, resume=True)
         return folder
 
 
-def measured(bench: Bench, seed: int, share: float | None) -> dict[str, Any]:
+def measured(bench: Company, seed: int, share: float | None) -> dict[str, Any]:
     """Get task -> what it scores alone, and in the sum of all."""
     folders = {task: bench.core(task, seed, share) for task in bench.tasks}
-    alone = {task: score(load_run_metrics(folder)) for task, folder in folders.items()}
+    alone = {task: score(tested(folder)) for task, folder in folders.items()}
     together = bench.work / f"sum-{'plain' if share is None else share}-{seed}"
     fuse(list(folders.values()), rule="average", weights=1.0, base=base_folder(), heads_apart=True).save(
         together, overwrite=True
@@ -107,7 +79,7 @@ def measured(bench: Bench, seed: int, share: float | None) -> dict[str, Any]:
     return {"alone": alone, "merged": merged}
 
 
-def load_run_metrics(folder: Path) -> dict[str, float]:
+def tested(folder: Path) -> dict[str, float]:
     recipe, model = load_run(folder)
     found: dict[str, float] = recipe.evaluate(model, "test")
     return found
@@ -123,7 +95,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS.with_name("company.json"))
     asked = parser.parse_args()
-    bench = Bench(asked.data, asked.work, tuple(asked.tasks), asked.rows, asked.epochs)
+    bench = Company(asked.data, asked.work, asked.epochs, tuple(asked.tasks), asked.rows)
     found: list[dict[str, Any]] = []
     for seed in asked.seeds:
         arms = {}

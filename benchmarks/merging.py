@@ -51,6 +51,7 @@ class Bench:
     work: Path
     epochs: float
     tasks: tuple[str, ...] = TASKS
+    rows: int = LIMIT["train"]
 
     def config(self, task: str, seed: int, adapter: Any, training: dict[str, Any]) -> Any:
         """Get the configuration of one run."""
@@ -66,7 +67,7 @@ class Bench:
             "model": str(base_folder()),
             "pooling": "mean",
             "seed": seed,
-            "data": data | {"limit": LIMIT},
+            "data": data | {"limit": LIMIT | {"train": self.rows}},
             "adapter": adapter,
             "training": {"batch_size": 32, "head_first": True, **training},
             "evaluation": {"metrics": ["spearman" if task == "stsb" else "accuracy"]},

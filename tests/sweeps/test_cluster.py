@@ -80,7 +80,7 @@ def test_all_runs_that_do_not_wait_for_each_other_are_submitted_at_once(tmp_path
     assert {p.suffix for p in (tmp_path / "out/runs").iterdir() if p.is_file()} == {".log"}  # of the failed run
 
 
-@pytest.mark.parametrize("taken", [INTERRUPTED, -15])
+@pytest.mark.parametrize("taken", [INTERRUPTED, -2, -15])
 def test_a_run_that_its_node_stopped_is_started_again_a_failed_one_is_not(job: Path, taken: int) -> None:
     double = Double([taken, taken, 1])
     assert double.run(job, job.with_suffix(".log"), lambda *step: None) == 1 and len(double.errands) == 3

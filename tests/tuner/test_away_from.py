@@ -86,6 +86,20 @@ def test_a_transformer_needs_no_labels_for_the_others() -> None:
     assert leak[1] < 4 * ROUNDED < leak[0] / 5
 
 
+def test_tuples_will_do_and_what_is_missing_is_named() -> None:
+    class Pair(Two):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None) -> Any:
+            return super().forward(x, labels).loss, None
+
+    asked, own = small("gradient"), batches()
+    found = prepare(Pair(), asked, own, away_from=others(), loss=lambda model, batch: model(**batch)[0])
+    assert set(found.spectra) == {"first"}
+    with pytest.raises(OptionError, match="^away_from: there are none"):
+        prepare(Two(), asked, own, away_from=[])
+    with pytest.raises(OptionError, match="^batches: there are none"):
+        prepare(Two(), asked, [], away_from=others())
+
+
 def test_what_leaves_too_few_directions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         OptionError, match=r"first: away_share=0.99999 takes 9 of 12 directions, and the adapter needs 4"

@@ -254,8 +254,8 @@ def _fit(trainer: Any, last: Path | None) -> None:
         return
     if not (last / OPTIMIZER).is_file():
         raise OutputError(
-            f"{last}: cannot continue: there is no {OPTIMIZER}, only DeepSpeed's own pickles. Start the run again in "
-            f"another folder."
+            f"{last}: cannot continue: this checkpoint has no {OPTIMIZER}. Older versions saved runs under DeepSpeed "
+            f"without it. Start the run again in another folder."
         )
     steps = trainer.args.max_steps
     total = steps if steps > 0 else _all_steps(trainer)

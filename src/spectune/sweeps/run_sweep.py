@@ -229,7 +229,7 @@ class _Running:
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
         if old is not None and (old.stopped or old.diverged) and not changes:
-            return old  # it would diverge again
+            return old  # it would end so again
         return old if old is not None and old.ok and not old.error and not lacks else None
 
     def _new(self, cell: Cell, measures: Sequence[str] | None, trial: Trial | None = None) -> SweepRecord:
@@ -279,7 +279,7 @@ class _Running:
             status = self.workers.run(job, log, on_step)
             found = json.loads(answer.read_text("utf-8")) if answer.is_file() else {"error": last_words(status, log)}
         except StoppedEarly as early:
-            found = {"stopped": early.args[0]} | ({} if self.engine is None else {"machine": {}})  # it was not asked
+            found = {"stopped": early.args[0]} | ({} if self.engine is None else {"machine": {}})  # no node was asked
         for path in (job, answer, *([log] if "seconds" in found or "stopped" in found else [])):
             path.unlink(missing_ok=True)
         return found

@@ -38,8 +38,9 @@ class Pass:
         model: nn.Module,
         batches: Iterable[AnyBatch],
         loss: LossFunction | None,
+        name: str = "batches",
     ) -> None:
-        self.model, self.batches, self.loss = model, batches, loss
+        self.model, self.batches, self.loss, self.name = model, batches, loss, name
         self.count = 0
         """Batches of one pass."""
 
@@ -61,7 +62,18 @@ class Pass:
         if processes() > 1:
             for one in seen.values():
                 one.add_up()
-        _refuse_unseen(seen)
+        self._refuse_unseen(seen)
+
+    def _refuse_unseen(self, seen: Mapping[str, Seen]) -> None:
+        unseen = [name for name, one in seen.items() if not one.tokens]
+        if len(unseen) == len(seen):
+            raise OptionError(
+                f"{self.name}: there are none, or the loss does not depend on the layers. Pass some examples."
+            )
+        if unseen:
+            raise OptionError(
+                f"{unseen[0]}: this layer got no gradient of {self.name}. Exclude it, or pass examples that use it."
+            )
 
 
 @contextmanager
@@ -118,18 +130,13 @@ def _on_device(value: Any, model: nn.Module) -> Any:
     return value.to(next(model.parameters()).device) if isinstance(value, torch.Tensor) else value
 
 
-def _refuse_unseen(seen_by: Mapping[str, Seen]) -> None:
-    unseen = [name for name, seen in seen_by.items() if not seen.tokens]
-    if len(unseen) == len(seen_by):
-        raise OptionError("batches: there are none, or the loss does not depend on the layers. Pass some examples.")
-    if unseen:
-        raise OptionError(f"{unseen[0]}: this layer got no gradient. Exclude it, or pass examples that use it.")
-
-
 def sum_of_outputs(model: nn.Module, batch: AnyBatch) -> torch.Tensor:
     """Get a loss that depends on every layer, where only the layers' inputs are wanted."""
     found = model(**batch)
-    values = [found] if isinstance(found, torch.Tensor) else vars(found).values()
+    if isinstance(found, torch.Tensor | tuple):
+        values = found if isinstance(found, tuple) else (found,)
+    else:
+        values = tuple(vars(found).values())
     sums = [value.float().sum() for value in values if isinstance(value, torch.Tensor) and value.requires_grad]
     if not sums:
         raise OptionError(f"away_from: {type(model).__name__} returned no tensor that depends on its layers.")

@@ -61,12 +61,14 @@ def prepare(
 
     `batches` hold keyword arguments of the model, with labels; `loss(model, batch)` is for models that do not return
     one. `save` is a folder, or a .safetensors file: the directions become a basis file of their own there, and the
-    adapter's file will not hold them. `config.directions` says what is collected:
+    adapter's file will not hold them.
 
     `away_from` are batches of other tasks, or of neutral text, that the adapter should leave alone (labels are not
     needed): of each layer's inputs x there, the leading directions Q of sum x x^T that hold `away_share` of its trace
     are kept out of the right directions, V^T Q = 0. Whatever is trained then, dW Q = 0 but for the rounding of V to
     bfloat16, so of those inputs the layer changes only what lies in the rest.
+
+    `config.directions` says what is collected:
 
     - gradient: left singular vectors from sum_k G_k G_k^T, right from sum_k G_k^T G_k, G_k the gradient of the loss of
       batch k with respect to the weight (the factors of Shampoo, Gupta et al., arXiv 1802.09568).
@@ -84,7 +86,7 @@ def prepare(
         _refuse_away(config, away_share)
     keep_unpacked(model)
     layers, examples = layers_of(model, config), Pass(model, batches, loss)
-    others = None if away_from is None else Pass(model, away_from, sum_of_outputs)
+    others = None if away_from is None else Pass(model, away_from, sum_of_outputs, "away_from")
     prepared, spectra = copy.copy(config), _directions(examples, layers, config, others, away_share)
     if _is_scored(config):
         prepared, spectra = _scored(examples, layers, spectra, prepared)
