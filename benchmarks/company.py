@@ -26,7 +26,7 @@ from spectune.checkpoint import write_atomically
 from spectune.demo import base_folder
 from spectune.fusion import fuse
 from spectune.runs import examples_of, load_run, load_with, run
-from spectune.runs.company import batches_of
+from spectune.runs.drawn_examples import batches_of
 
 TASKS = ("sst2", "cola", "languages")
 BASIS = 78  # as many numbers as LoRA of rank 8 in a weight of 384 x 384

@@ -48,6 +48,8 @@ RUNS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 
 # Options of the shared sections that a recipe refuses, or that only `generate` reads; its own tests hold that.
 REFUSED = {"ConceptTraining.head_first", "WritingEvaluation.max_new_tokens"}
+# Read only beside directions of data: tests/runs/test_away_from.py.
+OF_DIRECTIONS = {"away_share"}
 # Sections that need a package or a function of the user's; so do theirs.
 ELSEWHERE = {"JsonSchema", "OwnReward"}
 
@@ -93,6 +95,7 @@ def recorded_reads() -> Iterator[set[tuple[type, str]]]:
 
 def unread(kind: type[BaseModel], read: set[tuple[type, str]]) -> list[str]:
     left = [f"{section.__name__}.{name}" for section, name in options(kind) if (section, name) not in read]
+    left = [name for name in left if name.split(".")[1] not in OF_DIRECTIONS]
     return [name for name in left if name not in REFUSED and name.split(".")[0] not in ELSEWHERE]
 
 

@@ -26,6 +26,8 @@ RUNS = {
 }  # fmt: skip
 # What a recipe has its own mind about: trl names the columns itself.
 OWN = {"causal_lm": {"remove_unused_columns"}}
+# They need runs and directions of data: tests/runs/test_away_from.py.
+OF_DIRECTIONS = {"away_from", "away_share"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def _plan(config: RunConfig) -> list[tuple[float, list[float]]]:
     return [(rate, [float(p.detach().sum()) for p in group]) for group, rate in plan.rates]
 
 
-@pytest.mark.parametrize("name", list(Training.model_fields))
+@pytest.mark.parametrize("name", [name for name in Training.model_fields if name not in OF_DIRECTIONS])
 def test_an_option_of_training_changes_what_the_loop_is_told(name: str, values: dict[str, Any]) -> None:
     changed = []
     for base in BASES:
@@ -67,7 +69,9 @@ def test_an_option_of_training_changes_what_the_loop_is_told(name: str, values: 
 def test_the_trainer_is_told_all_that_the_loop_is_told(recipe: str, tmp_path: Path) -> None:
     assert recipe in RUNS, f"{recipe}: give a tiny run in RUNS"
     # Rates go to the plan; a tracker would have to be installed; of names only an optimizer's own are taken.
-    asked = {name: others(name)[0] for name in Training.model_fields if name not in ("epochs", "report_to")}
+    asked = {
+        name: others(name)[0] for name in Training.model_fields if name not in {"epochs", "report_to"} | OF_DIRECTIONS
+    }
     del asked["head_learning_rate"], asked["head_first"]  # the head is fitted before there is a Trainer
     asked["optimizer"] = "adafactor"
     if recipe == "reward":

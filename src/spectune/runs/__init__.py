@@ -1,8 +1,8 @@
 """A run from its configuration to its folder: tried, trained, measured, read back."""
 
 from .company import Kept as Kept
-from .company import examples_of as examples_of
 from .company import load_with as load_with
+from .drawn_examples import examples_of as examples_of
 from .dry_run import DryRun as DryRun
 from .dry_run import dry_run as dry_run
 from .folder import Run as Run

@@ -17,6 +17,7 @@ from ..training.muon import MUON, refuse_without_matrices
 from ..training.processes import on_training_device
 from ..training.rates import head_learning_rate, learning_rate, method_of, usual_rate
 from ..tuner import attach, build_adapter_config
+from .drawn_examples import refuse_other_bases
 from .examples_first import directions_of_examples, fit_head
 
 
@@ -31,6 +32,7 @@ def build(recipe: Recipe, *, to_train: bool = True) -> tuple[nn.Module, Plan]:
             "training.precision=float16: autocast needs an accelerator, and a CPU would compute in float32. Use "
             "bfloat16 or float32."
         )
+    refuse_other_bases(config)
     set_seed(config.seed)  # a new head and LoRA's A are random
     model = recipe.build_model()
     own = recipe.attach(model)

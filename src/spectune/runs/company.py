@@ -1,8 +1,7 @@
-"""Runs in company: examples of their tasks for a merge, and what each task keeps of its score after one."""
+"""Runs in company: what each task keeps of its score after a merge."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,10 @@ from ..errors import AdapterError, DataError
 from ..recipes.metrics import better_is_smaller
 from ..recipes.recipe import Recipe
 from ..tuner import load_attached
-from .examples_first import by_length
 from .folder import Run
-from .load import load_run, recipe_of
+from .load import load_run
 
-# Examples of each run that rules look at, drawn with this seed. Chosen.
-EXAMPLES, SEED = 256, 0
 UNTOUCHED = "untouched body"
-
-
-def examples_of(run: str | Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Get batches of a run's training examples without labels, drawn by a fixed seed."""
-    recipe = recipe_of(Run.open(run))
-    batches = batches_of(recipe, count, recipe.config.training.batch_size)
-    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-
-
-def batches_of(recipe: Recipe, count: int, size: int) -> list[dict[str, Any]]:
-    """Get batches of a recipe's training examples, drawn by a fixed seed."""
-    rows = recipe.plain_rows("train")
-    drawn = by_length(rows, random.Random(SEED).sample(range(len(rows)), min(count, len(rows))))
-    return [recipe.collate([rows[i] for i in drawn[at : at + size]]) for at in range(0, len(drawn), size)]
 
 
 def load_with(run: str | Path, adapter: str | Path | None) -> tuple[Recipe, nn.Module]:

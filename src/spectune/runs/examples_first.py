@@ -14,6 +14,7 @@ from ..errors import OptionError
 from ..recipes.recipe import Recipe
 from ..training.processes import join
 from ..tuner import SpectralConfig
+from .drawn_examples import batches_of_others, by_length
 from .remembered_pass import remembered
 
 # Examples of the pass that finds directions of the data, and of one batch of it. Of the gradient's energy on unseen
@@ -42,7 +43,8 @@ def directions_of_examples(recipe: Recipe, model: nn.Module, config: Any, has_ne
             f"adapter.{config.needs_examples}: the gradients of a new random head say nothing. Set "
             f"training.head_first: true."
         )
-    return remembered(recipe, model, config, list(_Batches(recipe)))
+    away = batches_of_others(recipe.config) if recipe.config.training.away_from else None
+    return remembered(recipe, model, config, list(_Batches(recipe)), away)
 
 
 class _Batches:
@@ -61,11 +63,6 @@ class _Batches:
         size = min(A_BATCH, self.recipe.config.training.batch_size)
         for start in range(0, len(self.mine), size):
             yield self.recipe.collate([self.rows[i] for i in self.mine[start : start + size]])
-
-
-def by_length(rows: Any, places: list[int]) -> list[int]:
-    """Get the places of texts by their numbers of tokens; those of pictures, which would have to be read, as given."""
-    return sorted(places, key=lambda i: len(rows[i]["input_ids"])) if isinstance(rows, list) else places
 
 
 def fit_head(recipe: Recipe, model: nn.Module, heads: list[str]) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from ..checkpoint import LoraFile, read_lora
 from ..errors import AdapterError
 from ..extraction import calibrated
-from ..runs.company import EXAMPLES, batches_of, load_with
+from ..runs.company import load_with
+from ..runs.drawn_examples import EXAMPLES, batches_of
 from ..runs.folder import Run
 
 # Squares of the gradients of small batches say more of each example than those of large ones. Chosen.

@@ -105,6 +105,13 @@ class Training(Section):
     head_first: bool = Field(
         False, description="Fit a new head on the frozen body's features before the first step (classifiers, scores)."
     )
+    away_from: list[PathOrName] = Field(
+        default_factory=list,
+        description="Finished runs on the same base whose inputs the adapter leaves alone (directions of data).",
+    )
+    away_share: float | None = Field(
+        None, gt=0, lt=1, description="Share of the energy of those inputs that is left alone; default: 0.9."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices (not on biases and norms).")
     warmup: float = Field(0.06, ge=0, description="Share of the steps if below 1, else their number.")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -131,6 +138,8 @@ class Training(Section):
             raise ValueError("give either steps or epochs")
         if self.schedule == "constant" and self.warmup not in (0, Training.model_fields["warmup"].default):
             raise ValueError("schedule constant has no warmup; choose constant_with_warmup or leave warmup out")
+        if self.away_share is not None and not self.away_from:
+            raise ValueError("away_share needs away_from; name runs there, or leave it out")
         return self
 
 
@@ -155,6 +164,16 @@ class RunConfig(Section):
         if self.adapter == HEAD and self.training.learning_rate is not None:
             raise ValueError(
                 "adapter: head trains no adapter; give training.head_learning_rate instead of learning_rate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _away_by_directions(self) -> RunConfig:
+        options = {} if isinstance(self.adapter, str) else self.adapter
+        if self.training.away_from and (options.get("directions", "weight") == "weight" or options.get("basis")):
+            raise ValueError(
+                "training.away_from needs directions that this run finds in its examples: add directions: gradient to "
+                "the adapter, without a basis file"
             )
         return self
 

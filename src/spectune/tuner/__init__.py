@@ -12,6 +12,7 @@ from .foreign_file import bounded_config as bounded_config
 from .kinds import SpectralLinear as SpectralLinear
 from .layer import SpectralLayer as SpectralLayer
 from .model import SpectralTuner as SpectralTuner
+from .prepare import AWAY_SHARE as AWAY_SHARE
 from .prepare import layers_of as layers_of
 from .prepare import prepare as prepare
 from .prepare import wanted as wanted
