@@ -49,6 +49,7 @@ DOORS: dict[str, set[str]] = {
     "ray": {"sweeps"},
     "submitit": {"sweeps"},
     "optuna": {"sweeps"},
+    "fsspec": {"sweeps"},
     "django": set(),
 }
 FORBIDDEN_FILES = {"utils.py", "common.py", "other.py", "helpers.py", "misc.py"}

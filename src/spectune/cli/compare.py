@@ -17,7 +17,12 @@ def compare(
         list[str] | None, typer.Argument(help="Settings that replace the file's, such as seeds=[0].")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; default: comparisons/ and the file's name.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder, or address such as s3://BUCKET/NAME; default: comparisons/ and the file's name.",
+        ),
     ] = None,
     jobs: Jobs = None,
     on: On = None,
@@ -27,18 +32,19 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")] = False,
 ) -> None:
     """Compare methods: rates chosen on validation, figures on test. Repeat the command to continue a stopped sweep."""
-    from ..sweeps import load_sweep
+    from ..sweeps import load_sweep, sweep_folder
     from .comparison_files import cluster_of, print_comparison, run_under_bar, write_files
     from .terminal import Console
 
-    asked = load_sweep(sweep, overrides or [])
-    folder = output or Path("comparisons", sweep.stem)
-    console = Console(stderr=True, quiet=as_json)
-    records = run_under_bar(asked, folder, console, jobs, engine=cluster_of(on, cpus, gpus, slurm))
-    summary = write_files(asked, records, folder, console)
+    asked, place = load_sweep(sweep, overrides or []), sweep_folder(output or Path("comparisons", sweep.stem))
+    console, engine = Console(stderr=True, quiet=as_json), cluster_of(on, cpus, gpus, slurm)
+    with place:
+        records = run_under_bar(asked, place, console, jobs, engine=engine)
+        summary = write_files(asked, records, place.folder, console)
+        page = place.page
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        print_comparison(summary, folder, console)
+        print_comparison(summary, page, console)
     if records and not any(record.ok for record in records):
         raise SystemExit(1)

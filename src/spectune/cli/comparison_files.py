@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..sweeps import Cluster, SweepConfig, SweepRecord
+    from ..sweeps import Cluster, SweepConfig, SweepFolder, SweepRecord
     from .terminal import Console
 
 SHOWN = 4
@@ -43,7 +43,7 @@ def cluster_of(on: str | None, cpus: float | None, gpus: float | None, slurm: li
 
 def run_under_bar(
     sweep: SweepConfig,
-    folder: Path,
+    output: str | Path | SweepFolder,
     console: Console,
     jobs: int | None = None,
     published: Mapping[str, Any] | None = None,
@@ -53,12 +53,12 @@ def run_under_bar(
 
     Tables and page are written after each run.
     """
-    from ..sweeps import run_sweep
+    from ..sweeps import run_sweep, sweep_folder
     from .progress import Stages
 
     if engine is not None:
         console.print(engine.said, markup=False, soft_wrap=True)
-    with Stages(console) as stages:
+    with sweep_folder(output) as place, Stages(console) as stages:
         bar = stages.add_task("runs", total=None, said="")
         latest, turn = dict[str, str](), Lock()  # what each run said last
 
@@ -71,15 +71,16 @@ def run_under_bar(
                 stages.update(bar, total=runs, completed=done, said="   ".join(latest[one] for one in at_work))
 
         def on_record(records: list[SweepRecord], runs: int) -> None:
-            write_files(sweep, records, folder, console, published, planned=runs)
+            write_files(sweep, records, place.folder, console, published, planned=runs)
+            place.show()
 
         try:
             records = run_sweep(
-                sweep, folder, provenance=provenance(), on_run=on_run, on_record=on_record, jobs=jobs, engine=engine
+                sweep, place, provenance=provenance(), on_run=on_run, on_record=on_record, jobs=jobs, engine=engine
             )
         except KeyboardInterrupt:
             stages.stop()
-            console.print(f"stopped; repeat the command to continue in {folder}", markup=False, soft_wrap=True)
+            console.print(f"stopped; repeat the command to continue in {place.said}", markup=False, soft_wrap=True)
             raise
         stages.update(bar, total=len(records), completed=len(records), said="")
     return records
@@ -115,8 +116,8 @@ def write_files(
     return complete
 
 
-def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console) -> None:
-    """Print the rows of a summary, the failed runs, and where the page is."""
+def print_comparison(summary: Mapping[str, Any], page: str, console: Console) -> None:
+    """Print the rows of a summary, the failed runs, and the address of the page, if there is one."""
     from rich.table import Table
 
     from ..sweeps import shown, spread
@@ -137,9 +138,8 @@ def print_comparison(summary: Mapping[str, Any], folder: Path, console: Console)
         console.print(f"stopped early: {stopped['run']}: {stopped['reason']}", markup=False, soft_wrap=True)
     for sentence in summary["says"]:
         console.print(f"note: {sentence}", markup=False, soft_wrap=True)
-    page = folder / "comparison.html"
-    if page.is_file():
-        console.print(f"open {page.resolve().as_uri()}", soft_wrap=True)
+    if page:
+        console.print(f"open {page}", markup=False, soft_wrap=True)
 
 
 def provenance() -> dict[str, Any]:

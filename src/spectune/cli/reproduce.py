@@ -43,6 +43,7 @@ def reproduce(
     """Run a published experiment and list every deviation. Repeat the command to continue a stopped one."""
     from ..errors import OptionError
     from ..papers import load_experiment, prepare
+    from ..sweeps import sweep_folder
     from .comparison_files import cluster_of, run_under_bar, write_files
     from .terminal import Console
 
@@ -50,7 +51,8 @@ def reproduce(
         _list(as_json)
         return
     experiment, console = load_experiment(name), Console(stderr=True, quiet=as_json)
-    folder = output or Path("reproductions", f"{name}-small" if small else name)
+    place = sweep_folder(output or Path("reproductions", f"{name}-small" if small else name))
+    folder = place.folder
     if experiment.compute is not None:
         if overrides or data is not None or tune or on is not None:
             raise OptionError(
@@ -74,15 +76,15 @@ def reproduce(
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        _tell(ready.published, summary, folder, console)
+        _tell(ready.published, summary, place.page, console)
     if records and not any(record.ok for record in records):
         raise SystemExit(1)
 
 
-def _tell(published: Mapping[str, Any], summary: Mapping[str, Any], folder: Path, console: Console) -> None:
+def _tell(published: Mapping[str, Any], summary: Mapping[str, Any], page: str, console: Console) -> None:
     from .comparison_files import print_comparison
 
-    print_comparison(summary, folder, console)
+    print_comparison(summary, page, console)
     for method, figures in published["rows"].items():
         said = ", ".join(f"{task} {value:g}" for task, value in figures.items())
         console.print(f"published {method}: {said}", markup=False, soft_wrap=True)

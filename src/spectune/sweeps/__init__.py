@@ -10,7 +10,9 @@ from .method_comparison import write_method_comparison as write_method_compariso
 from .record import SweepRecord as SweepRecord
 from .run_sweep import run_sweep as run_sweep
 from .seeds import seeds_like as seeds_like
+from .store import sweep_folder as sweep_folder
 from .summary import shown as shown
 from .summary import spread as spread
 from .summary import summarise as summarise
 from .summary import to_markdown as to_markdown
+from .sweep_folder import SweepFolder as SweepFolder

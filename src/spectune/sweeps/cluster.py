@@ -10,11 +10,14 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import OptionError
 from ..runs.result import RESULT_FILE
-from .on_node import Errand
+from .on_node import EVERY, Errand
+from .remote import RUNS, Remote
 from .worker import INTERRUPTED
 from .workers import OnWorkerStep
 
@@ -44,6 +47,14 @@ class Cluster(ABC):
         self._at_work: list[Any] = []
         self._lock = threading.Lock()
         self._stopping = False
+        self._store: Remote | None = None
+
+    def use_store(self, store: Remote) -> None:
+        """Work for a sweep in a store; `OptionError` for a cluster that needs a disk that its nodes share."""
+        raise OptionError(
+            f"{store.url}: this cluster works in a folder on a disk that its nodes share, not in a store. Give such a "
+            f"folder with -o; stores work with --jobs and --on ray."
+        )
 
     @abstractmethod
     def prepare(self, folder: Path) -> None:
@@ -70,6 +81,9 @@ class Cluster(ABC):
         told, steps = json.loads(job.read_text("utf-8")), job.with_suffix(".steps")
         awaited = [told["answer"], str(Path(told["folder"], RESULT_FILE))]
         errand = Errand(str(job.resolve()), str(Path.cwd()), self._threads, awaited)
+        if self._store is not None:
+            awaited = [f"{RUNS}/{job.stem}.answer", f"{RUNS}/{job.stem}/{RESULT_FILE}"]
+            errand = replace(errand, awaited=awaited, told=json.dumps(told), store=replace(self._store, sent={}))
         for _ in range(RETRIES):
             status = self._once(errand, steps, log, on_step)
             if status not in TAKEN_AWAY:
@@ -89,6 +103,8 @@ class Cluster(ABC):
             with self._lock:
                 self._at_work.remove(task)
             steps.unlink(missing_ok=True)
+            if self._store is not None:
+                self._store.remove(f"{RUNS}/{steps.name}")
         if self._stopping:
             raise KeyboardInterrupt
         return status
@@ -101,8 +117,12 @@ class Cluster(ABC):
                 self.cancel(task, at_once)
 
     def _follow(self, task: Any, steps: Path, on_step: OnWorkerStep) -> None:
-        read = 0
+        read, heard = 0, time.monotonic()
         while not self.ended(task):
+            if self._store is not None and time.monotonic() - heard > EVERY:
+                with suppress(OSError):  # nothing is told yet
+                    self._store.get(f"{RUNS}/{steps.name}", steps)
+                heard = time.monotonic()
             told, read = _told_since(steps, read)
             try:
                 for line in told:
@@ -120,6 +140,9 @@ class Cluster(ABC):
         except LostError as error:
             log.write_text(f"{error}\n", "utf-8")
             return 1
+        if self._store is not None:
+            _fetch(self._store, [f"{RUNS}/{log.name}", *written], log.parent.parent)
+            return status
         deadline = time.monotonic() + HIDDEN
         while not all(Path(path).is_file() for path in written) and time.monotonic() < deadline:
             time.sleep(POLL)
@@ -127,14 +150,30 @@ class Cluster(ABC):
 
 
 @contextmanager
-def token_in(folder: Path) -> Iterator[str]:
-    """Get the name of a new file in a folder, by which a node knows it again."""
-    token = folder / f".seen-{uuid.uuid4().hex}"
+def token_in(place: Path | Remote) -> Iterator[str]:
+    """Get the name of a new file in a folder or store, by which a node knows it again."""
+    if isinstance(place, Remote):
+        name = place.check(keep=True)
+        try:
+            yield name
+        finally:
+            place.remove(name)
+        return
+    token = place / f".seen-{uuid.uuid4().hex}"
     token.touch()
     try:
         yield token.name
     finally:
         token.unlink(missing_ok=True)
+
+
+def _fetch(store: Remote, names: Sequence[str], folder: Path) -> None:
+    """Download what a node wrote; the store keeps the run's own files alone."""
+    for name in names:
+        with suppress(FileNotFoundError):
+            store.get(name, folder / name)
+        if name.endswith(".answer"):
+            store.remove(name)
 
 
 def _told_since(steps: Path, read: int) -> tuple[list[list[Any]], int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError, OptionError, OutputError, one_line
 from .cluster import RETRIES, Cluster, LostError, token_in
 from .on_node import Errand, obstacle, work
+from .remote import Remote
 
 PATIENCE = 120.0
 """Seconds for a node to start a Python process and answer; chosen, not measured."""
@@ -25,9 +27,10 @@ class OnRay(Cluster):
         """
         super().__init__(max(1, int(cpus)))
         self._ray = ray = _connected(address)
-        from . import on_node
+        from . import on_node, remote
 
-        ray.cloudpickle.register_pickle_by_value(on_node)
+        for sent in (on_node, remote):
+            ray.cloudpickle.register_pickle_by_value(sent)
         nodes = [node for node in ray.nodes() if node["Alive"]]
         all_gpus = sum(node["Resources"].get("GPU", 0) for node in nodes)
         self._gpus = gpus if gpus is not None else float(all_gpus > 0)
@@ -45,14 +48,19 @@ class OnRay(Cluster):
             )
         self.said = f"ray: {len(self._nodes)} of {len(nodes)} nodes can work; each run gets {asked}"
 
+    def use_store(self, store: Remote) -> None:
+        """Let the nodes work in folders of their own, and upload."""
+        self._store = store
+
     def prepare(self, folder: Path) -> None:
-        """Ask every node that can work whether it sees the folder and has the same spectune."""
+        """Ask every node that can work whether it sees the folder, or reaches the store, and has the same spectune."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from .. import __version__
 
-        with token_in(folder) as token:
-            asked = [str(folder.resolve()), token, str(Path.cwd()), __version__]
+        with token_in(folder if self._store is None else self._store) as token:
+            asked: list[Any] = [str(folder.resolve()), token, str(Path.cwd()), __version__]
+            asked += [] if self._store is None else [replace(self._store, sent={})]
             answers = {}
             for node in self._nodes:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

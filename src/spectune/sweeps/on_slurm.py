@@ -121,7 +121,8 @@ def _submitit() -> Any:
         ) from None
     import cloudpickle
 
-    from . import on_node
+    from . import on_node, remote
 
-    cloudpickle.register_pickle_by_value(on_node)
+    for sent in (on_node, remote):
+        cloudpickle.register_pickle_by_value(sent)
     return submitit

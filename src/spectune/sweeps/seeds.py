@@ -9,7 +9,7 @@ from typing import Any
 
 from ..runs.result import RESULT_FILE, RunResult
 from .record import read_record
-from .run_sweep import ASKED, RECORDS, RUNS
+from .sweep_folder import ASKED, RECORDS, RUNS
 
 
 def seeds_like(run: str | Path) -> dict[str, Any] | None:
