@@ -18,6 +18,7 @@ import pytest
 
 from spectune.errors import OptionError, OutputError
 from spectune.sweeps import SweepRecord, connect, on_ray, parse_sweep, run_sweep
+from spectune.sweeps.remote import Remote
 from tests.effort import PATIENCE
 from tests.sweeps.sweeps import text_sweep
 
@@ -149,3 +150,54 @@ def test_a_sweep_whose_driver_is_killed_ends_in_the_same_table(cluster: Any, tmp
     there = run_sweep(sweep, tmp_path / "there", provenance={}, on_run=lambda *run: pytest.fail(f"repeated {run}"))
     here = run_sweep(sweep, tmp_path / "here", provenance={}, jobs=2)
     assert figures(there) == figures(here)
+
+
+def test_a_store_takes_the_place_of_a_shared_disk(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sweep, url, heard = parse_sweep(text_sweep(tmp_path)), (tmp_path / "store").as_uri(), list[Any]()
+    here = run_sweep(sweep, tmp_path / "here", provenance={}, jobs=2)
+    there = run_sweep(sweep, url, provenance={"machine": "?"}, engine=connect("ray", gpus=0))
+    assert all(r.ok for r in here) and figures(there) == figures(here)
+    assert there[0].provenance["machine"]["cpu_count"] == os.cpu_count()
+    names = Remote(url).names()
+    assert not [name for name in names if name.endswith((".steps", ".answer", ".log", ".job")) or "checkpoint" in name]
+    assert {name.split("/")[1] for name in names if "/adapter/" in name} == {
+        f"{r.task}--{r.method}--{r.rate:g}--{r.seed}" for r in here if r.method == "spectral_a"
+    }
+    again = run_sweep(sweep, url, provenance={}, on_run=lambda *said: heard.append(said))
+    assert figures(again) == figures(here) and not heard
+    with pytest.raises(OutputError, match=r"--on ray: the node [\d.]+ does not reach the store: memory://"):
+        run_sweep(sweep, "memory://other", provenance={}, engine=connect("ray", gpus=0))
+
+
+def test_a_killed_node_and_a_killed_driver_cost_a_store_only_the_steps_since_a_checkpoint(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, url = long_sweep(tmp_path), (tmp_path / "store").as_uri()
+    (tmp_path / "sweep.yaml").write_text(json.dumps(asked))
+    command = [sys.executable, "-m", "spectune.cli", "compare", "sweep.yaml", "-o", url, "--on", "ray"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "first")}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not list((tmp_path / "store").rglob("trainer_state.json")):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=10 * PATIENCE)
+    saved = {path.parts[-4]: int(path.parent.name[11:]) for path in (tmp_path / "store").rglob("trainer_state.json")}
+    first, reached, killed = dict[str, int](), dict[str, int](), list[str]()
+
+    def kill(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
+        reached[name] = step
+        if step:
+            first.setdefault(name, step)
+        if not killed:
+            killed.extend(kill_node(cluster, cluster.two[0], reached))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+    sweep = parse_sweep(asked)
+    there = run_sweep(sweep, url, provenance={}, engine=connect("ray", gpus=0), on_run=kill)
+    here = run_sweep(sweep, tmp_path / "here", provenance={}, jobs=2)
+    assert killed and all(r.ok for r in there) and figures(there) == figures(here)
+    assert all(first[name] > step for name, step in saved.items() if name in first)

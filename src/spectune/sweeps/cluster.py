@@ -83,7 +83,7 @@ class Cluster(ABC):
         errand = Errand(str(job.resolve()), str(Path.cwd()), self._threads, awaited)
         if self._store is not None:
             awaited = [f"{RUNS}/{job.stem}.answer", f"{RUNS}/{job.stem}/{RESULT_FILE}"]
-            errand = replace(errand, awaited=awaited, told=json.dumps(told), store=replace(self._store, sent={}))
+            errand = replace(errand, awaited=awaited, told=json.dumps(told), store=self._store.afar())
         for _ in range(RETRIES):
             status = self._once(errand, steps, log, on_step)
             if status not in TAKEN_AWAY:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ class OnRay(Cluster):
 
         with token_in(folder if self._store is None else self._store) as token:
             asked: list[Any] = [str(folder.resolve()), token, str(Path.cwd()), __version__]
-            asked += [] if self._store is None else [replace(self._store, sent={})]
+            asked += [] if self._store is None else [self._store.afar()]
             answers = {}
             for node in self._nodes:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

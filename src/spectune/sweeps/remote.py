@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,21 @@ class Remote:
     sent: dict[str, Any] = field(default_factory=dict, repr=False)
     """Name -> what tells the file's content, as it was last seen here and there alike."""
 
-    @cached_property
+    _found: Any = field(default=None, init=False, repr=False)  # a cached_property has a lock, and cannot be sent
+
+    @property
     def opened(self) -> tuple[Any, str, bool]:
         """The file system, the path in it, and whether it is a disk."""
-        fs, root = _opened(self.url)
-        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-        return fs, root.rstrip("/"), any(name in DISKS for name in protocols)
+        if self._found is None:
+            fs, root = _opened(self.url)
+            protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+            self._found = fs, root.rstrip("/"), any(name in DISKS for name in protocols)
+        found: tuple[Any, str, bool] = self._found
+        return found
+
+    def afar(self) -> Remote:
+        """Get the same for another machine: without the connection, and with nothing seen yet."""
+        return Remote(self.url, self.everything)
 
     def check(self, token: str = "", keep: bool = False) -> str:
         """Write a small file and read it back, or read the one of another machine, and get its name.
