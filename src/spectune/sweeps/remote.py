@@ -178,7 +178,7 @@ class Remote:
         old = [name for name in old if ended or name.startswith(there + CHECKPOINTS)]
         if there + RESULT in old:
             self.remove(there + RESULT)
-        for name in sorted(inner, key=_turn):
+        for name in sorted(inner, key=lambda name: (_turn(name), name)):
             self.put(folder / name, there + name)
         for name in sorted(old, key=lambda name: not name.endswith(STATE)):
             self.remove(name)
