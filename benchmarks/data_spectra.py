@@ -36,6 +36,9 @@ GLUE: dict[str, tuple[str, dict[str, str], int, int]] = {
 }
 LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": QKV}
 CORE = {"method": "svft", "pattern": "dense", "basis_rank": 78, "target_modules": QKV}
+TENTH = CORE | {"basis_rank": 17, "target_modules": EVERY}
+CHOSEN = {"method": "svft", "pattern": "chosen", "directions": "gradient", "target_modules": EVERY}
+SHARED = {"method": "one_sided", "share": "kind", "directions": "gradient", "target_modules": EVERY}
 # 18 weights of 384 x 384: LoRA r = 8 trains 110,592 numbers, a core of 78 x 78 109,512, r = 1 13,824, 27 x 27 13,122.
 # Over all 36 linear weights of the body a core of 55 x 55 trains 108,900; LoRA r = 1 41,472 and r = 3 124,416.
 ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
@@ -53,6 +56,14 @@ ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
     # A tenth (10,404 numbers) and 1% (1,296) of LoRA r = 8's, at the default rate for the size: .24 / P.
     "core_gradient_every_17": (CORE | {"directions": "gradient", "basis_rank": 17, "target_modules": EVERY}, [1.4e-2]),
     "core_gradient_every_6": (CORE | {"directions": "gradient", "basis_rank": 6, "target_modules": EVERY}, [4e-2]),
+    # The same numbers with a lower rate, in other directions, in other forms, and on query, key and value alone.
+    "tenth_gradient": (TENTH | {"directions": "gradient"}, [3.5e-3, 7e-3]),
+    "tenth_mean": (TENTH | {"directions": "gradient_mean"}, [7e-3]),
+    "tenth_activation": (TENTH | {"directions": "activation"}, [7e-3]),
+    "tenth_chosen": (CHOSEN | {"basis_rank": 55, "places": 289}, [7e-3]),
+    "tenth_shared": (SHARED | {"r": 3}, [1e-3, 3e-3, 1e-2]),
+    "tenth_qkv": (CORE | {"directions": "gradient", "basis_rank": 24}, [1e-2]),
+    "percent_qkv": (CORE | {"directions": "gradient", "basis_rank": 8}, [3e-2]),
     "core_activation_every": (CORE | {"directions": "activation", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
     "full": ("none", [3e-5, 1e-4]),  # type: ignore[dict-item]
 }

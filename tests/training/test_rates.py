@@ -134,14 +134,15 @@ def test_the_rate_of_a_dense_core_goes_by_its_size_and_is_said(tmp_path: Path) -
     def run(**options: object) -> RunConfig:
         return parse_config(values | {"adapter": {"method": "svft", "target_modules": ["query"], **options}})
 
-    # The rates that were measured as best: 3e-3 for 78, 1e-2 for 24 (half decades).
-    for size, best in ((78, 3e-3), (24, 1e-2)):
-        assert learning_rate(run(pattern="dense", basis_rank=size)) == pytest.approx(best, rel=0.1)
-    assert learning_rate(run(pattern="dense", core=[117, 52])) == pytest.approx(3e-3, rel=0.1)
-    assert learning_rate(run(pattern="dense", basis_rank=2)) == learning_rate(run()) == METHODS["svft"].learning_rate
+    # The rates that were measured as best: 3e-3 for 78, 7e-3 for 17, 5e-3 and 1e-2 alike for 24.
+    for size, lowest, highest in ((78, 2.5e-3, 3.5e-3), (24, 5e-3, 1e-2), (17, 6e-3, 8e-3)):
+        assert lowest <= learning_rate(run(pattern="dense", basis_rank=size)) <= highest
+    assert learning_rate(run(pattern="dense", core=[117, 52])) == pytest.approx(3e-3, rel=0.2)
+    assert learning_rate(run(pattern="dense", basis_rank=1)) == learning_rate(run()) == METHODS["svft"].learning_rate
+    assert learning_rate(run(pattern="dense", core=[1, 16])) == METHODS["svft"].learning_rate / 2
     assert learning_rate(run(pattern="dense")) == 1e-3
     said = choice(run(pattern="dense", basis_rank=80))
-    assert said == "learning rate 0.003: the default for these options of svft (0.03 for others)"
+    assert said == "learning rate 0.00335: the default for these options of svft (0.03 for others)"
     assert choice(run()) is None and choice(parse_config(tiny.text_run(tmp_path))) is None
     values["training"]["learning_rate"] = 0.5
     own = run(pattern="dense", basis_rank=80)

@@ -102,7 +102,7 @@ def choice(config: RunConfig) -> str | None:
     rate, first = learning_rate(config), METHODS[method].learning_rate
     if rate == first:
         return None
-    return f"learning rate {rate:g}: the default for these options of {method} ({first:g} for others)"
+    return f"learning rate {rate:.3g}: the default for these options of {method} ({first:g} for others)"
 
 
 def head_learning_rate(config: RunConfig) -> float:
