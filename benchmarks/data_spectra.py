@@ -62,7 +62,7 @@ ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "tenth_activation": (TENTH | {"directions": "activation"}, [7e-3]),
     "tenth_chosen": (CHOSEN | {"basis_rank": 55, "places": 289}, [7e-3]),
     "tenth_shared": (SHARED | {"r": 3}, [1e-3, 3e-3, 1e-2]),
-    "tenth_qkv": (CORE | {"directions": "gradient", "basis_rank": 24}, [1e-2]),
+    "tenth_qkv": (CORE | {"directions": "gradient", "basis_rank": 24}, [5e-3, 1e-2]),
     "percent_qkv": (CORE | {"directions": "gradient", "basis_rank": 8}, [3e-2]),
     "core_activation_every": (CORE | {"directions": "activation", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
     "full": ("none", [3e-5, 1e-4]),  # type: ignore[dict-item]
