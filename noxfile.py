@@ -22,8 +22,8 @@ OLDEST = {"torch": "torch==2.6.*", "peft": "peft==0.21.0", "transformers": "tran
 NEWEST = {"torch": "torch>=2.6,<3", "peft": "peft>=0.21,<0.23", "transformers": "transformers>=5.6,<5.24"}
 # The lower ends of all others that the core needs.
 LOWEST = [
-    "safetensors==0.5.*", "numpy==1.26.*", "scipy==1.11.*", "threadpoolctl==3.1.*", "filelock==3.16.*", "fsspec==2024.5.*",
-    "typer==0.15.*", "rich==13.0.*", "pydantic==2.0.*", "pyyaml==6.0.*", "regex==2025.10.22",
+    "safetensors==0.5.*", "numpy==1.26.*", "scipy==1.11.*", "threadpoolctl==3.1.*", "filelock==3.16.*",
+    "fsspec==2024.5.*", "typer==0.15.*", "rich==13.0.*", "pydantic==2.0.*", "pyyaml==6.0.*", "regex==2025.10.22",
 ]  # fmt: skip
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
