@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from spectune.adapter import spectral_modules
 from spectune.errors import AdapterError, OptionError
 from spectune.recipes import parse_config
-from spectune.runs import examples_of, run
+from spectune.runs import drawn_examples, examples_of, run
 from spectune.runs.remembered_pass import directions_said
 
+from ..concepts.concepts import concept_run
 from ..recipes import tiny
 from .test_examples_first import HEAD_FIRST, OF_TEXT, built
 
@@ -64,12 +66,27 @@ def test_the_cache_knows_directions_beside_other_runs_and_of_another_share(other
         keys = {name: value for name, value in values.items() if name in ("head_first", "away_from", "away_share")}
         said.append(directions_said(built(tiny.text_run(other.parent, adapter=cached, training=keys))[1]))
     assert [line.startswith("gradient (found in") for line in said] == [True] * 3 + [False] * 3, said
+    assert ["away from 1 other run," in line for line in said] == [False, True, True, False, False, False], said
+
+
+def test_each_process_looks_at_its_share(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, shares = parse_config(away(other, 0.5)), list[list[Any]]()
+    for index in range(2):
+        monkeypatch.setattr(
+            drawn_examples, "join", lambda index=index: SimpleNamespace(process_index=index, num_processes=2)
+        )
+        shares.append([batch["input_ids"].tolist() for batch in drawn_examples.batches_of_others(config)])
+    whole = [batch["input_ids"].tolist() for batch in examples_of(other)]
+    assert all(shares) and sorted(shares[0] + shares[1]) == sorted(whole)
 
 
 def test_what_cannot_keep_away_is_refused_before_any_work(other: Path, tmp_path: Path) -> None:
     for adapter in ({"method": "spectral_a", "r": 2}, "none", OF_TEXT | {"basis": "basis.safetensors"}):
         with pytest.raises(OptionError, match="away_from needs directions that this run finds in its examples"):
             parse_config(away(other, 0.5) | {"adapter": adapter})
+    concept = concept_run(tmp_path / "concept", training={"away_from": [str(other)]})
+    with pytest.raises(OptionError, match="away_from needs directions that this run finds in its examples"):
+        parse_config(concept)
     with pytest.raises(OptionError, match="away_share needs away_from"):
         parse_config(tiny.text_run(tmp_path, training={"away_share": 0.5}))
     elsewhere = tiny.text_run(tmp_path, adapter=OF_TEXT, training={"head_first": True, "away_from": [str(other)]})
@@ -77,3 +94,14 @@ def test_what_cannot_keep_away_is_refused_before_any_work(other: Path, tmp_path:
         built(elsewhere)
     with pytest.raises(AdapterError, match="this is not the folder of a run"):
         built(away(tmp_path, 0.5))
+
+
+def test_runs_of_every_recipe_that_has_batches_give_examples(tmp_path: Path) -> None:
+    """Also where only the model says what a batch is, as for pictures."""
+    for make in (tiny.image_run, tiny.preference_run, tiny.reward_run):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        more = {"group_size": 2} if make is tiny.reward_run else {}
+        run(parse_config(tiny.merged(make(folder, **more), {"training": {"steps": 1}})), folder / "run")
+        (first, *_) = examples_of(folder / "run")
+        assert "labels" not in first and all(len(tensor) for tensor in first.values())

@@ -170,6 +170,6 @@ def test_a_missing_package_names_its_extra(on: str, package: str, monkeypatch: p
 
 def test_the_address_of_a_store_is_not_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match="s3:/bucket/out: a folder is needed here, and this is an address"):
+    with pytest.raises(OutputError, match="s3:/bucket/out: this is an address, and a path on this machine is needed"):
         run_sweep(parse_sweep(text_sweep(tmp_path)), Path("s3://bucket/out"), provenance={})
     assert not Path("s3:").exists()

@@ -32,8 +32,10 @@ from .sources import refuse_to_replace as refuse_to_replace
 from .targets import Target as Target
 from .targets import find_targets as find_targets
 from .tensor_file import TensorFile as TensorFile
+from .writer import ADDRESS as ADDRESS
 from .writer import disk_error as disk_error
 from .writer import fresh_folder as fresh_folder
+from .writer import refuse_address as refuse_address
 from .writer import save_tensors as save_tensors
 from .writer import sync_tree as sync_tree
 from .writer import write_atomically as write_atomically

@@ -28,6 +28,17 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 # safetensors puts the number into its message; torch's writer only says that too few bytes were written.
 FOREIGN_ERROR = re.compile(r"\(os error (\d+)\)")
 TORCH_WRITER = "inline_container.cc"
+# The begin of s3://… and the like, also as a Path writes it; a drive of Windows has one letter.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def refuse_address(path: str | Path) -> None:
+    """Raise `OutputError` for s3://… and the like, which would become a folder named s3: on this machine."""
+    if ADDRESS.match(str(path)):
+        raise OutputError(
+            f"{path}: this is an address, and a path on this machine is needed. Write to a folder and upload it; "
+            f"`spectune compare` alone writes to stores."
+        )
 
 
 @contextmanager
@@ -41,6 +52,7 @@ def fresh_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     A folder that contains the working or the home directory is never replaced.
     A full disk in the block is an `OutputError`, whoever wrote.
     """
+    refuse_address(path)
     goal = Path(os.path.realpath(path))
     clear_abandoned(goal)
     _refuse_occupied(goal, overwrite)
@@ -107,6 +119,7 @@ def save_tensors(
 
 @contextmanager
 def _replaced_file(path: Path, size: int) -> Iterator[Path]:
+    refuse_address(path)
     goal = Path(os.path.realpath(path))
     partial = sibling(goal, PARTIAL)
     try:

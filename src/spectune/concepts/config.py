@@ -104,8 +104,6 @@ class ConceptConfig(RunConfig):
             raise ValueError("adapter: head trains only the new word; give word.token")
         if told.head_first:
             raise ValueError("training.head_first is for classifiers; leave it out")
-        if told.away_from:
-            raise ValueError("training.away_from needs directions of data, which concepts do not have; leave it out")
         if told.head_learning_rate is not None and self.word.token is None:
             raise ValueError("training.head_learning_rate is the new word's; give word.token, or leave it out")
         if told.text_encoder_learning_rate is not None and len(parts) < 2:

@@ -124,10 +124,10 @@ class SVFT(Tied):
     def usual_rate(self) -> float:
         """For a dense core of P x Q numbers .03 / (P Q)^(1/4): the rate of single coefficients, .03, at P = Q = 1.
 
-        Measured on 384 x 384 weights in the gradient's directions, one seed, on validation examples of two tasks: the
-        best of several rates was 3e-3 for 78 x 78; for 17 x 17 on every layer 7e-3, and 1.4e-2 lost two to four points;
-        for 24 x 24 and 8 x 8 on three of six weights a layer rates half a decade apart did alike. Never less than 1e-3,
-        which is also for a core of unknown size: chosen.
+        It lies within a quarter decade of what was best on validation, one seed, in the gradient's directions of
+        MiniLM's weights: 3e-3 for 78 x 78 (one task); 7e-3 for 17 x 17 on every layer, where 1.4e-2 lost 1.8 and 3.6
+        points on two tasks; 5e-3 and 1e-2 alike for 24 x 24 on query, key and value (docs/results.md). No run was made
+        at exactly this rate. Never less than 1e-3, which is also for a core of unknown size: chosen.
         """
         P, Q = self.core or (self.basis_rank, self.basis_rank)
         if self.pattern != DENSE or self.full_basis:

@@ -140,8 +140,9 @@ class ImageClassification(Recipe):
 
     @cached_property
     def pixels(self) -> Pixels:
-        """Turns an image into this model's input; known once the model is built."""
-        raise OptionError("pixels: the model must be built first.")
+        """Turns an image into this model's input. The model has the sizes: it is built here if nobody has built it."""
+        self.build_model()
+        return vars(self)["pixels"]
 
     def build_model(self, weights: Path | None = None) -> nn.Module:
         names = dict(enumerate(self.labels))

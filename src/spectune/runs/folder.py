@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import hold_folder, write_atomically
+from ..checkpoint import hold_folder, refuse_address, write_atomically
 from ..checkpoint.claim import LOCK_FILE
 from ..checkpoint.run_folder import ADAPTER, MODEL, RUN_FILE
 from ..errors import AdapterError, OptionError, OutputError
@@ -107,6 +107,7 @@ def opened_folder(config: RunConfig, run: Run, resume: bool, overwrite: bool = F
     Get whether, with `overwrite`, it holds another run: nothing is done to that yet, `replace_run` is for later.
     """
     folder = run.folder
+    refuse_address(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: the output must be a folder, but this is a file. Choose another one.")
     try:

@@ -45,7 +45,9 @@ def remembered(
     prepared = prepare(model, config, batches, loss=recipe.loss, away_from=away, away_share=_share(recipe))
     assert prepared.spectra is not None
     examples = sum(len(next(iter(batch.values()))) for batch in batches)
-    prepared.spectra.said = f"found in {examples} examples, in {time.perf_counter() - started:.1f} s"
+    others = len(recipe.config.training.away_from)
+    beside = f", away from {others} other run{'s' * (others > 1)}" if others else ""
+    prepared.spectra.said = f"found in {examples} examples{beside}, in {time.perf_counter() - started:.1f} s"
     if cache is not None and is_first():
         cache.store_data(question, prepared.spectra)
     return prepared

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ..checkpoint import TensorFile
+from ..checkpoint import TensorFile, refuse_address
 from ..errors import AdapterError, OutputError
 
 MARKER = ".spectune-bases"
@@ -47,6 +47,7 @@ def claim(folder: Path) -> None:
 
     A new or empty folder is marked, and so is a cache that an earlier release made: one that holds entries alone.
     """
+    refuse_address(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if is_marked(folder):

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
-from ..checkpoint import hold_folder
+from ..checkpoint import ADDRESS, hold_folder, refuse_address
 from ..errors import OutputError
 from ..runs.folder import CHECKPOINTS
 from .cluster import Cluster
@@ -24,8 +24,6 @@ from .remote import Remote
 from .sweep_folder import RECORDS, RUNS, SweepFolder, not_kept
 from .workers import Engine
 
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""Begin of s3://… and the like, also as a Path writes it; a drive of Windows has one letter."""
 EVERY = 10.0
 """Seconds between two looks for new checkpoints and pages; chosen, not measured."""
 AT_ONCE = 8
@@ -38,11 +36,7 @@ def sweep_folder(output: str | Path | SweepFolder) -> SweepFolder:
         return output
     if isinstance(output, str) and ADDRESS.match(output) and "://" in output:
         return Store(output)
-    if ADDRESS.match(str(output)):
-        raise OutputError(
-            f"{output}: a folder is needed here, and this is an address. Addresses of stores work as text (not as a "
-            f"Path), for compare."
-        )
+    refuse_address(output)
     return SweepFolder(Path(output))
 
 

@@ -169,7 +169,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _away_by_directions(self) -> RunConfig:
-        options = {} if isinstance(self.adapter, str) else self.adapter
+        options = self.adapter if isinstance(self.adapter, dict) else {}
         if self.training.away_from and (options.get("directions", "weight") == "weight" or options.get("basis")):
             raise ValueError(
                 "training.away_from needs directions that this run finds in its examples: add directions: gradient to "
