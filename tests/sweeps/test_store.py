@@ -218,9 +218,12 @@ def test_a_disk_never_shows_half_a_file(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "name", ["runs/../../x", "runs/a/../../../x", "/etc/x", "runs//x", "runs/./x", "records/..", "C:/x", "a\\..\\x"]
 )
-def test_a_name_that_leads_out_of_the_store_is_refused(tmp_path: Path, cache: Path, memory: Any, name: str) -> None:
+def test_a_name_that_leads_out_of_the_store_is_refused(
+    tmp_path: Path, cache: Path, memory: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     memory.pipe_file("/out/records/a.json", b"{}")
-    memory.store[f"/out/{name}"] = memory.store["/out/records/a.json"]
+    # As a hostile store would list it; versions of memory:// differ in which of these names they show.
+    monkeypatch.setattr(type(memory), "find", lambda *asked: ["/out/records/a.json", f"/out/{name}"])
     with pytest.raises(OutputError, match=r"memory://out: contains .*, a name that leads out of it. Delete that file"):
         run_sweep(parse_sweep(text_sweep(tmp_path)), "memory://out", provenance={})
     assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
