@@ -138,7 +138,7 @@ def test_a_killed_sweep_goes_on_from_another_machine(
     """The second machine has the store alone; a run that was finished is not trained again."""
     asked = text_sweep(tmp_path, seeds=[0])
     spectral = asked["methods"].pop("spectral_a") | {"learning_rates": [1e-2]}
-    asked["methods"]["late"] = spectral | {"over": {"training": {"steps": 400, "save_every": 50}}}
+    asked["methods"]["late"] = spectral | {"over": {"training": {"steps": 200, "save_every": 25}}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(asked))
     url, there = (tmp_path / "store").as_uri(), tmp_path / "store"
     words = "from spectune.sweeps import store; store.EVERY = 0.1; from spectune.cli import main; main()"
