@@ -159,6 +159,7 @@ def test_a_killed_sweep_goes_on_from_another_machine(
     assert {name for name, _ in steps} == {"task--late--0.01--0"}
     assert steps[1][1] > min(int(name.removeprefix("checkpoint-")) for name in saved)
     assert {path.name: path.stat().st_mtime_ns for path in there.glob("records/*")}.items() >= finished.items()
+    monkeypatch.setattr(Workers, "run", in_this_process)
     assert figures(found) == figures(run_sweep(sweep, tmp_path / "here", provenance={}))
     compare(tmp_path / "sweep.yaml", output=url)  # reads them all
     assert f"open {url}/comparison.html" in capsys.readouterr().err
