@@ -12,6 +12,7 @@ from .kept_basis import BASIS as BASIS
 from .modules import SpectralModule as SpectralModule
 from .offloading import at_hand as at_hand
 from .offloading import forward_of as forward_of
+from .offloading import gathered as gathered
 from .offloading import is_cut as is_cut
 from .rules import GRADIENT_NORMS as GRADIENT_NORMS
 from .saved import base_tensor as base_tensor

@@ -130,6 +130,12 @@ class KeptBasis(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
         self._forget()
 
+    def freeze_basis(self) -> None:
+        """Freeze the frozen tensors that are parameters."""
+        for name in self._large:
+            if name in self._parameters:
+                self._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+
     @property
     def _large(self) -> tuple[str, ...]:
         """The tensors that FSDP2 shards; the others have a few numbers per direction (values, sketch, places)."""

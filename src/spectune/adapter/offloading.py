@@ -25,6 +25,20 @@ def is_cut(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
 
 
+def gathered(*tensors: torch.Tensor, writes: bool = False) -> AbstractContextManager[Any]:
+    """Get a block in which what ZeRO-3 has cut is whole; all processes must enter it.
+
+    What the first process `writes` there is kept.
+    """
+    cut = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not cut:
+        return nullcontext()
+    import deepspeed
+
+    found: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(cut, modifier_rank=0 if writes else None)
+    return found
+
+
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """Get what to call inside of `at_hand(module)`, asked before it.
 

@@ -18,9 +18,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Get the number of this process, or 0 without a distributed run."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def is_first() -> bool:
     """Ask whether this is the process that writes files for all."""
-    return processes() == 1 or dist.get_rank() == 0
+    return rank() == 0
 
 
 def all_have(it: bool) -> bool:
@@ -50,26 +55,36 @@ def share_out(
     a process without the values of rank 0 (empty weights where FSDP loads on rank 0 only) gets none and only
     receives. An error on one process is raised on all of them.
     """
-    rank = dist.get_rank()
-    workers = _holders(weights)
-    owners = assign([tuple(weight.W_OI.shape) for weight in weights], workers)
-    mine = [place for place, owner in enumerate(owners) if owner == rank]
+    owners = assign([tuple(weight.W_OI.shape) for weight in weights], _holders(weights))
+    mine = [place for place, owner in enumerate(owners) if owner == rank()]
+    spectra, qualities = found_by_each(lambda: dict(zip(mine, solve([weights[place] for place in mine]), strict=True)))
+    return [
+        send(weight, spectra.get(place), qualities[place], request, owners[place])
+        for place, weight in enumerate(weights)
+    ]
+
+
+def found_by_each(
+    solve: Callable[[], dict[int, Spectrum]],
+) -> tuple[dict[int, Spectrum], dict[int, Quality]]:
+    """Get the spectra that this process finds, by place, and the qualities of all; all must call it.
+
+    An error on one process is raised on all of them.
+    """
     spectra: dict[int, Spectrum] = {}
     failure: str | None = None
     try:
-        spectra = dict(zip(mine, solve([weights[place] for place in mine]), strict=True))
+        spectra = solve()
     except SpectuneError as error:
         failure = str(error)
-    reports: list[Any] = [None] * processes()
-    dist.all_gather_object(reports, (failure, {place: found.quality for place, found in spectra.items()}))
+    report = (failure, {place: found.quality for place, found in spectra.items()})
+    reports: list[Any] = [report] * processes()
+    if processes() > 1:
+        dist.all_gather_object(reports, report)
     for failed, _ in reports:
         if failed is not None:
             raise WeightError(failed)
-    qualities = {place: quality for _, found in reports for place, quality in found.items()}
-    return [
-        _sent(weight, spectra.get(place), qualities[place], request, owners[place])
-        for place, weight in enumerate(weights)
-    ]
+    return spectra, {place: quality for _, found in reports for place, quality in found.items()}
 
 
 def assign(shapes: Sequence[tuple[int, ...]], workers: Sequence[int]) -> list[int]:
@@ -105,7 +120,7 @@ def _sum(W_OI: torch.Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(W_OI.shape), "" if W_OI.is_meta else float(W_OI.abs().sum(dtype=torch.float64)).hex()
 
 
-def _sent(weight: Weight, spectrum: Spectrum | None, quality: Quality, request: Request, owner: int) -> Spectrum:
+def send(weight: Weight, spectrum: Spectrum | None, quality: Quality, request: Request, owner: int) -> Spectrum:
     """Get the spectrum of one weight from its owner."""
     rows_O, cols_I = weight.W_OI.shape
     places = requested_places(weight, request)

@@ -6,28 +6,17 @@ DeepSpeed's own checkpoints are pickles, for as many processes as wrote them. No
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapter import spectral_modules
+from ..adapter import gathered, spectral_modules
 from ..errors import OptionError
 
 Named = Sequence[Sequence[tuple[str, nn.Parameter]]]
 """The trained parameters with their names, by groups of the optimizer."""
-
-
-def gathered(*tensors: torch.Tensor, writes: bool = False) -> AbstractContextManager[Any]:
-    """Get a block in which parameters are whole; all processes must enter it. What the first one `writes` is kept."""
-    cut = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
-    if not cut:
-        return nullcontext()
-    import deepspeed
-
-    found: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(cut, modifier_rank=0 if writes else None)
-    return found
 
 
 def load_whole_models() -> None:

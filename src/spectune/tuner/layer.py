@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,13 +16,14 @@ from ..algebra import dense
 from ..errors import OptionError, WeightError
 from ..records import Spectrum
 from .base_weight import Layout, backend_of, layout_of
-from .bases import find_basis, plain_weight
+from .bases import find_basis
 from .config import SpectralConfig
 from .mixed_rows import ROWS_DIFFER
+from .pretrained_weight import PretrainedWeight
 from .strengths import Strengths
 
 
-class SpectralLayer(Strengths, BaseTunerLayer):
+class SpectralLayer(PretrainedWeight, Strengths, BaseTunerLayer):
     """What every adapted layer shares: adapters by name, merge, unmerge, the update in the base's layout.
 
     The base weight is never changed. A merge puts another parameter in its place, and unmerging puts the
@@ -59,29 +60,9 @@ class SpectralLayer(Strengths, BaseTunerLayer):
         self._groups = Groups()
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True
-        stored = self._original()  # once: a quantised weight is dequantised by this
+        stored = self._outline()  # once: a quantised weight is dequantised by this
         self.stored_shape = stored.shape
         self.out_features, self.in_features = self.layout.to_matrix(stored).shape
-
-    def original_matrix(self) -> torch.Tensor:
-        """Get the pretrained W_OI, also while adapters are merged into the base."""
-        return self.layout.to_matrix(self._original())
-
-    def _original(self) -> torch.Tensor:
-        if self._replaced:
-            return self._replaced[0].data
-        if self.quantization_backend is not None:
-            return self.quantization_backend.get_base_weight(self.get_base_layer())
-        return plain_weight(self.get_base_layer(), self.layout.attribute, self.module_name)
-
-    def _exchange(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Put another parameter in the base layer's place for it, and get the one that stood there.
-
-        The parameter is exchanged and not overwritten: a weight that is tied to another layer's stays as it is there.
-        """
-        present: nn.Parameter = getattr(self.get_base_layer(), self.layout.attribute)
-        setattr(self.get_base_layer(), self.layout.attribute, parameter)
-        return present
 
     def active_modules(self) -> list[SpectralModule]:
         """Get the modules of the active adapters that this layer has; adapters may target layers unevenly."""
@@ -90,6 +71,19 @@ class SpectralLayer(Strengths, BaseTunerLayer):
     def module(self, adapter_name: str) -> SpectralModule:
         """Get the module of one adapter."""
         return cast(SpectralModule, self.spectune_adapter[adapter_name])
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_bases()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_bases()
+
+    def _freeze_bases(self) -> None:
+        """Freeze the bases that are parameters, for sharding: PEFT has every parameter of an adapter trained."""
+        for name in self.spectune_adapter:
+            self.module(name).freeze_basis()
 
     def update_layer(
         self,
@@ -101,18 +95,19 @@ class SpectralLayer(Strengths, BaseTunerLayer):
         basis: Spectrum | None = None,
     ) -> None:
         """Attach a new adapter, on this basis or a computed one; attaches nothing if anything fails."""
-        W_OI = self.original_matrix()
+        W_OI = self.layout.to_matrix(self._outline())
         method = config.method_for(name, r, *W_OI.shape)
-        if W_OI.is_meta and basis is None:
+        if W_OI.is_meta and basis is None and not self.is_cut:
             raise WeightError(
                 f"{name}: the base weight is on the meta device and has no numbers to decompose. "
                 f"Load the base model with its weights first."
             )
         owner, (rank, _) = owners.of(method, name, *W_OI.shape), method.basis(*W_OI.shape)
         if rank == 0 or config.basis_is_in_file:
-            spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions).to(W_OI.device)
+            spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions)
+            spectrum = spectrum.to(self.stored.device if self.is_cut else W_OI.device)
         else:
-            spectrum = find_basis(name, W_OI, method, config) if basis is None else basis
+            spectrum = find_basis(name, self.original_matrix(), method, config) if basis is None else basis
             method.check(spectrum)
         unsure = config.save_basis == "auto" and not spectrum.is_found_again
         embed = rank > 0 and (config.save_basis == "always" or unsure)
@@ -159,6 +154,11 @@ class SpectralLayer(Strengths, BaseTunerLayer):
                 f"{self.module_name}: the base weight is quantised; merging would round the update away. "
                 f"Export to LoRA and serve it beside the base, or merge into the unquantised checkpoint."
             )
+        if self.is_cut:
+            raise WeightError(
+                f"{self.module_name}: the base weight is partitioned by DeepSpeed ZeRO-3, and a merged one would be "
+                f"whole on every process. Save the adapter, and merge it into the base in a process of its own."
+            )
         original = self._original()
         merged = self._with_updates(original, [*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(merged).all():
@@ -175,18 +175,6 @@ class SpectralLayer(Strengths, BaseTunerLayer):
             return
         self._put_back()
         self.merged_adapters.clear()
-
-    def _put(self, merged: torch.Tensor) -> None:
-        """Put a merged weight in the place of the pretrained one, which is kept aside."""
-        present = self._exchange(nn.Parameter(merged, requires_grad=False))
-        self._replaced = self._replaced or [present]
-
-    def _put_back(self) -> None:
-        """Put the pretrained weight back in its place."""
-        (pretrained,) = self._replaced
-        merged = self._exchange(pretrained)
-        pretrained.data = pretrained.data.to(merged.device, merged.dtype)  # the model may have moved since
-        self._replaced = []
 
     def _with_updates(self, original: torch.Tensor, names: list[str]) -> torch.Tensor:
         total = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)

@@ -22,6 +22,7 @@ from .base_weight import keep_unpacked
 from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
+from .cut_weights import Sent, bases_of_cut, cut_basis, cut_weights
 from .directions import bring_spectra, refuse_unprepared
 from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
@@ -57,7 +58,7 @@ class SpectralTuner(NamedAdapters):
     _chosen: frozenset[str] | None = None
     """The layers that the patterns of a stranger's config choose, while they are adapted."""
     _model: nn.Module
-    _bases: dict[str, Spectrum]
+    _bases: dict[str, Spectrum | Sent]
     _twins: dict[str, SpectralModule]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -151,7 +152,8 @@ class SpectralTuner(NamedAdapters):
             return path not in self._twins and self._check_target_module_exists(complete, path)
 
         experts = [weight for weight in self._experts(model) if weight.name not in self._twins]
-        self._bases = find_bases([*weights_of_layers(model, targets), *experts], complete, self._ranks, self._tick)
+        self._bases = {**find_bases([*weights_of_layers(model, targets), *experts], complete, self._ranks, self._tick)}
+        self._bases |= bases_of_cut(cut_weights(model, targets), complete, self._ranks, self._tick)
         self._bases |= bases_of_quantised(model, targets, complete, self._ranks, self._tick)
         if not complete.basis_is_in_file:
             self._bases |= {name: own_copy(twin) for name, twin in self._twins.items()}
@@ -184,15 +186,18 @@ class SpectralTuner(NamedAdapters):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        basis = self._bases.pop(current_key, None)
-        if basis is None:
+        found = self._bases.pop(current_key, None)
+        if found is None:
             self._tick(current_key)
+        basis = found() if callable(found) else found
         try:
             adapted = self._adapt(peft_config, adapter_name, target, target_name, parent, current_key, basis)
         except LeftOutError as error:
             self._concessions.leave_out(current_key, error)
         else:
             self._concessions.note(current_key, adapted.module(adapter_name), self._ranks.of(current_key))
+            if adapted.is_cut and peft_config.origin is None:  # a saved basis is first rotated to match its file
+                cut_basis(adapted.module(adapter_name), adapted.stored)
 
     def _adapt(
         self,
