@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from ..training.loop import Plan
 from ..training.muon import MUON, refuse_without_matrices
 from ..training.processes import on_training_device
 from ..training.rates import head_learning_rate, learning_rate, method_of, usual_rate
+from ..training.zero import count, cut_while_loading, refuse_examples_first
 from ..tuner import attach, build_adapter_config
 from .drawn_examples import refuse_other_bases
 from .examples_first import directions_of_examples, fit_head
@@ -34,7 +36,8 @@ def build(recipe: Recipe, *, to_train: bool = True) -> tuple[nn.Module, Plan]:
         )
     refuse_other_bases(config)
     set_seed(config.seed)  # a new head and LoRA's A are random
-    model = recipe.build_model()
+    with cut_while_loading():
+        model = recipe.build_model()
     own = recipe.attach(model)
     if own is not None:
         return own[0], _plan(recipe, own[0], own[1])
@@ -42,14 +45,11 @@ def build(recipe: Recipe, *, to_train: bool = True) -> tuple[nn.Module, Plan]:
         model = on_training_device(model)
     heads = recipe.head(model)
     options = config.adapter_options
+    adapter = None if options is None else _adapter(recipe, options, heads)
+    refuse_examples_first(model, config.training.head_first, getattr(adapter, "needs_examples", ""))
     if config.training.head_first:
         fit_head(recipe, model, heads)
-    if options is not None:
-        options.setdefault("task_type", recipe.task_type)
-        options.setdefault("revision", config.revision)  # the adapter needs exactly this base
-        if heads:
-            options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
-        adapter = build_adapter_config(options)
+    if adapter is not None:
         model = attach(model, directions_of_examples(recipe, model, adapter, bool(heads)))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     head = [p for name, p in named if _is_head(name, heads, options is not None)]
@@ -62,6 +62,14 @@ def build(recipe: Recipe, *, to_train: bool = True) -> tuple[nn.Module, Plan]:
     if not head and config.training.head_learning_rate is not None:
         raise OptionError("training.head_learning_rate: this run has no new head. Leave it out.")
     return model, _plan(recipe, model, [(body, learning_rate(config)), (head, head_learning_rate(config))])
+
+
+def _adapter(recipe: Recipe, options: dict[str, Any], heads: list[str]) -> Any:
+    options.setdefault("task_type", recipe.task_type)
+    options.setdefault("revision", recipe.config.revision)  # the adapter needs exactly this base
+    if heads:
+        options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
+    return build_adapter_config(options)
 
 
 def _plan(recipe: Recipe, model: nn.Module, rates: Sequence[tuple[Sequence[nn.Parameter], float]]) -> Plan:
@@ -90,11 +98,11 @@ def _is_head(name: str, heads: list[str], adapted: bool) -> bool:
 
 def numbers(model: nn.Module, plan: Plan) -> dict[str, int]:
     """Get the counts of trained numbers in the adapter (or model) and in the head, and of the base's numbers."""
-    body, head, *others = (sum(p.numel() for p in group) for group, _ in plan.rates)
+    body, head, *others = (sum(map(count, group)) for group, _ in plan.rates)
     adapters = {id(p) for _, _, module in spectral_modules(model) for p in module.parameters()}
     copies = ("lora_", ".modules_to_save.", "new_word")  # added by PEFT, and a row of the embedding
     total = sum(
-        p.numel()
+        count(p)
         for name, p in model.named_parameters()
         if id(p) not in adapters and not (p.requires_grad and any(word in name for word in copies))
     )

@@ -50,6 +50,7 @@ class Saving:
         prepare, checkpoint = super()._prepare_for_training, resume_from_checkpoint  # type: ignore[misc]
         if not me.is_deepspeed_enabled:
             return prepare(max_steps, train_dataloader, checkpoint)
+        self.is_cut = any(hasattr(parameter, "ds_id") for parameter in me.model.parameters())  # by zero.Init
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
         stage = me.accelerator.state.deepspeed_plugin.zero_stage

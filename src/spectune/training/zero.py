@@ -6,17 +6,63 @@ DeepSpeed's own checkpoints are pickles, for as many processes as wrote them. No
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter import gathered, spectral_modules
-from ..errors import OptionError
+from ..errors import OptionError, one_line
 
 Named = Sequence[Sequence[tuple[str, nn.Parameter]]]
 """The trained parameters with their names, by groups of the optimizer."""
+
+
+@contextmanager
+def cut_while_loading() -> Iterator[None]:
+    """Have transformers cut the model that is loaded in this block, if accelerate's file says `zero3_init_flag: true`.
+
+    Without, every process holds the whole base until ZeRO-3 cuts it before the first step.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if not (parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_INIT")):
+        yield
+        return
+    from accelerate import DeepSpeedPlugin
+    from accelerate.utils import gather_object
+
+    plugin = DeepSpeedPlugin()
+    plugin.set_deepspeed_weakref()  # transformers asks for it, and the plugin keeps it
+    failure = ""
+    try:
+        yield
+    except RuntimeError as error:  # transformers 5.23 does not replace a head for other classes then
+        failure = one_line(error)
+    finally:
+        load_whole_models()
+    failures = gather_object([failure])  # only the first process reads the file
+    if any(failures):
+        raise OptionError(
+            f"model: cannot be loaded under zero.Init: {max(failures, key=len)}. Set zero3_init_flag: false in "
+            f"accelerate's file (examples/accelerate/zero3.yaml)."
+        )
+
+
+def refuse_examples_first(model: nn.Module, head_first: bool, needed: str) -> None:
+    """Raise `OptionError` for a model that ZeRO-3 has cut where something reads examples before the first step."""
+    asked = "training.head_first" if head_first else f"adapter.{needed}" if needed else ""
+    if asked and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise OptionError(
+            f"{asked} runs the model before the first step, and under zero.Init no process has all of it. Set "
+            f"zero3_init_flag: false in accelerate's file (examples/accelerate/zero3.yaml)."
+        )
+
+
+def count(parameter: torch.Tensor) -> int:
+    """Get how many numbers a parameter has, also where ZeRO-3 has cut it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def load_whole_models() -> None:

@@ -1,0 +1,58 @@
+"""What adapters do on a model that `zero.Init` has cut; every process of a launch calls `compare`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from spectune.adapter import gathered, spectral_modules
+from spectune.algebra import dense
+from spectune.errors import OptionError, WeightError
+from spectune.recipes import parse_config
+from spectune.recipes.table import recipe_class
+from spectune.runs.building import build
+from spectune.training.zero import cut_while_loading
+
+from ..recipes import tiny
+
+
+def compare(config: Any, adapter: Path, texts: Path) -> None:
+    """Compare adapters on a cut model, a saved one and a new one, with the saved one on a whole model."""
+    recipe = recipe_class(config.recipe)(config)
+    with cut_while_loading():
+        base = recipe.build_model()
+    assert not any(parameter.numel() for parameter in base.parameters())
+    loaded, whole = PeftModel.from_pretrained(base, adapter), PeftModel.from_pretrained(recipe.build_model(), adapter)
+    for (path, _, one), (_, _, other) in _pairs(loaded, whole):
+        assert torch.allclose(dense(one.delta()), dense(other.delta()), rtol=0, atol=1e-6)
+        with pytest.raises(WeightError, match="a merged one would be whole on every process"):
+            loaded.get_submodule(path).merge()
+    new, _ = build(recipe)
+    for (path, _, one), (_, _, other) in _pairs(new, whole):
+        assert not one.U_OR.numel() and not one.Vh_RI.numel() and not one.U_OR.requires_grad
+        with gathered(one.U_OR, one.Vh_RI):
+            for mine, theirs in ((one.U_OR, other.U_OR), (one.Vh_RI, other.Vh_RI)):
+                assert torch.allclose(mine, theirs, rtol=0, atol=1e-4), path
+    _refuses_what_needs_examples(texts)
+
+
+def _pairs(one: Any, other: Any) -> Any:
+    return zip(spectral_modules(one), spectral_modules(other), strict=True)
+
+
+def _refuses_what_needs_examples(texts: Path) -> None:
+    values = json.loads((texts / "runs.json").read_text())["text"]
+    data = {"method": "svft", "pattern": "dense", "basis_rank": 4, "target_modules": ["query"]}
+    for changes, asked in (
+        ({"adapter": data, "training": {"head_first": True}}, "training.head_first"),
+        ({"adapter": data | {"directions": "gradient"}}, "adapter.directions='gradient'"),
+    ):
+        config = parse_config(tiny.merged(values, changes))
+        with pytest.raises(OptionError, match=f"{re.escape(asked)} runs the model before the first step"):
+            build(recipe_class("text_classification")(config))
