@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 
 from spectune.adapter import gathered, spectral_modules
@@ -17,6 +20,7 @@ from spectune.errors import OptionError, WeightError
 from spectune.recipes import parse_config
 from spectune.recipes.table import recipe_class
 from spectune.runs.building import build
+from spectune.spectrum import engine
 from spectune.training.zero import cut_while_loading
 
 from ..recipes import tiny
@@ -33,13 +37,28 @@ def compare(config: Any, adapter: Path, texts: Path) -> None:
         assert torch.allclose(dense(one.delta()), dense(other.delta()), rtol=0, atol=1e-6)
         with pytest.raises(WeightError, match="a merged one would be whole on every process"):
             loaded.get_submodule(path).merge()
-    new, _ = build(recipe)
+    with recorded() as solved:
+        new, _ = build(recipe)
+    mine, theirs = gather_object([set(solved)])
+    assert mine and theirs and not mine & theirs and len(mine | theirs) == len(list(spectral_modules(new)))
     for (path, _, one), (_, _, other) in _pairs(new, whole):
         assert not one.U_OR.numel() and not one.Vh_RI.numel() and not one.U_OR.requires_grad
         with gathered(one.U_OR, one.Vh_RI):
             for mine, theirs in ((one.U_OR, other.U_OR), (one.Vh_RI, other.Vh_RI)):
                 assert torch.allclose(mine, theirs, rtol=0, atol=1e-4), path
     _refuses_what_needs_examples(texts)
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """Get the names of the weights that this process decomposes in the block."""
+    solved: list[str] = []
+    solve = engine._decompose_alike
+    engine._decompose_alike = lambda weights, asked: solved.extend(w.name for w in weights) or solve(weights, asked)
+    try:
+        yield solved
+    finally:
+        engine._decompose_alike = solve
 
 
 def _pairs(one: Any, other: Any) -> Any:

@@ -112,6 +112,19 @@ def test_bases_as_parameters_change_neither_output_nor_file() -> None:
     assert torch.equal(first(**inputs).logits, second(**inputs).logits)
 
 
+@pytest.mark.parametrize("change", ["set_adapter", "set_requires_grad", "enable"])
+def test_bases_as_parameters_stay_frozen(change: str) -> None:
+    model = adapted("svft")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    bases_as_parameters(model)
+    if change == "enable":
+        model.base_model.disable_adapter_layers()
+        model.base_model.enable_adapter_layers()
+    else:
+        getattr(model.base_model, change)("default")
+    assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
 def test_numbers_shared_by_all_layers_are_refused() -> None:
     config = SpectralConfig(method="specadapt", r=4, target_modules=TARGETS)
     with pytest.raises(AdapterError, match="FSDP2 and ZeRO-3 shard each layer for itself. Set shared_core to false"):
