@@ -167,6 +167,35 @@ def test_a_killed_sweep_goes_on_from_another_machine(
     assert not [path for path in there.rglob("*") if path.name.startswith(".") or "checkpoint" in path.name]
 
 
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_checkpoint_in_the_store_for_another_machine(
+    tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = text_sweep(tmp_path, seeds=[0])
+    asked["run"]["training"] |= {"steps": 400, "save_every": 1000}
+    asked["methods"] = {"a": asked["methods"]["spectral_a"] | {"learning_rates": [1e-2]}}
+    told: list[int] = []
+
+    def stopped_after(count: int) -> list[int]:
+        told.clear()
+
+        def stop(done: int, runs: int, name: str, step: int, steps: int, loss: float | None) -> None:
+            told.extend([step] if step else [])
+            if len(told) >= count:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(parse_sweep(asked), "memory://out", provenance={}, on_run=stop)
+        return told
+
+    stopped_after(3)
+    (state,) = (name for name in Remote("memory://out").names() if name.endswith("trainer_state.json"))
+    step = int(re.findall(r"checkpoint-(\d+)/", state)[0])
+    assert 3 <= step < 400
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert stopped_after(1)[0] == step + 1
+
+
 def test_a_checkpoint_is_whole_or_absent_and_one_is_kept(tmp_path: Path, memory: Any) -> None:
     one, run = Remote("memory://out"), trained(tmp_path / "a", (2,))
     order, put = list[str](), one._put
