@@ -25,6 +25,7 @@ LOWEST = [
     "safetensors==0.5.*", "numpy==1.26.*", "scipy==1.11.*", "threadpoolctl==3.1.*", "filelock==3.16.*",
     "fsspec==2024.5.*", "typer==0.15.*", "rich==13.0.*", "pydantic==2.0.*", "pyyaml==6.0.*", "regex==2025.10.22",
 ]  # fmt: skip
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]  # those of pyproject.toml's classifiers
 # What touches other packages: PEFT's hooks, files saved earlier, attaching and training.
 TOUCHING = ["tests/house/test_peft_canary.py", "tests/golden", "tests/tuner", "tests/numerics", "tests/export"]
 # What `beyond` takes the newest of.
@@ -61,11 +62,26 @@ def oldest(session: nox.Session) -> None:
     run_tests(session, "tests")
 
 
-@nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
+@nox.session(python=PYTHONS)
 def newest(session: nox.Session) -> None:
     """What pip chooses today."""
     session.install("--upgrade", "--editable", ".[test]", *NEWEST.values())
     run_tests(session, "tests")
+
+
+@nox.session(python=False)
+@nox.parametrize("python", PYTHONS)
+def resolves(session: nox.Session, python: str) -> None:
+    """All extras together have releases for a Python, the newest and our pinned ones: a neighbour may have dropped it.
+
+    It reads metadata alone, in less than a minute.
+    """
+    folder = os.path.join(session.create_tmp(), "uv")
+    session.run(python_of(session), "-m", "pip", "install", "-q", "--upgrade", "--target", folder, "uv")
+    words = ["compile", "-q", "pyproject.toml", "--all-extras", "--python-version", python]
+    words += ["-o", os.path.join(session.create_tmp(), "chosen.txt")]
+    for pinned in ([], ["--constraint", "constraints.txt"]):
+        session.run(python_of(session), "-m", "uv", "pip", *words, *pinned, env={"PYTHONPATH": folder})
 
 
 @nox.session(python=["3.12"])
@@ -115,7 +131,7 @@ def next_peft(session: nox.Session) -> None:
     run_tests(session, *TOUCHING)
 
 
-@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+@nox.session(python=PYTHONS)
 @nox.parametrize(
     "extra", ["", "train", "llm", "vision", "diffusion", "quant", "gguf", "ray", "slurm", "optuna", "report", "demo"]
 )

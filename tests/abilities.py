@@ -35,6 +35,14 @@ RESUMES_ON_SEVERAL_CPUS = _loads_onto_cpu_0()
 LOADS_MODULES_NATIVELY = Version(transformers_version) >= Version("5.18")
 
 
+@functools.cache
+def refuses_an_adapted_lm_head() -> bool:
+    """Ask whether trl's DPO reads the weight of `lm_head`, and so refuses an adapter there; 1.14 runs the layer."""
+    from trl.trainer import dpo_trainer
+
+    return hasattr(dpo_trainer, "add_fused_lm_head")
+
+
 def _reads_gguf() -> bool:
     try:
         return bool(is_gguf_available())

@@ -19,6 +19,12 @@ def test_no_session_turns_off_a_plugin_whose_markers_tests_use() -> None:
     assert "no:warnings" not in NOXFILE.read_text("utf-8")  # pytest refuses `filterwarnings` as unknown then
 
 
+def test_nox_tries_the_pythons_that_we_promise() -> None:
+    promised = re.findall(r"Python :: (3\.\d+)", (NOXFILE.parent / "pyproject.toml").read_text("utf-8"))
+    tried = re.search(r"^PYTHONS = (.*?\])", NOXFILE.read_text("utf-8"), re.M)
+    assert tried is not None and ast.literal_eval(tried[1]) == promised
+
+
 def test_the_lower_ends_that_nox_installs_are_those_that_we_promise() -> None:
     promised = re.search(
         r"^dependencies = \[\n(.*?)^\]", (NOXFILE.parent / "pyproject.toml").read_text("utf-8"), re.M | re.S

@@ -78,17 +78,18 @@ def test_every_reward_is_in_the_commented_yaml() -> None:
 
 
 def test_a_run_learns_from_rewards_alone_and_shows_what_it_wrote(tmp_path: Path) -> None:
-    more = {"training": {"steps": 12, "learning_rate": 0.03}, "evaluation": {"samples": 16}}
+    more = {"training": {"steps": 40, "learning_rate": 0.03}, "evaluation": {"samples": 16}}
     found = run(parse_config(tiny.reward_run(tmp_path, **more)), tmp_path / "run")
     base = measure(*load_base_run(tmp_path / "run"))["test"]["reward"]
-    assert found.metrics["test"]["reward"] > base + 0.15  # 0.48 and 0.23 when this was written
+    # 0.53 to 0.89 and 0.23 to 0.25 with two seeds, trl 1.14 and 1.16
+    assert found.metrics["test"]["reward"] > base + 0.15
     assert measure(*load_run(tmp_path / "run")) == found.metrics
     lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 * 8 and {line["step"] for line in lines} == set(range(1, 13))
+    assert len(lines) == 40 * 8 and {line["step"] for line in lines} == set(range(1, 41))
     assert found.curves["mean reward"] == pytest.approx(
-        [sum(line["reward"] for line in lines if line["step"] == step) / 8 for step in range(1, 13)]
+        [sum(line["reward"] for line in lines if line["step"] == step) / 8 for step in range(1, 41)]
     )
-    assert 'id="completions"' in render(found) and {text.step for text in found.completions} == {1, 12}
+    assert 'id="completions"' in render(found) and {text.step for text in found.completions} == {1, 40}
 
 
 def load_base_run(folder: Path) -> Any:
