@@ -7,7 +7,7 @@ each, two epochs, a LoRA of rank 8 on the attention's four weights of all-MiniLM
 of three for LoRA on the languages (benchmarks/results/demo.json). Rules that look at examples get training rows,
 without labels. The score is accuracy (Spearman's correlation for STS-B); what counts is its share of the adapter's own.
 "refitted head" is the untouched body with a head fitted on the training rows: what a merge has to beat. Goes on when
-started again. Writes benchmarks/results/merging.json.
+started again. Writes benchmarks/results/merging.json after each seed, and keeps the rows of other seeds that are there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,17 +187,27 @@ def merge_by_peft(arm: Arm, bench: Bench, seed: int, output: Path) -> int:
     return int(model.peft_config["merged"].r)
 
 
-def measure(bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def measure(bench: Bench, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Get one row for each seed, running what has not been run."""
-    rows = []
     for seed in seeds:
         own = {task: score(run(*bench.adapter(task, seed), resume=True).metrics["test"]) for task in bench.tasks}
         heads = {task: score(run(*bench.head(task, seed), resume=True).metrics["test"]) for task in bench.tasks}
         arms = {"refitted head": {"rank": 0, "seconds": 0.0, "scores": heads}}
         for arm in ARMS:
             arms[arm.name] = cached(bench.place(arm.name, seed), partial(merged, arm, bench, seed))
-        rows.append({"seed": seed, "own": own, "arms": arms})
-    return rows
+        yield {"seed": seed, "own": own, "arms": arms, **provenance()}
+
+
+def kept_rows(path: Path, bench: Bench, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Get the rows of other seeds from an earlier record of the same settings."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text("utf-8"))
+    if (record["epochs"], record["rate"]) != (bench.epochs, RATE):
+        return []
+    by = {key: record[key] for key in provenance()}
+    same = [row for row in record["rows"] if tuple(row["own"]) == bench.tasks and row["seed"] not in seeds]
+    return [{**by, **row} for row in same]
 
 
 def shares(row: dict[str, Any], arm: str) -> list[float]:
@@ -232,16 +242,19 @@ def main() -> None:
     torch.set_num_threads(1)
     asked.work.mkdir(parents=True, exist_ok=True)
     refuse_other_settings(asked.work, {"epochs": asked.epochs})
-    rows = measure(Bench(asked.data, asked.work, asked.epochs, tuple(asked.tasks)), asked.seeds)
-    record = {
-        "what": "tasks trained apart and merged into one body",
-        **provenance(),
-        "epochs": asked.epochs,
-        "rate": RATE,
-        "kept": table(rows),
-        "rows": rows,
-    }
-    write_atomically(asked.results, json.dumps(record, indent=1) + "\n")
+    bench = Bench(asked.data, asked.work, asked.epochs, tuple(asked.tasks))
+    rows = kept_rows(asked.results, bench, asked.seeds)
+    for row in measure(bench, asked.seeds):
+        rows = sorted([*rows, row], key=lambda row: int(row["seed"]))
+        record = {
+            "what": "tasks trained apart and merged into one body",
+            **provenance(),
+            "epochs": asked.epochs,
+            "rate": RATE,
+            "kept": table(rows),
+            "rows": rows,
+        }
+        write_atomically(asked.results, json.dumps(record, indent=1) + "\n")
     for arm, figures in record["kept"].items():
         print(f"{arm:20} mean {figures['mean']['mean']:.1%} worst {figures['worst']['mean']:.1%}")
 
