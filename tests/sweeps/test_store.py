@@ -17,7 +17,7 @@ from spectune.cli.compare import compare
 from spectune.errors import MissingExtraError, OptionError, OutputError
 from spectune.runs import folder as run_folder
 from spectune.runs import result
-from spectune.sweeps import SweepRecord, parse_sweep, remote, run_sweep, store, sweep_folder
+from spectune.sweeps import SweepRecord, claim, parse_sweep, remote, run_sweep, store, sweep_folder
 from spectune.sweeps.on_node import obstacle
 from spectune.sweeps.remote import Remote
 from spectune.sweeps.store import Store
@@ -281,6 +281,50 @@ def test_a_store_that_cannot_be_written_is_refused_before_the_first_run(
 def test_two_commands_of_one_machine_are_refused(tmp_path: Path, memory: Any) -> None:
     with Store("memory://out"), pytest.raises(OutputError, match="memory://out: .*another process is writing"):
         run_sweep(parse_sweep(text_sweep(tmp_path)), "memory://out", provenance={})
+
+
+def test_a_command_of_another_machine_is_refused_while_it_lives(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: theirs.beat() if alive else None)
+    theirs, alive = claim.Claim(Remote("memory://out")), True
+    theirs.machine = "far\x1b[31m" + "r" * 99
+    theirs.take()
+    refused = r"memory://out: a command on another machine \(far\?\?31mr{52}\) is working on this sweep\. Wait until"
+    with pytest.raises(OutputError, match=refused), Store("memory://out"):
+        pass
+    assert theirs.lost == "" and memory.exists("/out/.claim")
+    alive = False  # it was killed, and left its claim
+    with Store("memory://out") as mine:
+        assert mine.claim._read()["token"] == mine.claim.token
+        theirs.beat()  # it was not killed, but paused: it sees that it has lost the sweep, and stops
+        with pytest.raises(OutputError, match="is working on this sweep"):
+            theirs.refuse_if_lost()
+        theirs.leave()
+        assert memory.exists("/out/.claim")
+    assert not memory.exists("/out/.claim")
+
+
+def test_two_commands_that_begin_at_once_do_not_both_go_on(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = claim.Claim(Remote("memory://out")), claim.Claim(Remote("memory://out"))
+    write = Remote.write
+    monkeypatch.setattr(Remote, "write", lambda *asked: (write(*asked), monkeypatch.undo(), other.beat()))
+    with pytest.raises(OutputError, match="is working on this sweep"):
+        one.take()
+    other.take()
+
+
+def test_what_is_no_claim_is_overwritten(memory: Any) -> None:
+    for content in (b"", b"[1]", b"{oh", b"\xff" * 99):
+        memory.pipe_file("/out/.claim", content)
+        with Store("memory://out") as mine:
+            assert json.loads(memory.cat_file("/out/.claim"))["token"] == mine.claim.token
+
+
+def test_each_file_in_a_repository_is_a_commit_so_nothing_is_claimed() -> None:
+    one = claim.Claim(Remote("hf://datasets/a/b"))
+    one.take(), one.beat(), one.leave()  # nothing is asked of the hub
+    assert one.beats == 0
 
 
 def test_a_cluster_with_a_shared_disk_refuses_a_store(tmp_path: Path, memory: Any) -> None:

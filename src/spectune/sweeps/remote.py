@@ -139,6 +139,17 @@ class Remote:
             partial.unlink(missing_ok=True)
         self.sent[name] = _mark(path)
 
+    def read(self, name: str) -> bytes:
+        """Get the first bytes of a small file; FileNotFoundError if there is none."""
+        fs, root, _ = self.opened
+        found: bytes = self._tried("read", name, lambda: fs.cat_file(f"{root}/{name}", start=0, end=SMALL))
+        return found
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file; on a disk, another process can see half of it."""
+        fs, root, _ = self.opened
+        self._tried("write", name, lambda: fs.pipe_file(f"{root}/{name}", content))
+
     def remove(self, name: str) -> None:
         """Delete a file, if there is one; on a disk also the folders that it leaves empty."""
         fs, root, disk = self.opened
