@@ -110,13 +110,14 @@ def test_a_classifier_with_a_fitted_head_trains_on_a_quantised_base(
     pytest.importorskip("torchao" if quantization == "fp8" else "bitsandbytes")
     core = {"method": "svft", "pattern": "dense", "basis_rank": 4, "directions": "gradient"}
     options = core if adapter == "svft" else {"peft_type": "LORA", "r": 2}
-    values = tiny.text_run(tmp_path, training={"head_first": True}) | {"quantization": quantization}
+    # A fitted head answers with certainty, so a loss of dropped features is arbitrarily large.
+    values = tiny.text_run(tmp_path, dropout=0.0, training={"head_first": True}) | {"quantization": quantization}
     config = parse_config(values | {"adapter": options | {"target_modules": ["query", "value"]}})
     model, _ = build(recipe_class(config.recipe)(config))
     assert not any(getattr(m.weight.quant_state, "packing_format_for_cpu", False) for m in model.modules() if is_nf4(m))
     assert type(model.get_base_model().classifier.original_module) is torch.nn.Linear  # new, and not quantised
     result = run(config, tmp_path / "run")
-    assert result.losses[-1] < result.losses[0]
+    assert max(result.losses) < 0.6  # 0.69 is guessing; 0.39 when this was written
 
 
 def is_nf4(module: Any) -> bool:
