@@ -109,7 +109,7 @@ def with_rows(task: dict[str, Any], rows: int, epochs: float) -> dict[str, Any]:
 def each_size(found: dict[str, Any], sizes: list[int], epochs: float) -> dict[str, Any]:
     """Get every task at every number of rows; one number leaves the tasks' names as they are."""
     return {
-        name if len(sizes) == 1 else f"{name} {rows}": with_rows(task, rows, epochs)
+        name if len(sizes) == 1 else f"{name}-{rows}": with_rows(task, rows, epochs)
         for name, task in found.items()
         for rows in sizes
     }
