@@ -5,7 +5,8 @@
 Goes on when started again; `--tasks` and `--arms` choose a part of the table. FOLDER holds sst2_train, cola_train,
 mrpc_train and rte_train, each .jsonl.gz, with GLUE's columns. Each task is split once, by a fixed seed: test rows, then
 validation rows, and out of the rest the run's seed draws 2,000 training rows (--rows). Every arm begins with a fitted
-head.
+head. With fewer rows a run repeats them until it has made 64 steps: `--rows 16 64 256 --arms limited_lora
+limited_core_gradient limited_core_activation` is the table of limited data.
 Writes benchmarks/results/data_spectra.json (--output).
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from spectune.sweeps import parse_sweep
 
 RESULTS = Path(__file__).parent / "results" / "data_spectra.json"
 SPLIT_SEED = 0
+BATCH = 32
+FEWEST_STEPS = 64  # Two epochs of 1,024 rows; fewer rows are seen more often.
 QKV = ["query", "key", "value"]
 EVERY = r".*\.(query|key|value|output\.dense|intermediate\.dense)"
 PAIR = {"text": "sentence1", "text_pair": "sentence2"}
@@ -65,6 +69,10 @@ ARMS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "tenth_qkv": (CORE | {"directions": "gradient", "basis_rank": 24}, [5e-3, 1e-2]),
     "percent_qkv": (CORE | {"directions": "gradient", "basis_rank": 8}, [3e-2]),
     "core_activation_every": (CORE | {"directions": "activation", "basis_rank": 55, "target_modules": EVERY}, [3e-3]),
+    # Few rows: one grid for all three.
+    "limited_lora": (LORA, [1e-3, 3e-3, 1e-2]),
+    "limited_core_gradient": (CORE | {"directions": "gradient"}, [1e-3, 3e-3, 1e-2]),
+    "limited_core_activation": (CORE | {"directions": "activation"}, [1e-3, 3e-3, 1e-2]),
     "full": ("none", [3e-5, 1e-4]),  # type: ignore[dict-item]
 }
 
@@ -92,6 +100,21 @@ def tasks(asked: list[str], data: Path, work: Path) -> dict[str, Any]:
     return found
 
 
+def with_rows(task: dict[str, Any], rows: int, epochs: float) -> dict[str, Any]:
+    """Get the task with its training rows, seen at least as often as 64 steps need."""
+    epochs = max(epochs, FEWEST_STEPS / math.ceil(rows / BATCH))
+    return {"data": task["data"] | {"limit": {"train": rows}}, "training": {"epochs": epochs}}
+
+
+def each_size(found: dict[str, Any], sizes: list[int], epochs: float) -> dict[str, Any]:
+    """Get every task at every number of rows; one number leaves the tasks' names as they are."""
+    return {
+        name if len(sizes) == 1 else f"{name}-{rows}": with_rows(task, rows, epochs)
+        for name, task in found.items()
+        for rows in sizes
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -101,22 +124,22 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--rows", type=int, default=2000, help="training rows")
+    parser.add_argument("--rows", nargs="+", type=int, default=[2000], help="training rows")
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
+    rows = ", ".join(f"{size:,}" for size in asked.rows)
     sweep = {
-        "title": f"Cores in directions of the data against LoRA at equal trained numbers, MiniLM, {asked.rows:,} rows",
+        "title": f"Cores in directions of the data against LoRA at equal trained numbers, MiniLM, {rows} rows",
         "run": {
             "recipe": "text_classification",
             "model": str(base_folder()),
             "pooling": "mean",
-            "data": {"limit": {"train": asked.rows}},
-            "training": {"epochs": asked.epochs, "batch_size": 32, "head_first": True, "head_learning_rate": 1e-3},
+            "training": {"batch_size": BATCH, "head_first": True, "head_learning_rate": 1e-3},
         },
-        "tasks": tasks(asked.tasks, asked.data, asked.work),
+        "tasks": each_size(tasks(asked.tasks, asked.data, asked.work), asked.rows, asked.epochs),
         "methods": {name: {"adapter": ARMS[name][0], "learning_rates": ARMS[name][1]} for name in asked.arms},
-        "baseline": "lora" if "lora" in asked.arms else None,
+        "baseline": next((name for name in ("lora", "limited_lora") if name in asked.arms), None),
         "seeds": asked.seeds,
         "tuning_seeds": 1,
         "keep": "nothing",
