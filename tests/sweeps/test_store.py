@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.sweeps.test_cluster import Double
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "WAITS", (0.01,))
+    monkeypatch.setattr(claim, "SETTLES", 0.1)
     return tmp_path / "cache"
 
 
@@ -256,7 +258,7 @@ def test_a_name_that_leads_out_of_the_store_is_refused(
     monkeypatch.setattr(type(memory), "find", lambda *asked: ["/out/records/a.json", f"/out/{name}"])
     with pytest.raises(OutputError, match=r"memory://out: contains .*, a name that leads out of it. Delete that file"):
         run_sweep(parse_sweep(text_sweep(tmp_path)), "memory://out", provenance={})
-    assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.name not in (".lock", "machine")]
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_the_first_run(
@@ -283,48 +285,80 @@ def test_two_commands_of_one_machine_are_refused(tmp_path: Path, memory: Any) ->
         run_sweep(parse_sweep(text_sweep(tmp_path)), "memory://out", provenance={})
 
 
+def another(folder: Path, url: str = "memory://out") -> claim.Claim:
+    """The claim of a command on another machine."""
+    folder.mkdir()
+    return claim.Claim(Remote(url), folder)
+
+
 def test_a_command_of_another_machine_is_refused_while_it_lives(
     memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    theirs, alive = another(tmp_path / "far"), True
+    (tmp_path / "far" / "machine").write_text("far\x1b[31m" + "r" * 99)
     monkeypatch.setattr(claim.time, "sleep", lambda seconds: theirs.beat() if alive else None)
-    theirs, alive = claim.Claim(Remote("memory://out")), True
-    theirs.machine = "far\x1b[31m" + "r" * 99
-    theirs.take()
-    refused = r"memory://out: a command on another machine \(far\?\?31mr{52}\) is working on this sweep\. Wait until"
+    theirs.beat()
+    refused = r"memory://out: another command, on far\?\?31mr{52}, is working on this sweep\. Wait until"
     with pytest.raises(OutputError, match=refused), Store("memory://out"):
         pass
-    assert theirs.lost == "" and memory.exists("/out/.claim")
+    assert not theirs.remote.blocked and memory.exists("/out/.claim")
     alive = False  # it was killed, and left its claim
     with Store("memory://out") as mine:
         assert mine.claim._read()["token"] == mine.claim.token
-        theirs.beat()  # it was not killed, but paused: it sees that it has lost the sweep, and stops
-        with pytest.raises(OutputError, match="is working on this sweep"):
-            theirs.refuse_if_lost()
+        theirs.beat()  # it was only paused: it sees that the sweep is another's, and writes nothing any more
+        for forbidden in (partial(theirs.remote.put, tmp_path / "far" / "machine"), theirs.remote.remove):
+            with pytest.raises(OutputError, match="is working on this sweep"):
+                forbidden("a")
         theirs.leave()
         assert memory.exists("/out/.claim")
     assert not memory.exists("/out/.claim")
 
 
-def test_two_commands_that_begin_at_once_do_not_both_go_on(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, other = claim.Claim(Remote("memory://out")), claim.Claim(Remote("memory://out"))
-    write = Remote.write
-    monkeypatch.setattr(Remote, "write", lambda *asked: (write(*asked), monkeypatch.undo(), other.beat()))
+def test_two_commands_that_begin_at_once_do_not_both_go_on(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second has seen no claim, and writes its own while the first waits for that."""
+    one, other = another(tmp_path / "one"), another(tmp_path / "other")
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: other.beat() if seconds == claim.SETTLES else None)
     with pytest.raises(OutputError, match="is working on this sweep"):
         one.take()
-    other.take()
+    assert one._read()["token"] == other.token
 
 
-def test_what_is_no_claim_is_overwritten(memory: Any) -> None:
-    for content in (b"", b"[1]", b"{oh", b"\xff" * 99):
+def test_a_command_shows_itself_while_it_works(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(claim, "BEAT", 0.01)
+    monkeypatch.setattr(claim, "SETTLES", 0.0)
+    one = another(tmp_path / "one")
+    one.take()
+    while one._read()["beats"] < 3:
+        time.sleep(0.01)
+    one.leave()
+    assert not memory.exists("/out/.claim") and not one._thread.is_alive()
+
+
+def test_a_claim_of_this_machine_is_taken_at_once(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store("memory://out").home.mkdir(parents=True)
+    Store("memory://out").claim.beat()  # killed afterwards; the lock says that it does not live
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: pytest.fail("it waits") if seconds else None)
+    with Store("memory://out") as mine:
+        assert mine.claim._read()["token"] == mine.claim.token
+
+
+def test_what_is_no_claim_is_watched_and_then_overwritten(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content in (b"", b"[1]", b"{oh", b"\xff" * 99, b"[" * 200_000, b" " * 2**21):
+        waited: list[float] = []
+        monkeypatch.setattr(claim.time, "sleep", waited.append)
         memory.pipe_file("/out/.claim", content)
         with Store("memory://out") as mine:
             assert json.loads(memory.cat_file("/out/.claim"))["token"] == mine.claim.token
+        assert sum(waited) == claim.BEATS * claim.BEAT + claim.SETTLES
 
 
-def test_each_file_in_a_repository_is_a_commit_so_nothing_is_claimed() -> None:
-    one = claim.Claim(Remote("hf://datasets/a/b"))
-    one.take(), one.beat(), one.leave()  # nothing is asked of the hub
-    assert one.beats == 0
+@pytest.mark.parametrize("url", ["hf://datasets/a/b", "simplecache::hf://datasets/a/b"])
+def test_each_file_in_a_repository_is_a_commit_so_nothing_is_claimed(url: str, tmp_path: Path) -> None:
+    one = another(tmp_path / "one", url)
+    one.take()  # nothing is asked of the hub
+    assert one.beats == 0 and not one._thread.is_alive()
 
 
 def test_a_cluster_with_a_shared_disk_refuses_a_store(tmp_path: Path, memory: Any) -> None:

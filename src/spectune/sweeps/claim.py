@@ -6,93 +6,108 @@ import json
 import platform
 import re
 import secrets
+import threading
 import time
-import uuid
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from ..checkpoint import write_atomically
 from ..errors import OutputError
 from .remote import Remote
 
 NAME = ".claim"  # hidden, so that no listing of the sweep's files has it
-BEAT = 15.0
-"""Seconds within which a living command shows itself: it does so every ten (store.EVERY), but for a slow upload."""
-BEATS = 4
-"""After so many of them without a sign of life, a command counts as killed; chosen, not measured."""
-COMMITS = "hf"
+BEAT = 10.0
+"""Seconds between two signs of life; chosen, not measured."""
+BEATS = 6
+"""After so many without a sign of life, a command counts as killed; chosen, not measured."""
+SETTLES = 3.0
+"""Seconds in which another command, which saw no claim either, writes its own; chosen, not measured."""
+COMMITS = "hf://"
 """Where each file that is written is a commit, nothing is claimed."""
+UNREADABLE = {"machine": "unknown"}
 
 
 class Claim:
-    """The claim of this command on a sweep in a store.
+    """The claim of this command on a sweep in a store; `home` is this machine's folder for it, which a lock covers.
 
     No clock is asked, since those of two machines differ: a claim that changes while one looks is alive.
     """
 
-    def __init__(self, remote: Remote) -> None:
-        self.remote = remote
+    def __init__(self, remote: Remote, home: Path) -> None:
+        self.remote, self.home = remote, home
         self.token, self.beats = secrets.token_hex(8), 0
-        self.machine = f"{platform.node()}-{uuid.getnode():x}"
-        self.lost = ""
-        """Who has taken the sweep over, if another command has."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
 
     @property
-    def _is_kept(self) -> bool:
-        return self.remote.url.partition("://")[0] != COMMITS
+    def machine(self) -> str:
+        """This machine's name, with a random number that is kept beside the lock: names repeat in containers."""
+        file = self.home / "machine"
+        with suppress(OSError):
+            return file.read_text("utf-8")
+        name = f"{platform.node()}-{secrets.token_hex(4)}"
+        write_atomically(file, name)
+        return name
 
     def take(self) -> None:
         """Claim the sweep; `OutputError` if a command on another machine works on it.
 
-        On this machine a lock says that none does. The claim of a command that was killed elsewhere takes a
-        minute to tell from a living one.
+        On this machine the lock says that none does. It takes a minute to see that one elsewhere was killed.
         """
-        if not self._is_kept:
+        if any(part.startswith(COMMITS) for part in self.remote.url.split("::")):
             return
         found = self._read()
-        for _ in range(BEATS if found and found.get("machine") != self.machine else 0):
+        is_left_here = found.get("machine") == self.machine
+        for _ in range(BEATS if found and not is_left_here else 0):
             time.sleep(BEAT)
             if (now := self._read()) and now != found:
                 raise self._refusal(now)
         self.beat()
+        time.sleep(0 if is_left_here else SETTLES)
         if (now := self._read()) and now.get("token") != self.token:
             raise self._refusal(now)
+        self._thread.start()
 
     def beat(self) -> None:
-        """Show that this command works, unless another one has taken the sweep over."""
-        if not self._is_kept:
-            return
-        found = self._read() if self.beats else None
-        if found and found.get("token") != self.token:
-            self.lost = _plain(found)
+        """Show that this command works; once another one has taken the sweep over, nothing is written any more."""
+        found = self._read() if self.beats else {}
+        if found.get("token", self.token) != self.token:
+            self.remote.blocked = str(self._refusal(found))
             return
         self.beats += 1
-        said = {"machine": self.machine, "token": self.token, "beats": self.beats}
-        self.remote.write(NAME, json.dumps(said).encode())
+        said = self.home / "claim"
+        write_atomically(said, json.dumps({"machine": self.machine, "token": self.token, "beats": self.beats}))
+        self.remote.overwrite(said, NAME)
+        said.unlink()
 
-    def refuse_if_lost(self) -> None:
-        """Raise `OutputError` if another command has taken the sweep over."""
-        if self.lost:
-            raise self._refusal({"machine": self.lost})
+    def _go_on(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(Exception):
+                self.beat()
 
     def leave(self) -> None:
-        """Take the claim back."""
+        """Take the claim back, if it is still this command's."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
         with suppress(Exception):
-            if self.beats and not self.lost:
+            if self._read().get("token") == self.token:
                 self.remote.remove(NAME)
 
     def _read(self) -> dict[str, Any]:
-        with suppress(ValueError, FileNotFoundError):
+        """Get what the claim says: nothing if there is none, `UNREADABLE` if it is no claim."""
+        try:
             found = json.loads(self.remote.read(NAME))
-            return found if isinstance(found, dict) else {}
-        return {}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError):
+            return UNREADABLE
+        return found if isinstance(found, dict) and found else UNREADABLE
 
     def _refusal(self, found: dict[str, Any]) -> OutputError:
+        machine = re.sub(r"[^\w.-]", "?", str(found.get("machine", "")), flags=re.ASCII)[:60]  # steers no terminal
         return OutputError(
-            f"{self.remote.url}: a command on another machine ({_plain(found)}) is working on this sweep. Wait until "
-            f"it is done, stop it, or choose another address."
+            f"{self.remote.url}: another command, on {machine or 'another machine'}, is working on this sweep. Wait "
+            f"until it is done, stop it, or choose another address."
         )
-
-
-def _plain(found: dict[str, Any]) -> str:
-    """Get the machine's name in letters that steer no terminal."""
-    return re.sub(r"[^\w.-]", "?", str(found.get("machine", "")), flags=re.ASCII)[:60] or "unknown"

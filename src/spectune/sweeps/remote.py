@@ -41,6 +41,9 @@ class Remote:
     sent: dict[str, Any] = field(default_factory=dict, repr=False)
     """Name -> what tells the file's content, as it was last seen here and there alike."""
 
+    blocked: str = ""
+    """Why nothing may be written any more."""
+
     _found: Any = field(default=None, init=False, repr=False)  # a cached_property has a lock, and cannot be sent
 
     @property
@@ -103,12 +106,17 @@ class Remote:
         return name
 
     def put(self, path: Path, name: str) -> None:
-        """Upload a file, unless the store has it like this."""
+        """Upload a file, unless the store has it like this; `OutputError` once the sweep is another command's."""
+        self._refuse_blocked()
         mark = _mark(path)
         if self.sent.get(name) == mark:
             return
         self._tried("write", name, lambda: self._put(str(path), name))
         self.sent[name] = mark
+
+    def _refuse_blocked(self) -> None:
+        if self.blocked:
+            raise _output_error(self.blocked)
 
     def _put(self, path: str, name: str) -> None:
         fs, root, disk = self.opened
@@ -140,18 +148,21 @@ class Remote:
         self.sent[name] = _mark(path)
 
     def read(self, name: str) -> bytes:
-        """Get the first bytes of a small file; FileNotFoundError if there is none."""
+        """Get what a small file contains; FileNotFoundError if there is none, ValueError if it is not small."""
         fs, root, _ = self.opened
-        found: bytes = self._tried("read", name, lambda: fs.cat_file(f"{root}/{name}", start=0, end=SMALL))
+        fs.invalidate_cache()
+        if self._tried("read", name, lambda: fs.info(f"{root}/{name}"))["size"] > SMALL:
+            raise ValueError(f"{name} is too large")
+        found: bytes = self._tried("read", name, lambda: fs.cat_file(f"{root}/{name}"))
         return found
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a small file; on a disk, another process can see half of it."""
-        fs, root, _ = self.opened
-        self._tried("write", name, lambda: fs.pipe_file(f"{root}/{name}", content))
+    def overwrite(self, path: Path, name: str) -> None:
+        """Upload a file, whatever the store has."""
+        self._tried("write", name, lambda: self._put(str(path), name))
 
     def remove(self, name: str) -> None:
         """Delete a file, if there is one; on a disk also the folders that it leaves empty."""
+        self._refuse_blocked()
         fs, root, disk = self.opened
         self.sent.pop(name, None)
         with suppress(FileNotFoundError):

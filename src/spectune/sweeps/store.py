@@ -49,10 +49,10 @@ class Store(SweepFolder):
         super().__init__(Path())
         self.said = url.rstrip("/")
         self.remote = Remote(self.said)
-        self.claim = Claim(self.remote)
         last = re.sub(r"[^A-Za-z0-9_.-]", "-", self.said.rpartition("/")[2])
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.home = caches / "spectune" / "sweeps" / f"{last}-{sha256(self.said.encode()).hexdigest()[:12]}"
+        self.claim = Claim(self.remote, self.home)
         self._far = False
         self._at_work = dict[str, threading.Lock]()
         self._changed = set[str]()  # runs that were at work
@@ -71,8 +71,8 @@ class Store(SweepFolder):
                 shutil.rmtree(old, ignore_errors=True)
             self.folder = self.home / f"work-{secrets.token_hex(4)}"
             self.folder.mkdir()
-            self.claim.take()
             held.callback(self.claim.leave)
+            self.claim.take()
             self._there = self.remote.names()
             records = [name for name in self._there if re.fullmatch(rf"{RECORDS}/[^/]+\.json", name)]
             with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -109,7 +109,6 @@ class Store(SweepFolder):
     def at_work(self, run: str) -> Iterator[None]:
         """Have the run here as far as it got, and upload its checkpoints, its folder and its record."""
         folder = self.folder / RUNS / run
-        self.claim.refuse_if_lost()
         if not self._far and not folder.exists():
             self.remote.pull(run, folder)
         self._changed.add(run)
@@ -161,8 +160,6 @@ class Store(SweepFolder):
     def _upload(self) -> None:
         """Upload new checkpoints and pages while runs work; what fails is tried again, and once more at the end."""
         while not self._ended.wait(EVERY):
-            with suppress(Exception):
-                self.claim.beat()
             for run, turn in list(self._at_work.items()):
                 with turn, suppress(Exception):
                     if run in self._at_work:
