@@ -72,13 +72,13 @@ def newest(session: nox.Session) -> None:
 @nox.session(python=False)
 @nox.parametrize("python", PYTHONS)
 def resolves(session: nox.Session, python: str) -> None:
-    """All extras together have releases for a Python, the newest and our pinned ones: a neighbour may have dropped it.
+    """Check that all extras together can be resolved for each Python, with the newest releases and with our pins.
 
     It reads metadata alone, in less than a minute.
     """
     folder = os.path.join(session.create_tmp(), "uv")
     session.run(python_of(session), "-m", "pip", "install", "-q", "--upgrade", "--target", folder, "uv")
-    words = ["compile", "-q", "pyproject.toml", "--all-extras", "--python-version", python]
+    words = ["compile", "-q", "--upgrade", "pyproject.toml", "--all-extras", "--python-version", python]
     words += ["-o", os.path.join(session.create_tmp(), "chosen.txt")]
     for pinned in ([], ["--constraint", "constraints.txt"]):
         session.run(python_of(session), "-m", "uv", "pip", *words, *pinned, env={"PYTHONPATH": folder})

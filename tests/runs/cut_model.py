@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
+from spectune import SpectralConfig
 from spectune.adapter import gathered, spectral_modules
 from spectune.algebra import dense
 from spectune.errors import OptionError, WeightError
@@ -46,6 +47,17 @@ def compare(config: Any, adapter: Path, texts: Path) -> None:
         with gathered(one.U_OR, one.Vh_RI):
             for mine, theirs in ((one.U_OR, other.U_OR), (one.Vh_RI, other.Vh_RI)):
                 assert torch.allclose(mine, theirs, rtol=0, atol=1e-4), path
+    kept = SpectralConfig(method="spectral_a", r=2, target_modules=["q_proj"], save_basis="always")
+    with cut_while_loading():
+        base = recipe.build_model()
+    second = get_peft_model(base, kept)
+    with pytest.raises(OptionError, match=r"U_OR: DeepSpeed ZeRO-3 has partitioned this adapter"):
+        get_peft_model_state_dict(second)
+    second.add_adapter("twin", kept)
+    second.add_adapter(
+        "other", SpectralConfig(method="svft", target_modules=["q_proj", "v_proj"], svd={"share": False})
+    )
+    assert not any(one.Vh_RI.numel() for _, _, one in spectral_modules(second))
     _refuses_what_needs_examples(texts)
 
 
@@ -71,6 +83,7 @@ def _refuses_what_needs_examples(texts: Path) -> None:
     for changes, asked in (
         ({"adapter": data, "training": {"head_first": True}}, "training.head_first"),
         ({"adapter": data | {"directions": "gradient"}}, "adapter.directions='gradient'"),
+        ({"adapter": data | {"pattern": "chosen", "places": 4}}, "adapter.pattern='chosen'"),
     ):
         config = parse_config(tiny.merged(values, changes))
         with pytest.raises(OptionError, match=f"{re.escape(asked)} runs the model before the first step"):

@@ -134,6 +134,7 @@ def test_the_last_words_of_a_run_are_kept_until_it_is_done(memory: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Watching it for a minute")
 def test_a_killed_sweep_goes_on_from_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_killed_sweep_goes_on_from_another_machine(
     finished = {path.name: path.stat().st_mtime_ns for path in there.glob("records/*")}
     assert list(finished) == ["task--full--0.001--0.json"] and (there / "comparison.html").is_file()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    monkeypatch.setattr(claim, "BEAT", 0.1)
     sweep, steps = parse_sweep(asked), list[tuple[str, int]]()
     found = run_sweep(sweep, url, provenance={}, on_run=lambda *said: steps.append((said[2], said[3])))
     assert {name for name, _ in steps} == {"task--late--0.01--0"}
@@ -291,6 +293,7 @@ def another(folder: Path, url: str = "memory://out") -> claim.Claim:
     return claim.Claim(Remote(url), folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*Watching it for a minute")
 def test_a_command_of_another_machine_is_refused_while_it_lives(
     memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -299,8 +302,8 @@ def test_a_command_of_another_machine_is_refused_while_it_lives(
     monkeypatch.setattr(claim.time, "sleep", lambda seconds: theirs.beat() if alive else None)
     theirs.beat()
     refused = r"memory://out: another command, on far\?\?31mr{52}, is working on this sweep\. Wait until"
-    with pytest.raises(OutputError, match=refused), Store("memory://out"):
-        pass
+    with pytest.warns(match="a command on far.* Watching it"), pytest.raises(OutputError, match=refused):
+        Store("memory://out").__enter__()
     assert not theirs.remote.blocked and memory.exists("/out/.claim")
     alive = False  # it was killed, and left its claim
     with Store("memory://out") as mine:
@@ -349,7 +352,7 @@ def test_what_is_no_claim_is_watched_and_then_overwritten(memory: Any, monkeypat
         waited: list[float] = []
         monkeypatch.setattr(claim.time, "sleep", waited.append)
         memory.pipe_file("/out/.claim", content)
-        with Store("memory://out") as mine:
+        with pytest.warns(match="a command on unknown works or worked here"), Store("memory://out") as mine:
             assert json.loads(memory.cat_file("/out/.claim"))["token"] == mine.claim.token
         assert sum(waited) == claim.BEATS * claim.BEAT + claim.SETTLES
 

@@ -12,6 +12,7 @@ from torch import nn
 from spectune import SpectralConfig
 from spectune.adapter import bases_as_parameters, spectral_modules
 from spectune.errors import AdapterError
+from spectune.training.sharded import refuse_other_basis
 
 from ..abilities import needs_fsdp2_on_a_cpu
 from ..models import MODELS
@@ -123,6 +124,17 @@ def test_bases_as_parameters_stay_frozen(change: str) -> None:
     else:
         getattr(model.base_model, change)("default")
     assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_a_sharded_run_does_not_continue_on_another_basis() -> None:
+    here = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    refuse_other_basis(here, here.to(torch.float64) * (1 + 1e-6), "checkpoint-2: layer.sketch")
+    refuse_other_basis(torch.tensor([3, 5], dtype=torch.int32), torch.tensor([3, 5]), "checkpoint-2: layer.rows")
+    for one, other in ((here, -here), (here, here[:1]), (torch.tensor([3, 5]), torch.tensor([3, 6]))):
+        with pytest.raises(
+            AdapterError, match="checkpoint-2: layer.x: the singular vectors differ from those that the"
+        ):
+            refuse_other_basis(one, other, "checkpoint-2: layer.x")
 
 
 def test_numbers_shared_by_all_layers_are_refused() -> None:

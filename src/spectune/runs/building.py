@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def build(recipe: Recipe, *, to_train: bool = True) -> tuple[nn.Module, Plan]:
         )
     refuse_other_bases(config)
     set_seed(config.seed)  # a new head and LoRA's A are random
-    with cut_while_loading():
+    with cut_while_loading() if to_train else nullcontext():
         model = recipe.build_model()
     own = recipe.attach(model)
     if own is not None:

@@ -8,6 +8,7 @@ import re
 import secrets
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class Claim:
             return
         found = self._read()
         is_left_here = found.get("machine") == self.machine
+        if found and not is_left_here:
+            said = f"{self.remote.url}: a command on {_plain(found)} works or worked here. Watching it for a minute."
+            warnings.warn(said, stacklevel=2)
         for _ in range(BEATS if found and not is_left_here else 0):
             time.sleep(BEAT)
             if (now := self._read()) and now != found:
@@ -106,8 +110,12 @@ class Claim:
         return found if isinstance(found, dict) and found else UNREADABLE
 
     def _refusal(self, found: dict[str, Any]) -> OutputError:
-        machine = re.sub(r"[^\w.-]", "?", str(found.get("machine", "")), flags=re.ASCII)[:60]  # steers no terminal
         return OutputError(
-            f"{self.remote.url}: another command, on {machine or 'another machine'}, is working on this sweep. Wait "
-            f"until it is done, stop it, or choose another address."
+            f"{self.remote.url}: another command, on {_plain(found)}, is working on this sweep. Wait until it is done, "
+            f"stop it, or choose another address."
         )
+
+
+def _plain(found: dict[str, Any]) -> str:
+    """Get the name of a claim's machine in letters that steer no terminal."""
+    return re.sub(r"[^\w.-]", "?", str(found.get("machine", "")), flags=re.ASCII)[:60] or "another machine"

@@ -12,6 +12,8 @@ from ..checkpoint import TensorFile
 from ..errors import AdapterError
 
 OPTIMIZER, SCHEDULER, ADAPTER_FILE = "optimizer.pt", "scheduler.pt", "adapter_model.safetensors"
+# Sketches of the same basis differ by roundoff in float32 (1e-6), those of others by about 1. In between, chosen.
+SAME_BASIS = 1e-4
 # Parts of a trained tensor's name that PEFT takes out when it saves it.
 NOT_IN_FILE = ("default", "modules_to_save")
 
@@ -76,7 +78,24 @@ def trained_tensors(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
             if key not in file.shapes or file.shapes[key] != shape:
                 raise AdapterError(f"{folder}: the checkpoint has no {key} of shape {shape}. Start anew.")
             found[name] = file.tensor(key).to(parameter.dtype)
+    for name, buffer in model.named_buffers():
+        key = ".".join(part for part in name.split(".") if part not in NOT_IN_FILE)
+        if ".spectune_adapter." in name and key in file.shapes:
+            refuse_other_basis(buffer, file.tensor(key), f"{folder}: {key}")
     return found
+
+
+def refuse_other_basis(here: torch.Tensor, saved: torch.Tensor, name: str) -> None:
+    """Raise `AdapterError` where the sketch, values or places of a basis differ from a checkpoint's by more than
+    roundoff: the trained numbers would mean other directions, and a basis in parts cannot be rotated."""
+    here = here.to("cpu", torch.float64)
+    saved = saved.to("cpu", torch.float64)
+    if here.shape != saved.shape or not (here - saved).norm() <= SAME_BASIS * saved.norm():
+        raise AdapterError(
+            f"{name}: the singular vectors differ from those that the run began with (another machine or other "
+            f"versions), and cannot be rotated in a sharded model. Go on with one process, with DDP, or with ZeRO-3 "
+            f"and zero3_init_flag: false."
+        )
 
 
 def load_whole(model: nn.Module, state: dict[str, Any], strict: bool = True) -> None:

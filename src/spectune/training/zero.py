@@ -35,20 +35,22 @@ def cut_while_loading() -> Iterator[None]:
 
     plugin = DeepSpeedPlugin()
     plugin.set_deepspeed_weakref()  # transformers asks for it, and the plugin keeps it
-    failure = ""
+    raised: Exception | None = None
     try:
         yield
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        failure = one_line(error)  # transformers 5.23 does not replace a head for other classes then
+    except Exception as error:
+        raised = error
     finally:
         load_whole_models()
-    failures = gather_object([failure])  # only the first process reads the file
-    if any(failures):
+    # Only the first process reads the file; the others would wait for it. transformers 5.23 does not replace a head for
+    # other classes then, and says "size mismatch".
+    failures = [words for words in gather_object([raised and one_line(raised)]) if words]
+    if raised is not None and "size mismatch" not in failures[0]:
+        raise raised
+    if failures:
         raise OptionError(
-            f"model: cannot be loaded under zero.Init: {max(failures, key=len)}. Set zero3_init_flag: false in "
-            f"accelerate's file (examples/accelerate/zero3.yaml)."
+            f"model: cannot be loaded under zero.Init: {failures[0]}. Set zero3_init_flag: false in accelerate's file "
+            f"(examples/accelerate/zero3.yaml)."
         )
 
 

@@ -88,8 +88,8 @@ def plain_weight(layer: nn.Module, attribute: str, name: str) -> torch.Tensor:
     stored: torch.Tensor = getattr(layer, attribute)
     if hasattr(stored, "ds_id"):
         raise WeightError(
-            f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3, so no process has all of it. Load the base "
-            f"and attach the adapter before deepspeed.initialize, without zero.Init, or use ZeRO-2."
+            f"{name}: this weight is partitioned by DeepSpeed ZeRO-3, and is needed whole here. Load the model without "
+            f"zero.Init (zero3_init_flag: false), or use ZeRO-2."
         )
     if hasattr(stored, "device_mesh"):  # a DTensor; importing its class would cost a second at start
         raise WeightError(

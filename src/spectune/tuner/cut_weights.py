@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapter import SpectralModule, gathered
 from ..adapter.saved import LayerRanks
-from ..errors import WeightError
+from ..errors import OptionError, WeightError
 from ..records import Quality, Spectrum, Weight
 from ..spectrum import BasisCache, Request, obtain, open_cache
 from ..spectrum.distributed import assign, found_by_each, processes, rank, send
@@ -59,12 +59,18 @@ def whole_copy(stored: torch.Tensor) -> torch.Tensor:
         return stored.detach().clone() if hasattr(stored, "ds_id") else stored.detach()
 
 
-def refuse_after_initialize(layer: nn.Module, name: str) -> None:
-    """Raise `WeightError` for a layer that DeepSpeed already runs: it would not gather what is added now."""
-    if hasattr(layer, "ds_id"):
+def refuse_unfit(model: nn.Module, layout: Layout, name: str) -> None:
+    """Raise `WeightError` in a model that DeepSpeed already runs, which would not gather what is added now, and for an
+    attention with packed weights, of which the output projection is decomposed apart."""
+    if any(hasattr(module, "ds_id") for module in model.modules()):  # not every module of a `z3_leaf_module` has one
         raise WeightError(
-            f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3 and already prepared for training, so an "
-            f"adapter added now would not be trained. Attach the adapter before deepspeed.initialize."
+            f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3, and DeepSpeed has already prepared this "
+            f"model, so an adapter added now would not be trained. Attach the adapter before deepspeed.initialize."
+        )
+    if layout.kind == "attention":
+        raise WeightError(
+            f"{name}: a MultiheadAttention that zero.Init has partitioned is not supported. Exclude it, or load the "
+            f"model without zero.Init (zero3_init_flag: false)."
         )
 
 
@@ -79,7 +85,7 @@ def cut_weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[Cut
         except WeightError:
             continue  # raised again when PEFT asks for this layer
         if hasattr(stored := getattr(layer, layout.attribute), "ds_id"):
-            refuse_after_initialize(layer, path)
+            refuse_unfit(model, layout, path)
             yield CutWeight(path, stored, layout)
 
 
@@ -123,6 +129,17 @@ def _mine(turn: Sequence[_Job | None], cache: BasisCache | None) -> Callable[[],
             weight = job.weight.whole(owner == rank())
             own += [(weight, job.request)] if owner == rank() else []
     return lambda: {rank(): spectrum for weight, request in own for spectrum in obtain([weight], request, cache)}
+
+
+def refuse_parts(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Raise `OptionError` for tensors of a file of which this process has nothing."""
+    for name, parameter in model.named_parameters():
+        whole = getattr(parameter, "ds_numel", parameter.numel())
+        if name in tensors and whole and not tensors[name].numel():
+            raise OptionError(
+                f"{name}: DeepSpeed ZeRO-3 has partitioned this adapter, so no process has all of it. Call "
+                f"model.save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))."
+            )
 
 
 def cut_basis(module: SpectralModule, base: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ class SpectralLayer(PretrainedWeight, Strengths, BaseTunerLayer):
             spectrum = Spectrum.unknown(W_OI.shape[0], W_OI.shape[1], rank, name, config.directions)
             spectrum = spectrum.to(self.stored.device if self.is_cut else W_OI.device)
         else:
-            spectrum = find_basis(name, self.original_matrix(), method, config) if basis is None else basis
+            spectrum = basis or find_basis(name, self.original_matrix() if self.is_cut else W_OI, method, config)
             method.check(spectrum)
         unsure = config.save_basis == "auto" and not spectrum.is_found_again
         embed = rank > 0 and (config.save_basis == "always" or unsure)
@@ -157,7 +157,7 @@ class SpectralLayer(PretrainedWeight, Strengths, BaseTunerLayer):
         if self.is_cut:
             raise WeightError(
                 f"{self.module_name}: the base weight is partitioned by DeepSpeed ZeRO-3, and a merged one would be "
-                f"whole on every process. Save the adapter, and merge it into the base in a process of its own."
+                f"whole on every process. Save the adapter, and merge it later, in a single process without zero.Init."
             )
         original = self._original()
         merged = self._with_updates(original, [*self.merged_adapters, *names])

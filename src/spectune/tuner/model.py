@@ -22,7 +22,7 @@ from .base_weight import keep_unpacked
 from .bases import find_bases, weights_of_layers
 from .concessions import Concessions
 from .config import SpectralConfig
-from .cut_weights import Sent, bases_of_cut, cut_basis, cut_weights
+from .cut_weights import Sent, bases_of_cut, cut_basis, cut_weights, refuse_parts
 from .directions import bring_spectra, refuse_unprepared
 from .experts import SpectralParameters
 from .file_checks import expect_what_the_file_has, refuse_non_finite, refuse_surplus
@@ -247,6 +247,7 @@ class SpectralTuner(NamedAdapters):
             for name in module.found_names
         }
         shared, halved = basis_apart(model, kwargs["config"])
+        refuse_parts(model, {name: tensor for name, tensor in tensors.items() if name not in found_again | shared})
         return {
             name: tensor.to(torch.bfloat16) if name in halved else tensor
             for name, tensor in tensors.items()

@@ -20,6 +20,7 @@ from ..records import Weight
 from .base_weight import LAYOUTS, Layout
 from .bases import plain_weight, refuse_offloaded
 from .config import SpectralConfig
+from .cut_weights import outline
 from .experts import SpectralExpert, SpectralParameters, as_stack
 from .from_file import LayerIndices, LayerNames
 
@@ -152,7 +153,7 @@ def say_what_all_linear_leaves_out(config: SpectralConfig, model: nn.Module) -> 
         ".".join(target.path.split(".")[-2:])
         for target in _parameters(model)
         if "expert" in f"{target.path} {type(target.owner(model)).__name__}".lower()
-        and getattr(target.owner(model), target.attribute).ndim == 3
+        and outline(getattr(target.owner(model), target.attribute)).ndim == 3
     }
     if names and not config.target_parameters:
         warnings.warn(
