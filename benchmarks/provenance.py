@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Get the commit that git describes, or the one that the file COMMIT names."""
+    """Get the commit that git describes, the one that the file COMMIT names, or the version if there is no history."""
     if COMMIT.exists():
         return COMMIT.read_text().strip()
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return described.stdout.strip()
+    words = ["git", "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(words, capture_output=True, text=True, cwd=COMMIT.parent).stdout.strip()
+    except FileNotFoundError:  # no git
+        described = ""
+    return described or f"spectune {version('spectune')}, without its history"
