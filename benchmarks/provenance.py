@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Get the commit that git describes, the one that the file COMMIT names, or the version if there is no history."""
+    """Get the commit: from the file COMMIT or from git; without either, the version of the package."""
     if COMMIT.exists():
         return COMMIT.read_text().strip()
     words = ["git", "describe", "--always", "--dirty"]

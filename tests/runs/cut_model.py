@@ -40,8 +40,8 @@ def compare(config: Any, adapter: Path, texts: Path) -> None:
             loaded.get_submodule(path).merge()
     with recorded() as solved:
         new, _ = build(recipe)
-    mine, theirs = gather_object([set(solved)])
-    assert mine and theirs and not mine & theirs and len(mine | theirs) == len(list(spectral_modules(new)))
+    first, second = gather_object([set(solved)])
+    assert first and second and not first & second and len(first | second) == len(list(spectral_modules(new)))
     for (path, _, one), (_, _, other) in _pairs(new, whole):
         assert not one.U_OR.numel() and not one.Vh_RI.numel() and not one.U_OR.requires_grad
         with gathered(one.U_OR, one.Vh_RI):
@@ -50,14 +50,14 @@ def compare(config: Any, adapter: Path, texts: Path) -> None:
     kept = SpectralConfig(method="spectral_a", r=2, target_modules=["q_proj"], save_basis="always")
     with cut_while_loading():
         base = recipe.build_model()
-    second = get_peft_model(base, kept)
+    several = get_peft_model(base, kept)
     with pytest.raises(OptionError, match=r"U_OR: DeepSpeed ZeRO-3 has partitioned this adapter"):
-        get_peft_model_state_dict(second)
-    second.add_adapter("twin", kept)
-    second.add_adapter(
+        get_peft_model_state_dict(several)
+    several.add_adapter("twin", kept)
+    several.add_adapter(
         "other", SpectralConfig(method="svft", target_modules=["q_proj", "v_proj"], svd={"share": False})
     )
-    assert not any(one.Vh_RI.numel() for _, _, one in spectral_modules(second))
+    assert not any(one.Vh_RI.numel() for _, _, one in spectral_modules(several))
     _refuses_what_needs_examples(texts)
 
 
@@ -84,6 +84,7 @@ def _refuses_what_needs_examples(texts: Path) -> None:
         ({"adapter": data, "training": {"head_first": True}}, "training.head_first"),
         ({"adapter": data | {"directions": "gradient"}}, "adapter.directions='gradient'"),
         ({"adapter": data | {"pattern": "chosen", "places": 4}}, "adapter.pattern='chosen'"),
+        ({"adapter": data | {"budget": 100}}, "adapter.budget=100"),
     ):
         config = parse_config(tiny.merged(values, changes))
         with pytest.raises(OptionError, match=f"{re.escape(asked)} runs the model before the first step"):

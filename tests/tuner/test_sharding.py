@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spectune import SpectralConfig
 from spectune.adapter import bases_as_parameters, spectral_modules
 from spectune.errors import AdapterError
-from spectune.training.sharded import refuse_other_basis
+from spectune.training.sharded import refuse_other_basis, trained_tensors
 
 from ..abilities import needs_fsdp2_on_a_cpu
 from ..models import MODELS
@@ -35,8 +37,8 @@ STEPS = 3
 BASES = ("U_OR", "Vh_RI", "U_rest", "Vh_rest")
 
 
-def adapted(name: str) -> PeftModel:
-    return get_peft_model(LLAMA.fresh(), SpectralConfig(target_modules=TARGETS, **METHODS[name])).train()
+def adapted(name: str, **more: Any) -> PeftModel:
+    return get_peft_model(LLAMA.fresh(), SpectralConfig(target_modules=TARGETS, **METHODS[name], **more)).train()
 
 
 def shard(model: PeftModel) -> PeftModel:
@@ -135,6 +137,20 @@ def test_a_sharded_run_does_not_continue_on_another_basis() -> None:
             AdapterError, match="checkpoint-2: layer.x: the singular vectors differ from those that the"
         ):
             refuse_other_basis(one, other, "checkpoint-2: layer.x")
+
+
+@pytest.mark.parametrize("save_basis", ["auto", "always"])
+def test_a_checkpoint_of_another_basis_is_refused(save_basis: str, tmp_path: Path) -> None:
+    model = adapted("svft", save_basis=save_basis)
+    model.save_pretrained(tmp_path)
+    bases_as_parameters(model)
+    assert trained_tensors(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("sketch", "Vh_RI"))]:
+        save_file(tensors | {name: tensors[name].flip(0).contiguous()}, file)
+        with pytest.raises(AdapterError, match=f"{name}: the singular vectors differ"):
+            trained_tensors(model, tmp_path)
 
 
 def test_numbers_shared_by_all_layers_are_refused() -> None:

@@ -32,7 +32,7 @@ UNREADABLE = {"machine": "unknown"}
 class Claim:
     """The claim of this command on a sweep in a store; `home` is this machine's folder for it, which a lock covers.
 
-    No clock is asked, since those of two machines differ: a claim that changes while one looks is alive.
+    The clocks of two machines differ, so none is used: a command is alive if its file changes while one watches it.
     """
 
     def __init__(self, remote: Remote, home: Path) -> None:
@@ -91,7 +91,7 @@ class Claim:
                 self.beat()
 
     def leave(self) -> None:
-        """Take the claim back, if it is still this command's."""
+        """Delete the claim file, unless another command has written it since."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -100,7 +100,7 @@ class Claim:
                 self.remote.remove(NAME)
 
     def _read(self) -> dict[str, Any]:
-        """Get what the claim says: nothing if there is none, `UNREADABLE` if it is no claim."""
+        """Get the contents of the claim file: {} if there is no file, `UNREADABLE` if it has other contents."""
         try:
             found = json.loads(self.remote.read(NAME))
         except FileNotFoundError:

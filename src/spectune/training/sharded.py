@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter import gathered
 from ..checkpoint import TensorFile
 from ..errors import AdapterError
 
 OPTIMIZER, SCHEDULER, ADAPTER_FILE = "optimizer.pt", "scheduler.pt", "adapter_model.safetensors"
-# Sketches of the same basis differ by roundoff in float32 (1e-6), those of others by about 1. In between, chosen.
-SAME_BASIS = 1e-4
+# The same basis differs by roundoff in float32 (1e-6; rounded to bfloat16 up to 1e-4, where some entries round the
+# other way), another one by about 1. In between, chosen.
+SAME_BASIS = 1e-3
 # Parts of a trained tensor's name that PEFT takes out when it saves it.
 NOT_IN_FILE = ("default", "modules_to_save")
 
@@ -66,30 +68,38 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
 
 
 def trained_tensors(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """Get an adapter's trained tensors by the names of a model whose parameters may be cut; bases stay as they are.
+    """Get an adapter's trained tensors by the names of a model whose parameters may be cut; all processes must call it.
 
-    `AdapterError` for a checkpoint that lacks one of them.
+    Bases stay as they are. `AdapterError` for a checkpoint that lacks a tensor, or that has another basis.
     """
     file, found = TensorFile.open(folder / ADAPTER_FILE), {}
     for name, parameter in model.named_parameters():
+        key = _key(name)
         if parameter.requires_grad:
-            key = ".".join(part for part in name.split(".") if part not in NOT_IN_FILE)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if key not in file.shapes or file.shapes[key] != shape:
                 raise AdapterError(f"{folder}: the checkpoint has no {key} of shape {shape}. Start anew.")
             found[name] = file.tensor(key).to(parameter.dtype)
-    for name, buffer in model.named_buffers():
-        key = ".".join(part for part in name.split(".") if part not in NOT_IN_FILE)
-        if ".spectune_adapter." in name and key in file.shapes:
-            refuse_other_basis(buffer, file.tensor(key), f"{folder}: {key}")
+    for name, kept in [*model.named_buffers(), *model.named_parameters()]:
+        if ".spectune_adapter." in name and name not in found and (key := _key(name)) in file.shapes:
+            with gathered(kept):
+                whole = kept.full_tensor() if hasattr(kept, "full_tensor") else kept
+                refuse_other_basis(whole, file.tensor(key), f"{folder}: {key}")
     return found
 
 
+def _key(name: str) -> str:
+    """Get the name that a model's tensor has in its adapter's file."""
+    return ".".join(part for part in name.split(".") if part not in NOT_IN_FILE)
+
+
 def refuse_other_basis(here: torch.Tensor, saved: torch.Tensor, name: str) -> None:
-    """Raise `AdapterError` where the sketch, values or places of a basis differ from a checkpoint's by more than
-    roundoff: the trained numbers would mean other directions, and a basis in parts cannot be rotated."""
-    here = here.to("cpu", torch.float64)
-    saved = saved.to("cpu", torch.float64)
+    """Raise `AdapterError` for a frozen tensor that differs from a checkpoint's by more than roundoff.
+
+    The trained numbers would act on other directions, and a basis in parts cannot be rotated to match.
+    """
+    here = here.detach().to("cpu", saved.dtype).double()  # a file may hold a basis in bfloat16
+    saved = saved.double()
     if here.shape != saved.shape or not (here - saved).norm() <= SAME_BASIS * saved.norm():
         raise AdapterError(
             f"{name}: the singular vectors differ from those that the run began with (another machine or other "

@@ -23,7 +23,7 @@ from .bases import basis_request
 from .config import SpectralConfig
 
 Sent = Callable[[], Spectrum]
-"""Has one process send the basis of a layer to all; every process must call it, in the same order."""
+"""Sends the basis of one layer from the process that found it to all. Every process must call these in one order."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,13 @@ def whole_copy(stored: torch.Tensor) -> torch.Tensor:
         return stored.detach().clone() if hasattr(stored, "ds_id") else stored.detach()
 
 
-def refuse_unfit(model: nn.Module, layout: Layout, name: str) -> None:
-    """Raise `WeightError` in a model that DeepSpeed already runs, which would not gather what is added now, and for an
-    attention with packed weights, of which the output projection is decomposed apart."""
-    if any(hasattr(module, "ds_id") for module in model.modules()):  # not every module of a `z3_leaf_module` has one
+def refuse_unfit(is_prepared: bool, layout: Layout, name: str) -> None:
+    """Raise `WeightError` for a partitioned weight that cannot get an adapter.
+
+    A model that `deepspeed.initialize` has prepared would not gather what is added now. The output projection of an
+    attention with packed weights is decomposed apart, without the other processes.
+    """
+    if is_prepared:
         raise WeightError(
             f"{name}: the base weight is partitioned by DeepSpeed ZeRO-3, and DeepSpeed has already prepared this "
             f"model, so an adapter added now would not be trained. Attach the adapter before deepspeed.initialize."
@@ -76,6 +79,8 @@ def refuse_unfit(model: nn.Module, layout: Layout, name: str) -> None:
 
 def cut_weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[CutWeight]:
     """Get the weights of the layers that `targets` accepts and ZeRO-3 has cut."""
+    # deepspeed.initialize numbers the modules, too; all but some inside of a `z3_leaf_module`.
+    is_prepared = any(hasattr(module, "ds_id") for module in model.modules())
     for path, module in model.named_modules():
         if not path or ".base_layer" in path or ".spectune_" in path or not targets(path):
             continue
@@ -85,7 +90,7 @@ def cut_weights(model: nn.Module, targets: Callable[[str], Any]) -> Iterator[Cut
         except WeightError:
             continue  # raised again when PEFT asks for this layer
         if hasattr(stored := getattr(layer, layout.attribute), "ds_id"):
-            refuse_unfit(model, layout, path)
+            refuse_unfit(is_prepared, layout, path)
             yield CutWeight(path, stored, layout)
 
 
