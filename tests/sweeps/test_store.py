@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,7 @@ def test_a_killed_sweep_goes_on_from_another_machine(
 def test_ctrl_c_leaves_the_checkpoint_in_the_store_for_another_machine(
     tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(store, "EVERY", PATIENCE)  # nothing is uploaded but when the run stops
     asked = text_sweep(tmp_path, seeds=[0])
     asked["run"]["training"] |= {"steps": 400, "save_every": 1000}
     asked["methods"] = {"a": asked["methods"]["spectral_a"] | {"learning_rates": [1e-2]}}
@@ -331,10 +333,11 @@ def test_two_commands_that_begin_at_once_do_not_both_go_on(
 def test_a_command_shows_itself_while_it_works(memory: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(claim, "BEAT", 0.01)
     monkeypatch.setattr(claim, "SETTLES", 0.0)
-    one = another(tmp_path / "one")
+    one, shown = another(tmp_path / "one"), threading.Event()
+    beat = one.beat
+    monkeypatch.setattr(one, "beat", lambda: (beat(), shown.set() if one.beats == 3 else None))
     one.take()
-    while one._read()["beats"] < 3:
-        time.sleep(0.01)
+    assert shown.wait(PATIENCE) and one._read()["beats"] >= 3
     one.leave()
     assert not memory.exists("/out/.claim") and not one._thread.is_alive()
 
@@ -348,7 +351,7 @@ def test_a_claim_of_this_machine_is_taken_at_once(memory: Any, monkeypatch: pyte
 
 
 def test_what_is_no_claim_is_watched_and_then_overwritten(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for content in (b"", b"[1]", b"{oh", b"\xff" * 99, b"[" * 200_000, b" " * 2**21):
+    for content in (b"", b"[1]", b"{oh", b"\xff" * 99, b"[" * 200_000, b'{"token": "a"}' + b" " * 2**20):
         waited: list[float] = []
         monkeypatch.setattr(claim.time, "sleep", waited.append)
         memory.pipe_file("/out/.claim", content)
