@@ -42,7 +42,7 @@ ADVICE = {
         ("lora_alpha", "alpha", "scaling"),
         "Spectral methods have no alpha: the singular values set the scale. Leave it out, and set learning_rate.",
     ),
-    "lora_dropout": "Leave it out; svft and specadapt have weight_dropout.",
+    "lora_dropout": "Leave it out; of the spectral methods only specadapt has a dropout: weight_dropout.",
     **dict.fromkeys(
         ("output_dir", "output"), "The folder stands on the command line: spectune train RUN.yaml -o FOLDER."
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
+from spectune import METHODS
 from spectune.cli.app import app
 from spectune.cli.progress import Stages, line_every
 from spectune.cli.terminal import Console
 from spectune.cli.verbs import VERBS
 from spectune.errors import nearest
-from spectune.other_words import OUR_WORDS
+from spectune.other_words import ADVICE, OUR_WORDS
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -65,6 +67,11 @@ def test_a_word_of_another_tool_is_known(asked: str, known: list[str], proposed:
 def test_no_word_of_ours_is_taken_for_another_tools() -> None:
     ours = {word for words in OUR_WORDS.values() for word in words}
     assert not ours & set(OUR_WORDS)
+
+
+def test_what_is_advised_for_a_dropout_exists() -> None:
+    assert [name for name, method in METHODS.items() if "weight_dropout" in method.options()] == ["specadapt"]
+    assert re.findall(r"\w+_\w+|specadapt|svft", ADVICE["lora_dropout"]) == ["specadapt", "weight_dropout"]
 
 
 def test_a_log_gets_a_line_every_twentieth_of_the_work() -> None:
