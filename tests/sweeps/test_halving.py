@@ -86,7 +86,12 @@ def test_a_hopeless_rate_stops_and_the_figures_are_of_whole_runs(tmp_path: Path)
     assert [r.seed for r in found if "test" in r.metrics] == [0, 1, 2]
     assert {r.rate for r in found if "test" in r.metrics} == {1e-2}
     stopped = next(r for r in found if r.stopped)
-    assert not stopped.error and stopped.stopped is not None and stopped.stopped.validation_losses == [(2, 0.45)]
+    assert (
+        not stopped.error
+        and stopped.seconds > 0
+        and stopped.stopped is not None
+        and stopped.stopped.validation_losses == [(2, 0.45)]
+    )
     assert stopped.stopped.reason == "validation loss 0.45 at step 2 of 8; the best of 3 rates had 0.25"
     assert max(step for rate, _, step in engine.steps if rate >= 1e-1) == 2
     summary = summarise(sweep, found)

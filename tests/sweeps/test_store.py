@@ -89,8 +89,14 @@ def test_a_store_ends_in_the_table_of_a_folder(
     again = run_sweep(sweep, "memory://bucket/out", provenance={}, on_run=lambda *said: heard.append(said[2]))
     assert figures(again) == figures(here) and not heard
     asked["run"]["training"]["steps"] = 3
-    with pytest.raises(OutputError, match="another configuration: training.steps was 2, is 3"):
+    with pytest.raises(OutputError, match="memory://bucket/out/records/.*another configuration: training.steps was 2"):
         run_sweep(parse_sweep(asked), "memory://bucket/out", provenance={})
+    one = sorted(name for name in memory.find("/bucket/out/records"))[0]
+    whole = memory.cat_file(one)
+    memory.pipe_file(one, b"{}")
+    with pytest.raises(OutputError, match=r"^memory://bucket/out/records/.*: this is not a SweepRecord.* Delete it"):
+        run_sweep(sweep, "memory://bucket/out", provenance={})
+    memory.pipe_file(one, whole)
     # A rate that wins on another machine is measured on test with the weights that the first one uploaded.
     (chosen,) = {r.rate for r in there if "test" in r.metrics}
     record = f"/bucket/out/records/task--spectral_a--{chosen:g}--0.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -149,15 +150,18 @@ class Running:
 
     def _old(self, cell: Cell) -> SweepRecord | None:
         path = self.folder / RECORDS / f"{cell.name}.json"
-        old = read_record(path) if path.is_file() else None
+        try:
+            old = read_record(path) if path.is_file() else None
+        except OutputError as error:  # of a store the user knows the address, and not the copy on this disk
+            raise OutputError(str(error).replace(str(self.folder), self.place.said)) from None
         changes = [] if old is None else differences(as_now(old.config), cell.config.plain())
         if old is not None and old.error and not old.ok and changes:
             self.place.forget(cell.name)  # the mistake was corrected
         elif changes:
             different = ", ".join(changes[:3])
             raise OutputError(
-                f"{path}: this run has another configuration: {different}. Give the same sweep, or choose another "
-                f"folder."
+                f"{self.place.said}/{RECORDS}/{path.name}: this run has another configuration: {different}. Give the "
+                f"same sweep, or choose another folder."
             )
         lacks = self.sweep.forgetting is not None and old is not None and old.general_loss is None
         if old is not None and (old.stopped or old.diverged) and not changes:
@@ -204,14 +208,22 @@ class Running:
             "base_loss": known[0] if known else None,
             "measures": measures,
         }
+        begun: list[float] = []
+
+        def heard(*step: Any) -> None:
+            begun.append(time.monotonic())
+            on_step(*step)
+
         answer.unlink(missing_ok=True)
         write_atomically(job, json.dumps(told))
         found: dict[str, Any]
         try:
-            status = self.workers.run(job, log, on_step)
+            status = self.workers.run(job, log, heard)
             found = json.loads(answer.read_text("utf-8")) if answer.is_file() else {"error": last_words(status, log)}
         except StoppedEarly as early:
-            found = {"stopped": early.args[0]} | ({} if self.engine is None else {"machine": {}})  # no node was asked
+            found = {"stopped": early.args[0], "seconds": time.monotonic() - begun[0]} | (
+                {} if self.engine is None else {"machine": {}}
+            )  # no node was asked
         for path in (job, answer, *([log] if "seconds" in found or "stopped" in found else [])):
             path.unlink(missing_ok=True)
         return found
