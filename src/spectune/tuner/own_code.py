@@ -35,28 +35,37 @@ def is_read(model: nn.Module, path: str) -> tuple[bool, bool]:
     """
     parts, read, called = path.split("."), False, False
     for depth in range(len(parts)):
-        owner = model.get_submodule(".".join(parts[:depth]))
-        receiver = r"\w" if depth == len(parts) - 1 else r"\bself"
-        name = rf"{receiver}\.{re.escape('.'.join(parts[depth:]))}"
-        kind: Any = type(owner)
-        own = [_source(forward)] if (forward := vars(owner).get("forward")) is not None else []
-        for source in (*_sources(kind), *own):
-            read = read or _reads(source, rf"{name}\.weight\b")
-            called = called or re.search(rf"{name}\(", source) is not None
+        name = ".".join(parts[depth:])
+        if not all(part.isidentifier() for part in parts[depth:]):  # no code can say self.layers.0
+            continue
+        owner, receiver = model.get_submodule(".".join(parts[:depth])), r"\w" if depth == len(parts) - 1 else r"\bself"
+        uses = [_uses_by_class(type(owner), receiver, name)]
+        if (forward := vars(owner).get("forward")) is not None:
+            uses.append(_uses(_source(forward), receiver, name))
+        read, called = read or any(use[0] for use in uses), called or any(use[1] for use in uses)
     return read, read and not called
 
 
-def _reads(source: str, name: str) -> bool:
-    found = re.finditer(rf"(isinstance\(\w*\s*)?{name}(?!\.(?:{PROPERTIES})\b)(?!\s*=[^=])", source)
-    return any(match[1] is None for match in found)
+@cache
+def _uses_by_class(kind: Any, receiver: str, name: str) -> tuple[bool, bool]:
+    return _uses(_sources(kind), receiver, name)
+
+
+def _uses(source: str, receiver: str, name: str) -> tuple[bool, bool]:
+    """Ask whether code reads the weight of a layer, and whether it calls the layer."""
+    if f".{name}" not in source:
+        return False, False
+    layer = rf"{receiver}\.{re.escape(name)}"
+    read = re.finditer(rf"(isinstance\(\w*\s*)?{layer}\.weight\b(?!\.(?:{PROPERTIES})\b)(?!\s*=[^=])", source)
+    return any(match[1] is None for match in read), re.search(rf"{layer}\(", source) is not None
 
 
 @cache
-def _sources(kind: Any) -> tuple[str, ...]:
+def _sources(kind: Any) -> str:
     """Get the source of a class and of those it inherits from; without their starts, which run before any adapter."""
     owners = [owner for owner in kind.__mro__ if owner.__module__ not in ("builtins", *BEFORE_ANY_ADAPTER)]
     parts = [vars(owner).items() for owner in owners]
-    return tuple(_source(part) for name, part in chain(*parts) if name not in NOT_IN_A_FORWARD)
+    return "\n".join(_source(part) for name, part in chain(*parts) if name not in NOT_IN_A_FORWARD)
 
 
 def _source(part: Any) -> str:
