@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::peft.utils.warning.PeftWarning")
     # The tiny ViT has three classes and the tests' pictures have two; where it matters a test looks for the words.
     config.addinivalue_line("filterwarnings", "ignore:model. the head of .* is for other classes:UserWarning")
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection pass over what libraries and test modules hold to the end.
+
+    A collection looks at a million objects otherwise, and every run of a model ends with one: a third of their time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
