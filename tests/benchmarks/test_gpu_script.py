@@ -38,20 +38,19 @@ def states(path: Path) -> dict[str, str]:
 def test_a_killed_run_keeps_its_parts_and_a_later_one_adds_the_others(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     first = started(output, "--seconds", "2000")
-    while first.poll() is None and states(output).get("b", "running") == "running":
+    while first.poll() is None and states(output).get("a", "running") == "running":
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     said, _ = first.communicate()
     assert first.returncode == -signal.SIGKILL, said
     parts = notebook.read(output)["parts"]
-    for name in "ab":
-        assert parts[name]["state"] == "done" and parts[name]["planned"] == list(parts[name]["rows"]), parts[name]
-    second = started(output, "--seconds", "2000", "--parts", "c,f")
+    assert parts["a"]["state"] == "done" and parts["a"]["planned"] == list(parts["a"]["rows"]), parts["a"]
+    second = started(output, "--seconds", "2000", "--parts", "b,f")
     said, _ = second.communicate()
     assert second.returncode == 0, said
     record = notebook.read(output)
     assert record["commit"] and record["versions"]["peft"] and record["device"] == "cpu"
-    assert states(output) == {**dict.fromkeys("abc", "done"), "f": "not run"}
+    assert states(output) == {**dict.fromkeys("ab", "done"), "f": "not run"}
     assert record["parts"]["f"]["reason"] == "not run: no weights given"
     assert said.rstrip().endswith(str(output)) and "A training step" in said
 
@@ -66,12 +65,11 @@ def in_this_process(part: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 @pytest.mark.filterwarnings("ignore")  # nothing turns them into errors in a process of its own
-@pytest.mark.parametrize("part", [name for name in PARTS if name not in "abcf"])  # those are run above
+@pytest.mark.parametrize("part", [name for name in PARTS if name not in "abf"])  # those are run above
 def test_every_other_part_runs_to_its_end(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = in_this_process(part, tmp_path / "gpu.json", monkeypatch)
     assert found["state"] == "done" and not found.get("not_reached") and not found.get("errors"), found
-    left_out = set(found["left_out"].values())
-    assert left_out == ({"needs CUDA"} if part == "e" else set())
+    assert all(reason.startswith("needs CUDA") for reason in found["left_out"].values()), found["left_out"]
     if part == "e":
         assert "spectral_r: profile" in found["rows"] and len(found["left_out"]) == 4
 

@@ -25,15 +25,15 @@ def test_every_method_trains_on_the_device_in_both_dtypes() -> None:
     done = script(
         CASES
         + """
-for kind in kinds:
-    for method in METHODS:
-        for dtype in (torch.float32, torch.bfloat16)[: 2 if kind == "mlp" else 1]:
-            pretended.train_two_steps(MODELS[kind], method, dtype)
-            print(kind, method)
+for method in METHODS:
+    for dtype in (torch.float32, torch.bfloat16):
+        pretended.train_two_steps(MODELS["mlp"], method, dtype)
+        print(method)
+pretended.train_two_steps(MODELS["vit"], "spectral_a", torch.float32)
 """
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split("\n")) == 3 * len(METHODS) + 1
+    assert len(done.stdout.split("\n")) == 2 * len(METHODS) + 1
 
 
 FORMS = [

@@ -33,6 +33,7 @@ from spectune.training.yaml_file import put
 from tests.effort import PATIENCE
 from tests.recipes import tiny
 from tests.sweeps.sweeps import in_this_process, record, text_sweep
+from tests.warm import script
 
 GRID = {"adapter": {"method": "svft", "target_modules": ["q"]}, "learning_rates": [1e-3, 1e-2, 1e-1]}
 
@@ -313,9 +314,9 @@ def test_two_runs_are_at_work_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path, jobs: int) -> None:
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_call_goes_on(tmp_path: Path) -> None:
     """In processes of their own, as users have it."""
+    jobs = 2
     asked = text_sweep(tmp_path, seeds=[0])
     asked["run"]["training"] |= {"steps": 400, "save_every": 1000}
     one = asked["methods"]["spectral_a"] | {"learning_rates": [1e-2]}
@@ -395,7 +396,8 @@ def test_an_interrupt_that_a_library_caught_while_loading_stops_the_first_step()
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_run_without_a_step_ends_even_where_the_interrupt_is_lost(begun: bool) -> None:
     words = f"""
-import signal, sys, threading, time
+import os, signal, sys, threading, time
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the sweep is gone
 from spectune.sweeps import worker
 worker.GRACE = 0.1
 signal.signal(signal.SIGINT, lambda *_: None)  # lost, as where a library catches it while it is imported
@@ -412,7 +414,7 @@ while not returned:
     time.sleep(0.01)
 sys.exit(7)  # it has steps to save, and time for that
 """
-    done = subprocess.run([sys.executable, "-c", words], stdin=subprocess.DEVNULL, timeout=PATIENCE)
+    done = script(words)
     assert done.returncode == (7 if begun else 130)
 
 
@@ -542,7 +544,8 @@ os.system("echo '[1/2] nvcc kernel.cu'")
 print("[a library]", flush=True)
 tell(1, 2, 0.5), validated(1, 2, 0.75), tell(2, 2, float("nan"))
 """
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    done = script(words)
+    assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [[1, 2, 0.5], [1, 2, None, 0.75], [2, 2, None]]
     assert "[1/2] nvcc" in done.stderr and "[a library]" in done.stderr
 

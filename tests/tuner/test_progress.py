@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import pty
-import subprocess
-import sys
 
 import pytest
 
 from spectune.tuner.progress import ticking
 
-from ..effort import PATIENCE
+from ..warm import script
 
 CODE = """
 from spectune.tuner import progress
@@ -24,13 +22,14 @@ with progress.ticking('decomposed {{}} weights') as tick:
 
 def on_a_terminal(silent: float) -> str:
     leader, follower = pty.openpty()
-    done = subprocess.run([sys.executable, "-c", CODE.format(silent=silent)], stderr=follower, timeout=PATIENCE)
+    name = os.ttyname(follower)
+    done = script(f"import os\nos.dup2(os.open({name!r}, os.O_RDWR | os.O_NOCTTY), 2)\n" + CODE.format(silent=silent))
     os.close(follower)
     assert done.returncode == 0
     os.set_blocking(leader, False)
     try:
         return os.read(leader, 65536).decode()
-    except BlockingIOError:
+    except OSError:  # nothing was written
         return ""
     finally:
         os.close(leader)
