@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoModelForImageClassification
 
 from spectune import SpectralConfig
 from spectune.adapter import gathered, spectral_modules
@@ -58,7 +59,20 @@ def compare(config: Any, adapter: Path, texts: Path) -> None:
         "other", SpectralConfig(method="svft", target_modules=["q_proj", "v_proj"], svd={"share": False})
     )
     assert not any(one.Vh_RI.numel() for _, _, one in spectral_modules(several))
+    _finds_the_basis_of_a_convolution(json.loads((texts / "runs.json").read_text())["image"]["model"])
     _refuses_what_needs_examples(texts)
+
+
+def _finds_the_basis_of_a_convolution(folder: str) -> None:
+    adapter = SpectralConfig(method="spectral_a", r=2, target_modules=["projection"])
+    with cut_while_loading():
+        base = AutoModelForImageClassification.from_pretrained(folder)
+    whole = get_peft_model(AutoModelForImageClassification.from_pretrained(folder), adapter)
+    (((_, _, one), (_, _, other)),) = _pairs(get_peft_model(base, adapter), whole)
+    assert not one.U_OR.numel() and not one.Vh_RI.numel()
+    with gathered(one.U_OR, one.Vh_RI):
+        assert torch.allclose(one.U_OR, other.U_OR, rtol=0, atol=1e-5)
+        assert torch.allclose(one.Vh_RI, other.Vh_RI, rtol=0, atol=1e-5)
 
 
 @contextmanager

@@ -51,7 +51,11 @@ CASES: dict[str, tuple[str, Any, int]] = {
         {"method": "spectral_a", "r": 2, "target_modules": ["query"], "singular_decay": 5.0, "grad_norm": "rms"},
         1,
     ),
-    "gradient accumulation, tokens": ("lm", {"method": "spectral_a", "r": 2, "target_modules": LLAMA}, 2),
+    "gradient accumulation, tokens": (
+        "lm",
+        {"method": "spectral_a", "r": 2, "target_modules": ["embed_tokens", *LLAMA]},
+        2,
+    ),
     "gradient accumulation, classes": (
         "image",
         {"method": "spectral_a", "r": 2, "target_modules": VIT},
