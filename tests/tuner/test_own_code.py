@@ -15,6 +15,7 @@ from torch import nn
 
 from spectune import SpectralConfig, SpectuneError, export_lora
 from spectune.adapter import spectral_modules
+from spectune.tuner import own_code
 
 from ..models import INIT, ids
 from .conftest import train
@@ -207,3 +208,17 @@ def test_a_weight_that_is_asked_for_its_dtype_is_the_stored_one() -> None:
     for layer, _, _ in spectral_modules(model):
         adapted: Any = model.get_submodule(layer)
         assert adapted.weight is adapted.get_base_layer().weight
+
+
+def test_the_code_of_a_class_is_searched_once_however_many_layers_a_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[str] = []
+    uses = own_code._uses
+    monkeypatch.setattr(own_code, "_uses", lambda code, *asked: searched.append(code) or uses(code, *asked))
+    own_code._uses_by_class.cache_clear()
+    for layers in (1, 5):
+        sizes = {**SIZES, "num_hidden_layers": layers, "intermediate_size": 48, "num_attention_heads": 4}
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_key_value_heads=2))
+        get_peft_model(model, SpectralConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        if layers == 1:
+            first = len(searched)
+    assert len(searched) == first > 0
