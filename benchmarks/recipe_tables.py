@@ -74,6 +74,35 @@ def paired_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SENSITIVE = {
+    "lora": "LoRA",
+    "core": "core, gradient's directions",
+    "specadapt": "`specadapt`",
+    "specadapt_rules": "`specadapt`, decay and gradient norm",
+}
+
+
+def sensitivity_table(record: dict[str, Any]) -> str:
+    """Get one row an adapter and rank: validation figures at 1/10 to 10 times its middle rate, and what they span."""
+    summary = record["summary"]
+    lines = [
+        f"Validation {summary['metric']} in %, {len(summary['seeds'])} seed, at five learning rates around a middle "
+        "one; the last column is the best minus the worst of the three within a factor of three:",
+        "",
+        "| adapter | rank | trained numbers | middle rate | x 0.1 | x 0.3 | x 1 | x 3 | x 10 | within x 3 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = {row["method"]: row for row in summary["rows"]}
+    for name, said in SENSITIVE.items():
+        for method in (method for method in summary["methods"] if method.rpartition("-")[0] == name):
+            row, curve = rows[method], rows[method]["validation_by_rate"]
+            values = [100 * value for _, value in curve]
+            figures = [f"**{value:.1f}**" if value == max(values) else f"{value:.1f}" for value in values]
+            cells = [said, method.rpartition("-")[2], f"{row['trainable']:,}", f"{curve[2][0]:g}", *figures]
+            lines.append("| " + " | ".join([*cells, f"{max(values[1:4]) - min(values[1:4]):.1f}"]) + " |")
+    return "\n".join(lines)
+
+
 def rates_table(record: dict[str, Any]) -> str:
     """Get each method's best rate on each task beside its default, and what the default costs against the best."""
     tasks = record["tasks"]

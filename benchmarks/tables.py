@@ -22,6 +22,7 @@ from recipe_tables import (
     rates_table,
     resizing_table,
     reward_table,
+    sensitivity_table,
     sweep_table,
 )
 
@@ -323,6 +324,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "small_glue": ("docs/results.md", sweep_table),
     "compare_small": ("docs/results.md", sweep_table),
     "data_spectra": ("docs/results.md", paired_table),
+    "sensitivity": ("docs/results.md", sensitivity_table),
     "qlora": ("docs/recipes.md", qlora_table),
     "reward": ("docs/results.md", reward_table),
     "llama_cpp": ("docs/gguf.md", llama_cpp_table),

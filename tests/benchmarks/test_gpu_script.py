@@ -18,6 +18,8 @@ from typing import Any
 import gpu
 import gpu_tables
 import pytest
+import torch
+import torch._dynamo.config as dynamo
 from gpu_parts import PARTS, machine, notebook
 
 from .conftest import BENCHMARKS
@@ -60,18 +62,33 @@ def in_this_process(part: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setattr(sys, "stdin", io.StringIO("1000\n"))
     # This process is not to die with another.
     monkeypatch.setattr(gpu, "ctypes", SimpleNamespace(CDLL=lambda name: raises(OSError())))
-    gpu.child(argparse.Namespace(child=part, output=path, device="cpu", tiny=True, smollm=None, gsm8k=None))
+    # Parts set both for their own process.
+    with dynamo.patch(recompile_limit=dynamo.recompile_limit), torch.random.fork_rng(devices=[]):
+        gpu.child(argparse.Namespace(child=part, output=path, device="cpu", tiny=True, smollm=None, gsm8k=None))
     return notebook.read(path)["parts"][part]
 
 
 @pytest.mark.filterwarnings("ignore")  # nothing turns them into errors in a process of its own
-@pytest.mark.parametrize("part", [name for name in PARTS if name not in "abf"])  # those are run above
+@pytest.mark.parametrize("part", ["c", "d", "e", "g", "h", "i", pytest.param("j", marks=pytest.mark.slow)])
 def test_every_other_part_runs_to_its_end(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = in_this_process(part, tmp_path / "gpu.json", monkeypatch)
     assert found["state"] == "done" and not found.get("not_reached") and not found.get("errors"), found
+    assert found["rows"] and set(found["planned"]) == {*found["rows"], *found["left_out"]}
     assert all(reason.startswith("needs CUDA") for reason in found["left_out"].values()), found["left_out"]
     if part == "e":
         assert "spectral_r: profile" in found["rows"] and len(found["left_out"]) == 4
+
+
+def test_every_part_is_run() -> None:
+    assert set(PARTS) == set("abcdefghij")
+
+
+def test_the_parts_import_what_they_use_in_a_new_process() -> None:
+    """pytest has imported everything; the parts that are run in its process would find what they forgot to import."""
+    words = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); from gpu_parts import PARTS\n"
+    words += "for part in PARTS.values(): part.runner()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def book(path: Path, seconds: float = 1000) -> notebook.Notebook:

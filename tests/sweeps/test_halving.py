@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spectune.errors import MissingExtraError, OptionError
 from spectune.pages.comparison_page import render_comparison
 from spectune.sweeps import SweepRecord, halving, parse_sweep, run_sweep, summarise, to_markdown
 from spectune.sweeps.halving import Halving
+from spectune.sweeps.workers import Workers
 from tests.sweeps.sweeps import record, text_sweep
 
 STEPS = 8
@@ -86,12 +88,8 @@ def test_a_hopeless_rate_stops_and_the_figures_are_of_whole_runs(tmp_path: Path)
     assert [r.seed for r in found if "test" in r.metrics] == [0, 1, 2]
     assert {r.rate for r in found if "test" in r.metrics} == {1e-2}
     stopped = next(r for r in found if r.stopped)
-    assert (
-        not stopped.error
-        and stopped.seconds > 0
-        and stopped.stopped is not None
-        and stopped.stopped.validation_losses == [(2, 0.45)]
-    )
+    assert not stopped.error and stopped.stopped is not None and stopped.stopped.validation_losses == [(2, 0.45)]
+    assert stopped.seconds == 0  # an engine's
     assert stopped.stopped.reason == "validation loss 0.45 at step 2 of 8; the best of 3 rates had 0.25"
     assert max(step for rate, _, step in engine.steps if rate >= 1e-1) == 2
     summary = summarise(sweep, found)
@@ -104,6 +102,20 @@ def test_a_hopeless_rate_stops_and_the_figures_are_of_whole_runs(tmp_path: Path)
     again = Pretended()
     assert outcome(run_sweep(sweep, tmp_path / "out", provenance={}, engine=again, jobs=1)) == outcome(found)
     assert not again.steps
+
+
+def test_a_stopped_run_here_has_the_seconds_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    pretended = Pretended()
+
+    def slowly(self: Workers, job: Path, log: Path, on_step: Any) -> int:
+        time.sleep(0.05)
+        return pretended.run(job, log, on_step)
+
+    monkeypatch.setattr(Workers, "run", slowly)
+    found = run_sweep(parse_sweep(asked_of(tmp_path)), tmp_path / "out", provenance={}, jobs=1)
+    seconds = [r.seconds for r in found if r.stopped]
+    assert seconds and min(seconds) >= 0.05
 
 
 @pytest.mark.parametrize(("loss", "goes_on"), [(0.58, True), (0.62, False), (math.inf, False), (math.nan, False)])

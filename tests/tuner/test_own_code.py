@@ -210,6 +210,19 @@ def test_a_weight_that_is_asked_for_its_dtype_is_the_stored_one() -> None:
         assert adapted.weight is adapted.get_base_layer().weight
 
 
+def reads_elsewhere(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, self.body.weight)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_forward_that_one_model_got_for_itself_is_read_too(bound: bool) -> None:
+    model, other = HandTied(), HandTied()
+    forward: Any = reads_elsewhere.__get__(model) if bound else reads_elsewhere
+    model.forward = forward  # type: ignore[method-assign]
+    assert own_code.is_read(model, "body") == (True, False)  # the class calls it
+    assert own_code.is_read(other, "body") == (False, False)
+
+
 def test_the_code_of_a_class_is_searched_once_however_many_layers_a_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[str] = []
     uses = own_code._uses

@@ -12,11 +12,13 @@ from spectune.tuner.progress import ticking
 from ..warm import script
 
 CODE = """
+import sys
 from spectune.tuner import progress
 progress.SILENT_SECONDS = {silent}
 with progress.ticking('decomposed {{}} weights') as tick:
     for layer in ("layers.0.q", "layers.0.v"):
         tick(layer)
+print("the end", file=sys.stderr, flush=True)
 """
 
 
@@ -24,15 +26,11 @@ def on_a_terminal(silent: float) -> str:
     leader, follower = pty.openpty()
     name = os.ttyname(follower)
     done = script(f"import os\nos.dup2(os.open({name!r}, os.O_RDWR | os.O_NOCTTY), 2)\n" + CODE.format(silent=silent))
-    os.close(follower)
-    assert done.returncode == 0
     os.set_blocking(leader, False)
-    try:
-        return os.read(leader, 65536).decode()
-    except OSError:  # nothing was written
-        return ""
-    finally:
-        os.close(leader)
+    said = os.read(leader, 65536).decode()
+    os.close(follower), os.close(leader)
+    assert done.returncode == 0 and said.rstrip().endswith("the end"), said
+    return said
 
 
 def test_long_work_is_shown_on_a_terminal_with_the_layers_name() -> None:

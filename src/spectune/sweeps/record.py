@@ -50,8 +50,8 @@ class SweepRecord(Record):
     general_loss: float | None = None
     general_loss_base: float | None = None
     seconds: float = 0.0
-    """Seconds of the whole process, including start and evaluation; of a continued run, only its last part; of one
-    that stopped early, from its first step."""
+    """Seconds of the whole process, including start and evaluation; of a continued run, only its last part; 0 for one
+    that stopped early on a cluster."""
     jobs: int = 1
     """Number of runs at the same time, including itself."""
     created: str = ""

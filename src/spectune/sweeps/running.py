@@ -208,22 +208,17 @@ class Running:
             "base_loss": known[0] if known else None,
             "measures": measures,
         }
-        begun: list[float] = []
-
-        def heard(*step: Any) -> None:
-            begun.append(time.monotonic())
-            on_step(*step)
-
         answer.unlink(missing_ok=True)
         write_atomically(job, json.dumps(told))
         found: dict[str, Any]
+        begun = time.monotonic()
         try:
-            status = self.workers.run(job, log, heard)
+            status = self.workers.run(job, log, on_step)
             found = json.loads(answer.read_text("utf-8")) if answer.is_file() else {"error": last_words(status, log)}
         except StoppedEarly as early:
-            found = {"stopped": early.args[0], "seconds": time.monotonic() - begun[0]} | (
-                {} if self.engine is None else {"machine": {}}
-            )  # no node was asked
+            # Of a cluster nothing is known: neither how long the run waited there, nor which node had it.
+            cost: dict[str, Any] = {"seconds": time.monotonic() - begun} if self.engine is None else {"machine": {}}
+            found = {"stopped": early.args[0], **cost}
         for path in (job, answer, *([log] if "seconds" in found or "stopped" in found else [])):
             path.unlink(missing_ok=True)
         return found
