@@ -32,7 +32,7 @@ def with_tool(monkeypatch: pytest.MonkeyPatch, plugin: str, **parts: dict[str, A
             vars(sys.modules[name]).update(content)
     monkeypatch.delitem(sys.modules, f"spectune.plugins.{plugin}", raising=False)
     found = import_module(f"spectune.plugins.{plugin}")
-    monkeypatch.delitem(sys.modules, f"spectune.plugins.{plugin}")
+    del sys.modules[f"spectune.plugins.{plugin}"]  # not by monkeypatch, which would bring it back at the end
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,14 @@ from spectune.errors import SpectuneError
 from ..models import MODELS, output
 from ..tuner.conftest import train
 from .stand_ins import AXOLOTL, with_tool
+
+
+def test_a_plugin_beside_a_stand_in_is_forgotten_with_it() -> None:
+    before = sys.modules.get("spectune.plugins.axolotl")
+    with pytest.MonkeyPatch.context() as patch:
+        with_tool(patch, "axolotl", **AXOLOTL)
+    assert sys.modules.get("spectune.plugins.axolotl") is before
+
 
 LLAMA = MODELS["llama"]
 
