@@ -184,9 +184,8 @@ def in_a_fresh_process(code: str) -> None:
 
 def test_optimizers_are_watched_once_and_only_when_a_config_asks() -> None:
     in_a_fresh_process(ATTACHED.format(hooks=HOOKS, option="grad_norm='rms'"))
-    warm = script(
-        ATTACHED.format(hooks=HOOKS, option="singular_decay=0.1")
-    )  # forked from a process that has imported spectune
+    # Forked from a process that has imported spectune and its command line.
+    warm = script(ATTACHED.format(hooks=HOOKS, option="singular_decay=0.1"))
     assert warm.returncode == 0, warm.stderr
 
 

@@ -100,7 +100,7 @@ class Claim:
                 self.remote.remove(NAME)
 
     def _read(self) -> dict[str, Any]:
-        """Get the contents of the claim file: {} if there is no file, `UNREADABLE` if it has other contents."""
+        """Get what the claim file says: {} without a file, `UNREADABLE` if the file says something else."""
         try:
             found = json.loads(self.remote.read(NAME))
         except FileNotFoundError:

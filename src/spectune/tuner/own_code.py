@@ -38,8 +38,10 @@ def is_read(model: nn.Module, path: str) -> tuple[bool, bool]:
         name = ".".join(parts[depth:])
         if not all(part.isidentifier() for part in parts[depth:]):  # no code can say self.layers.0
             continue
-        owner, receiver = model.get_submodule(".".join(parts[:depth])), r"\w" if depth == len(parts) - 1 else r"\bself"
-        uses = [_uses_by_class(type(owner), receiver, name)]  # type: ignore[arg-type]
+        owner = model.get_submodule(".".join(parts[:depth]))
+        kind: Any = type(owner)
+        receiver = r"\w" if depth == len(parts) - 1 else r"\bself"
+        uses = [_uses_by_class(kind, receiver, name)]
         if (forward := vars(owner).get("forward")) is not None:
             uses.append(_uses(_source(forward), receiver, name))
         read, called = read or any(use[0] for use in uses), called or any(use[1] for use in uses)
