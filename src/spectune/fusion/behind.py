@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +10,11 @@ import torch
 from torch import nn
 
 from ..adapter import in_eval_mode
-from ..algebra import apply
 from ..errors import OptionError, nearest
 from ..records import Delta
-from .activations import input_in, seen_rows
 from .contract import Fusion, Part
+from .walk import Forward, Inputs, NotAChainError, Updates, Walk
 
-Inputs = Mapping[str, Any]
-Updates = Mapping[str, Delta]
 # The task of the examples that the merge must leave as the base has them.
 KEPT = "the base"
 
@@ -38,75 +34,6 @@ class _Sums:
         self.tokens += len(x_NI)
 
 
-class _ReachedError(Exception):
-    """Ends a forward at the layer whose input was wanted."""
-
-
-@dataclass(eq=False)
-class _Model:
-    """The base model, run with updates added to its layers; nothing in it is changed."""
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    """Layer, as the adapters call it -> module."""
-
-    @contextmanager
-    def tuned(self, updates: Updates) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer, delta in updates.items():
-                stack.callback(self.modules[layer].register_forward_hook(_adding(delta), with_kwargs=True).remove)
-            yield
-
-    def input_of(self, layer: str, updates: Updates, batch: Inputs) -> torch.Tensor:
-        """Get what reaches a layer, as rows; tokens that an attention mask hides are left out."""
-        caught: list[torch.Tensor] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(input_in(args, kwargs).detach())
-            raise _ReachedError
-
-        handle = self.modules[layer].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            with self.tuned(updates):
-                self.model(**batch)
-        except _ReachedError:
-            pass
-        finally:
-            handle.remove()
-        if not caught:
-            raise OptionError(f"{layer}: no example went through this layer. Pass examples that use it.")
-        return seen_rows(caught[0], batch.get("attention_mask"))
-
-    def groups(self, batch: Inputs) -> list[list[str]]:
-        """Get the layers in the order of a forward pass, those that get one input together."""
-        order: list[tuple[str, tuple[int, ...]]] = []
-        keep: list[torch.Tensor] = []  # so that no address is used twice
-
-        def note(layer: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = input_in(args, kwargs)
-                keep.append(x)
-                if all(layer != known for known, _ in order):
-                    order.append((layer, (x.data_ptr(), x._version, *x.shape)))
-
-            return hook
-
-        with ExitStack() as stack:
-            for layer, module in self.modules.items():
-                stack.callback(module.register_forward_pre_hook(note(layer), with_kwargs=True).remove)
-            self.model(**batch)
-        groups: list[list[str]] = []
-        for place, (layer, found) in enumerate(order):
-            if place and found == order[place - 1][1]:
-                groups[-1].append(layer)
-            else:
-                groups.append([layer])
-        missing = sorted(self.modules.keys() - {layer for layer, _ in order})
-        if missing:
-            raise OptionError(f"{missing[0]}: no example went through this layer. Pass examples that use it.")
-        return groups
-
-
 @torch.no_grad()
 def fuse_behind(
     rule: Fusion,
@@ -120,38 +47,57 @@ def fuse_behind(
     """Get layer -> fused part, layer after layer, each from what reaches it behind the layers that are merged.
 
     `examples` are each adapter's batches for the base `model`, `keep` those of neutral use: a task without an update,
-    of weight 1, whose outputs the merge should leave alone. One forward of each example for each group of layers with
-    one input, as far as that layer; two for a rule that compares with the adapters' own models. `on_layers` is called
-    with (layers done, layers in all).
+    of weight 1, whose outputs the merge should leave alone. Each example runs through a block once for each group of
+    layers with one input (see `Walk`), twice for a rule that compares with the adapters' own models; its hidden states
+    are held on the CPU for one block. `on_layers` is called with (layers done, layers in all).
     """
     tasks = dict(examples) | ({KEPT: list(keep)} if keep else {})
     shares = dict(weights) | ({KEPT: 1.0} if keep else {})
     known = dict(model.named_modules())
-    places = {layer: _module(known, layer) for layer in layers}
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    walk = Walk(model, {layer: _module(known, layer) for layer in layers})
+    device, dtype = walk.at
     own: dict[str, dict[str, Delta]] = {task: {} for task in tasks}
     for layer, parts in layers.items():
         for part in parts:
             own[part.adapter][layer] = _placed(part.delta, device, dtype)
     tasks = {task: [_on(batch, device) for batch in batches] for task, batches in tasks.items()}
-    runner = _Model(model, places)
+    with in_eval_mode(model):
+        try:
+            fused = _walked(rule, walk, layers, shares, tasks, own, on_layers)
+        except NotAChainError:  # the same merge, each layer reached from the start
+            fused = _walked(rule, walk, layers, shares, tasks, own, on_layers, leave_out=False)
+    return {layer: fused[layer] for layer in layers}
+
+
+def _walked(
+    rule: Fusion,
+    walk: Walk,
+    layers: Mapping[str, Sequence[Part]],
+    shares: Mapping[str, float],
+    tasks: Mapping[str, Sequence[Inputs]],
+    own: Mapping[str, Updates],
+    on_layers: Callable[[int, int], Any] | None,
+    leave_out: bool = True,
+) -> dict[str, Part]:
     fused: dict[str, Part] = {}
     merged: dict[str, Delta] = {}
-    with in_eval_mode(model):
-        for group in runner.groups(next(batch for batches in tasks.values() for batch in batches)):
-            seen = {task: _Sums() for task in tasks}
-            for task, batches in tasks.items():
-                for batch in batches:
-                    x_NI = runner.input_of(group[0], merged, batch)
-                    z_NI = runner.input_of(group[0], own[task], batch) if rule.compares else x_NI
-                    seen[task].add(z_NI, x_NI)
-            for layer in group:
-                parts = [_looked_at(layers[layer], task, sums, places[layer]) for task, sums in seen.items()]
-                fused[layer] = rule.fuse(parts, [shares[part.adapter] for part in parts])
-                merged[layer] = _placed(fused[layer].delta, device, dtype)
-            if on_layers is not None:
-                on_layers(len(fused), len(layers))
-    return {layer: fused[layer] for layer in layers}
+    runs = {task: [Forward(merged, batch) for batch in batches] for task, batches in tasks.items()}
+    theirs = {task: [Forward(own[task], batch) for batch in batches] for task, batches in tasks.items()}
+    looked = [run for task in tasks for run in runs[task] + (theirs[task] if rule.compares else [])]
+    for group in walk.groups([batches[0] for batches in tasks.values()], leave_out):
+        walk.go_to(group, looked)
+        seen = {task: _Sums() for task in tasks}
+        for task, sums in seen.items():
+            for run, alone in zip(runs[task], theirs[task], strict=True):
+                x_NI = walk.input_of(group.layers[0], run)
+                sums.add(walk.input_of(group.layers[0], alone) if rule.compares else x_NI, x_NI)
+        for layer in group.layers:
+            parts = [_looked_at(layers[layer], task, sums, walk.modules[layer]) for task, sums in seen.items()]
+            fused[layer] = rule.fuse(parts, [shares[part.adapter] for part in parts])
+            merged[layer] = _placed(fused[layer].delta, *walk.at)
+        if on_layers is not None:
+            on_layers(len(fused), len(layers))
+    return fused
 
 
 def _looked_at(parts: Sequence[Part], task: str, sums: _Sums, module: nn.Module) -> Part:
@@ -187,13 +133,6 @@ def _module(known: Mapping[str, nn.Module], layer: str) -> nn.Module:
             f"{type(found).__name__}. Use rule='task_singular' or 'average'."
         )
     return found
-
-
-def _adding(delta: Delta) -> Callable[..., torch.Tensor]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        return output + apply(delta, input_in(args, kwargs))
-
-    return hook
 
 
 def _placed(delta: Delta, device: torch.device, dtype: torch.dtype) -> Delta:

@@ -17,7 +17,7 @@ from ..errors import AdapterError, OptionError
 from ..records import Delta
 from .adapters import Adapter, common_base, open_adapters
 from .agreement import common_carried, common_config, without_heads
-from .behind import Inputs, fuse_behind
+from .behind import fuse_behind
 from .choice import AUTO, choose_rule
 from .contract import Fusion, Part
 from .experts import expert_parameters, refuse_lora_of_experts
@@ -27,6 +27,7 @@ from .overlap import LayerOverlap, OverlapReport, PairOverlap, kept_strengths, p
 from .same_base import check_same_base
 from .spectral import pad
 from .table import build_fusion
+from .walk import Inputs
 
 
 @dataclass(frozen=True, eq=False)
