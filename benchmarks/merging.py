@@ -6,8 +6,9 @@ SST-2, CoLA, MRPC, STS-B (each .jsonl.gz in FOLDER with GLUE's columns) and the 
 each, two epochs, a LoRA of rank 8 on the attention's four weights of all-MiniLM-L6-v2, at the rate that was the best
 of three for LoRA on the languages (benchmarks/results/demo.json). Rules that look at examples get training rows,
 without labels. The score is accuracy (Spearman's correlation for STS-B); what counts is its share of the adapter's own.
-"refitted head" is the untouched body with a head fitted on the training rows: what a merge has to beat. Goes on when
-started again. Writes benchmarks/results/merging.json after each seed, and keeps the rows of other seeds that are there.
+"refitted head" is the untouched body with a head fitted on the training rows: what a merge has to beat; "trained on all
+tasks" is one LoRA of rank 8 on all rows at once, which needs them in one place. Goes on when started again. Writes
+benchmarks/results/merging.json after each seed, and keeps the rows of other seeds that are there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from data_spectra import GLUE, split_files
 from fusion_arms import cached, refuse_other_settings, spread
-from peft import PeftModel
+from multitask import trained_together
+from peft import LoraConfig, PeftModel
 from provenance import provenance
 
 from spectune.checkpoint import write_atomically
@@ -38,6 +40,8 @@ from spectune.runs import examples_of, load_run, load_with, run, tuned_weights
 RESULTS = Path(__file__).parent / "results" / "merging.json"
 TARGETS = ["query", "key", "value", "attention.output.dense"]
 RATE = 2e-3
+HEAD_RATE = 1e-3
+TOGETHER = "trained on all tasks, rank 8"
 TASKS = ("sst2", "cola", "mrpc", "stsb", "languages")
 STSB = {"stsb": ("stsb_train", {"glue": "stsb"}, 1200, 400)}
 LIMIT = {"train": 2000, "validation": 400, "test": 1000}
@@ -84,7 +88,7 @@ class Bench:
     def adapter(self, task: str, seed: int) -> tuple[Any, Path]:
         """Get the run that trains an adapter."""
         lora = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": TARGETS}
-        training = {"epochs": self.epochs, "learning_rate": RATE, "head_learning_rate": 1e-3}
+        training = {"epochs": self.epochs, "learning_rate": RATE, "head_learning_rate": HEAD_RATE}
         return self.config(task, seed, lora, training), self.folder(task, seed)
 
     def head(self, task: str, seed: int) -> tuple[Any, Path]:
@@ -108,6 +112,8 @@ class Arm:
     label: str = ""
     rounds: int | None = None
     """Merges that are tried for weights that suit the validation examples."""
+    examples: int = 256
+    """Of each task, for the rules that look at some."""
 
     @property
     def name(self) -> str:
@@ -129,7 +135,10 @@ ARMS = (
     Arm("sequential", {}),
     Arm("match", {}),
     Arm("match", {"rank": 8}, "match, rank 8"),
+    Arm("match", {}, "match, 64 examples", examples=64),
+    Arm("match", {}, "match, 16 examples", examples=16),
     Arm("match", {}, "match, weights tuned", rounds=4),
+    Arm("match", {"rank": 8}, "match, rank 8, weights tuned", rounds=4),
 )
 
 
@@ -154,10 +163,15 @@ def merged(arm: Arm, bench: Bench, seed: int) -> dict[str, Any]:
 def looked(arm: Arm, folders: Sequence[Path]) -> dict[str, Any]:
     """Get the examples for the rules that look at some."""
     if arm.rule == "gradient":
-        return {"activations": [collect_grams(load_run(folder)[1], examples_of(folder)) for folder in folders]}
+        return {
+            "activations": [collect_grams(load_run(folder)[1], examples_of(folder, arm.examples)) for folder in folders]
+        }
     if not FUSIONS[arm.rule].behind:
         return {}
-    return {"model": load_with(folders[0], None)[1], "examples": [examples_of(folder) for folder in folders]}
+    return {
+        "model": load_with(folders[0], None)[1],
+        "examples": [examples_of(folder, arm.examples) for folder in folders],
+    }
 
 
 def tested(bench: Bench, folders: Sequence[Path], adapter: Path | None) -> dict[str, float]:
@@ -167,6 +181,19 @@ def tested(bench: Bench, folders: Sequence[Path], adapter: Path | None) -> dict[
         recipe, model = load_with(folder, adapter)
         found[task] = score(recipe.evaluate(model, "test"))
     return found
+
+
+def multitask(bench: Bench, seed: int) -> dict[str, Any]:
+    """Train one adapter on all tasks at once, each with its own head, and get what each scores."""
+    started = time.perf_counter()
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
+    heads = [bench.head(task, seed)[1] for task in bench.tasks]
+    tasks = trained_together(heads, lora, RATE, HEAD_RATE, int(bench.epochs))
+    scores = {
+        name: score(recipe.evaluate(model, "test")) for name, (recipe, model) in zip(bench.tasks, tasks, strict=True)
+    }
+    return {"rank": 8, "seconds": time.perf_counter() - started, "scores": scores}
 
 
 def merge_by_peft(arm: Arm, bench: Bench, seed: int, output: Path) -> int:
@@ -193,6 +220,7 @@ def measure(bench: Bench, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
         own = {task: score(run(*bench.adapter(task, seed), resume=True).metrics["test"]) for task in bench.tasks}
         heads = {task: score(run(*bench.head(task, seed), resume=True).metrics["test"]) for task in bench.tasks}
         arms = {"refitted head": {"rank": 0, "seconds": 0.0, "scores": heads}}
+        arms[TOGETHER] = cached(bench.place("multitask", seed), partial(multitask, bench, seed))
         for arm in ARMS:
             arms[arm.name] = cached(bench.place(arm.name, seed), partial(merged, arm, bench, seed))
         yield {"seed": seed, "own": own, "arms": arms, **provenance()}

@@ -14,7 +14,7 @@ from spectune.algebra import dense
 from spectune.fusion import Part
 from spectune.fusion import behind as fuses_behind
 from spectune.fusion.match import Match, Sequential
-from spectune.fusion.walk import NotAChainError
+from spectune.fusion.walk import NotAChainError, Walk
 from spectune.records import Delta
 
 from ..models import MODELS
@@ -76,8 +76,8 @@ def whole(monkeypatch: pytest.MonkeyPatch, *args: Any) -> dict[str, Any]:
         raise NotAChainError
 
     with monkeypatch.context() as patch:
-        walked = fuses_behind.Walk.go_to
-        patch.setattr(fuses_behind.Walk, "go_to", lambda *a: never() if a[0].chains else walked(*a))
+        walked = Walk.go_to
+        patch.setattr(Walk, "go_to", lambda *a: never() if a[0].chains else walked(*a))
         return merged(*args)
 
 
@@ -99,8 +99,9 @@ def test_blocks_that_are_through_are_not_run_again(skips: bool, monkeypatch: pyt
     torch.manual_seed(0)
     model = Chained(skips)
     calls: Counter[int] = Counter()
-    for at, block in enumerate(model.blocks):
-        block.first.register_forward_hook(lambda *_, at=at: calls.update([at]))
+    firsts = [module for path, module in model.named_modules() if path.endswith("first")]
+    for at, first in enumerate(firsts):
+        first.register_forward_hook(lambda *_, at=at: calls.update([at]))
     names = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     batches = {str(task): [{"x": torch.randn(4, 5, WIDTH)} for _ in range(7)] for task in range(2)}
     parts = updates(model, names, 2)
