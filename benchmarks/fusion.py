@@ -139,34 +139,41 @@ class Bench:
         cost = fuse_arm(
             arm, [folder / "adapter" / "unet" for folder in folders], self.base / "unet", grams, whole / "unet"
         )
-        words = [_word_of(folder) for folder in folders]
+        words = [word_of(folder) for folder in folders]
         return cost | {"gram_seconds": gram_seconds} | self.look([whole, *words], list(CONCEPTS), seed)
 
     def bare(self, folders: Sequence[Path], seed: int) -> dict[str, Any]:
         """Get the figures of the words alone."""
-        return self.look([_word_of(folder) for folder in folders], list(CONCEPTS), seed)
+        return self.look([word_of(folder) for folder in folders], list(CONCEPTS), seed)
 
     def grams(self, folder: Path, concept: str, seed: int) -> dict[str, torch.Tensor]:
         """Get the Gram matrices of what a concept's own prompts send into the UNet's adapted layers."""
-        pipeline, calls = load_concepts(open_pipeline(self.base), [folder]), []
-        unet = pipeline.unet
+        unet, calls = self.calls([folder], own_prompts(concept), seed)
+        adapted = {
+            name for name, _ in unet.named_modules() if name.split(".")[-1] in TARGETS or name.endswith("to_out.0")
+        }
+        return collect_grams(unet, calls, layers=sorted(adapted))
+
+    def calls(self, folders: Sequence[Path], prompts: Sequence[str], seed: int) -> tuple[Any, list[dict[str, Any]]]:
+        """Get the UNet and what it is called with while these concepts draw their prompts."""
+        pipeline, calls = load_concepts(open_pipeline(self.base), folders), []
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append(
                 {"sample": args[0], "timestep": args[1], "encoder_hidden_states": kwargs["encoder_hidden_states"]}
             )
 
-        handle = unet.register_forward_pre_hook(note, with_kwargs=True)
-        prompts = [f"a {concept} {place}" for place in PLACES] + [f"a {concept} on the left and {BESIDE}"]
+        handle = pipeline.unet.register_forward_pre_hook(note, with_kwargs=True)
         self.draw(pipeline, prompts, seed + 50)
         handle.remove()
-        adapted = {
-            name for name, _ in unet.named_modules() if name.split(".")[-1] in TARGETS or name.endswith("to_out.0")
-        }
-        return collect_grams(unet, calls, layers=sorted(adapted))
+        return pipeline.unet, calls
 
 
-def _word_of(folder: Path) -> Path:
+def own_prompts(concept: str) -> list[str]:
+    return [f"a {concept} {place}" for place in PLACES] + [f"a {concept} on the left and {BESIDE}"]
+
+
+def word_of(folder: Path) -> Path:
     """Get a folder with nothing but the concept's word: its adapter went into the fused one."""
     word = folder.with_name(folder.name + "-word")
     word.mkdir(exist_ok=True)
@@ -174,8 +181,8 @@ def _word_of(folder: Path) -> Path:
     return word
 
 
-def base_prompts(count: int) -> list[str]:
-    chance = random.Random(2)
+def base_prompts(count: int, seed: int = 2) -> list[str]:
+    chance = random.Random(seed)
     return [random_prompt(chance) for _ in range(count)]
 
 

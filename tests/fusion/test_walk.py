@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from spectune.algebra import dense
 from spectune.fusion import Part
 from spectune.fusion import behind as fuses_behind
+from spectune.fusion.layer_inputs import matrix_of, rows_of, update_of
 from spectune.fusion.match import Match, Sequential
 from spectune.fusion.walk import NotAChainError, Walk
 from spectune.records import Delta
@@ -51,12 +53,26 @@ class Chained(nn.Module):
         return self.head(x)
 
 
+class Pictures(nn.Module):
+    """Convolutions, two of them on one input with windows of their own, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.wide, self.short = nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 6, 1, stride=2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).tanh()
+        return self.head((self.wide(x) + self.short(x)).relu().flatten(2).mT)
+
+
 def updates(model: nn.Module, names: Sequence[str], tasks: int) -> dict[str, list[Part]]:
     stream = torch.Generator().manual_seed(5)
 
     def part(task: int, layer: str) -> Part:
-        module: Any = model.get_submodule(layer)
-        rows, cols = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+        module = model.get_submodule(layer)
+        rows, cols = matrix_of(module).shape
         left, right = torch.randn(rows, 2, generator=stream), torch.randn(2, cols, generator=stream)
         return Part(str(task), layer, Delta(0.1 * left.double(), torch.ones(2).double(), right.double()))
 
@@ -113,3 +129,66 @@ def test_blocks_that_are_through_are_not_run_again(skips: bool, monkeypatch: pyt
     rest = calls.total() - ran
     assert ran > rest if skips else ran < 0.5 * rest, (ran, rest)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 4, bias=False), (3, 7, 5)),
+        (nn.Conv1d(3, 4, 3, padding=2, stride=2, bias=False), (2, 3, 9)),
+        (nn.Conv2d(3, 4, (3, 2), padding=(1, 0), dilation=2, bias=False), (2, 3, 8, 9)),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_a_layer_is_its_matrix_times_its_rows(layer: Any, shape: tuple[int, ...]) -> None:
+    x, W_OI = torch.randn(shape), matrix_of(layer)
+    delta = Delta(torch.randn(4, 2), torch.ones(2), torch.randn(2, W_OI.shape[1]))
+    output = layer(x) if isinstance(layer, nn.Linear) else layer(x).movedim(1, -1)
+    torch.testing.assert_close(rows_of(layer, x, None) @ W_OI.T, output.flatten(0, -2), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        before = layer(x)
+        layer.weight += dense(delta).reshape(layer.weight.shape)
+        torch.testing.assert_close(before + update_of(layer, delta, x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_convolutions_are_merged_too() -> None:
+    torch.manual_seed(0)
+    model = Pictures().eval()
+    names = ["stem", "wide", "short", "head"]
+    parts = updates(model, names, 2)
+    channels = torch.tensor([[1.0, 0.05], [0.05, 1.0]])[..., None, None]  # each task sees another one
+    batches = {str(task): [{"x": channels[task] * torch.randn(8, 2, 9, 9)}] for task in range(2)}
+    alone = {layer: both[:1] for layer, both in parts.items()}
+    one = fuses_behind.fuse_behind(Match(), model, alone, {"0": 1.0}, {"0": batches["0"]})
+    for layer, part in one.items():
+        torch.testing.assert_close(dense(part.delta), dense(alone[layer][0].delta), rtol=1e-3, atol=1e-4)
+
+    def off(found: Any) -> float:
+        return sum(
+            float((run(model, names, found, batch) - run(model, names, parts_of(parts, task), batch)).square().mean())
+            for task, batch in ((task, batches[str(task)][0]) for task in range(2))
+        )
+
+    matched = fuses_behind.fuse_behind(Match(), model, parts, dict.fromkeys(batches, 1.0), batches)
+    mean = {layer: Part("mean", layer, half(both)) for layer, both in parts.items()}
+    assert off(matched) < 0.7 * off(mean), (off(matched), off(mean))
+
+
+def parts_of(parts: dict[str, list[Part]], task: int) -> dict[str, Part]:
+    return {layer: both[task] for layer, both in parts.items()}
+
+
+def half(both: list[Part]) -> Delta:
+    lefts, rights = zip(*((part.delta.left_OP, part.delta.right_QI) for part in both), strict=True)
+    return Delta(torch.cat(lefts, 1) / 2, torch.ones(4).double(), torch.cat(rights))
+
+
+def run(model: nn.Module, names: Sequence[str], found: Mapping[str, Part], batch: dict[str, Any]) -> torch.Tensor:
+    """Get the output of a copy of the model with these updates in its weights."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            layer: Any = tuned.get_submodule(name)
+            layer.weight += dense(found[name].delta).to(layer.weight).reshape(layer.weight.shape)
+        output: torch.Tensor = tuned(**batch)
+    return output

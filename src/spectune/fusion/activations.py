@@ -12,6 +12,7 @@ from torch import nn
 from ..adapter import in_eval_mode, spectral_modules
 from ..checkpoint import PEFT_PREFIX
 from ..errors import OptionError, nearest
+from .layer_inputs import convolves, input_in, multiplies, rows_of
 
 Grams = dict[str, torch.Tensor]
 
@@ -26,18 +27,17 @@ class _GramSums:
 
     def hook(self, name: str, layer: nn.Module) -> Callable[..., None]:
         inner = _innermost(layer)
-        convolves, multiplies = _convolves(inner), _multiplies(inner)
+        readable = convolves(inner) or multiplies(inner)
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = input_in(args, kwargs)
-            if not (convolves or multiplies) or not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            if not readable or not isinstance(x, torch.Tensor) or not x.is_floating_point():
                 raise OptionError(
                     f"{name}: gradient fusion can only read the inputs of linear layers and of ungrouped convolutions "
                     f"with zero padding, and this is a {type(inner).__name__}. Name the layers to collect with "
                     "layers=[...]."
                 )
-            rows_NI = _patches(inner, x) if convolves else seen_rows(x, self.mask)
-            x_NI = rows_NI.detach().to(self.dtype)
+            x_NI = rows_of(inner, x, self.mask).detach().to(self.dtype)
             gram_II = (x_NI.mT @ x_NI).cpu()
             self.grams[name] = self.grams[name].add_(gram_II) if name in self.grams else gram_II
 
@@ -49,41 +49,6 @@ def _innermost(layer: nn.Module) -> Any:
     while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
         layer = inner
     return layer
-
-
-def _multiplies(layer: nn.Module) -> bool:
-    """Ask whether a layer multiplies its input by a matrix (a quantised one is stored as a matrix too)."""
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.ndim == 2
-
-
-def _convolves(layer: nn.Module) -> bool:
-    """Ask whether a layer multiplies patches of its input by one matrix, `weight.flatten(1)`."""
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        return False
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-
-
-def _patches(layer: nn.Conv1d | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Get what a convolution multiplies by its weight as rows, in the order of `weight.flatten(1)`."""
-    sizes = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
-    if isinstance(layer, nn.Conv1d):  # an image of height one
-        x, sizes = x.unsqueeze(-2), [(fill, *size) for fill, size in zip((1, 1, 0, 1), sizes, strict=True)]  # type: ignore[misc]
-    images = x if x.ndim == 4 else x[None]
-    kernel, dilation, padding, stride = sizes
-    return nn.functional.unfold(images, kernel, dilation, padding, stride).mT.flatten(0, 1)  # type: ignore[arg-type]
-
-
-def input_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Get the input of a layer out of what it was called with."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def seen_rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Get the inputs as rows, without those of padding where the layer's input has the mask's shape."""
-    if mask is not None and x.shape[:-1] == mask.shape:
-        return x[mask.bool()]
-    return x.reshape(-1, x.shape[-1])
 
 
 @torch.no_grad()

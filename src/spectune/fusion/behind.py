@@ -13,6 +13,7 @@ from ..adapter import in_eval_mode
 from ..errors import OptionError, nearest
 from ..records import Delta
 from .contract import Fusion, Part
+from .layer_inputs import convolves, matrix_of, multiplies
 from .walk import Forward, Inputs, NotAChainError, Updates, Walk
 
 # The task of the examples that the merge must leave as the base has them.
@@ -108,14 +109,9 @@ def _looked_at(parts: Sequence[Part], task: str, sums: _Sums, module: nn.Module)
     part = next((p for p in parts if p.adapter == task), None) or Part(
         task, parts[0].layer, nothing, stored=parts[0].stored
     )
-    stored: Any = module.weight
-    W_OI = (stored.T if _stores_inputs_first(module) else stored).detach().to(zero)
+    W_OI = matrix_of(module).to(zero)
     gram_II, cross_II = (torch.as_tensor(total).to(zero) / sums.tokens for total in (sums.gram_II, sums.cross_II))
     return replace(part, gram_II=gram_II, cross_II=cross_II, weight_OI=W_OI)
-
-
-def _stores_inputs_first(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Linear)  # transformers' Conv1D
 
 
 def _module(known: Mapping[str, nn.Module], layer: str) -> nn.Module:
@@ -126,11 +122,12 @@ def _module(known: Mapping[str, nn.Module], layer: str) -> nn.Module:
     if found is None:
         raise OptionError(f"{layer!r} is not a layer of {type(known['']).__name__}. {nearest(layer, list(known))}")
     weight = getattr(found, "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point()
-    if not plain or isinstance(found, nn.Embedding):
+    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    if not plain or not (multiplies(found) or convolves(found)) or isinstance(found, nn.Embedding):
         raise OptionError(
-            f"{layer}: rules that look at the merged model work on linear layers with plain weights, and this is a "
-            f"{type(found).__name__}. Use rule='task_singular' or 'average'."
+            f"{layer}: rules that look at the merged model work on linear layers and ungrouped convolutions (1d, 2d) "
+            f"with zero padding, both with plain weights, and this is a {type(found).__name__}. Use "
+            f"rule='task_singular' or 'average'."
         )
     return found
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algebra import apply
 from ..errors import OptionError
 from ..records import Delta
-from .activations import input_in, seen_rows
+from .layer_inputs import input_in, rows_of, update_of, window_of
 
 Inputs = Mapping[str, Any]
 Updates = Mapping[str, Delta]
@@ -119,7 +118,7 @@ class Walk:
         caught = self._caught(watch, run)
         if not caught:
             raise OptionError(f"{layer}: no example went through this layer. Pass examples that use it.")
-        return seen_rows(caught[0], run.batch.get("attention_mask"))
+        return rows_of(self.modules[layer], caught[0], run.batch.get("attention_mask"))
 
     def _output_of(self, block: nn.Module, run: Forward) -> Any:
         def watch(caught: list[Any]) -> Any:
@@ -181,9 +180,10 @@ class _Trace:
     """So that no address is used twice."""
 
     def layer(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if all(name != known for known, *_ in self.layers):
-                self.layers.append((name, self._key(input_in(args, kwargs)), len(self.outputs)))
+                found = self._key(input_in(args, kwargs)), window_of(module)
+                self.layers.append((name, found, len(self.outputs)))
 
         return hook
 
@@ -255,7 +255,7 @@ def _copied(output: Any, device: torch.device) -> Any:
 
 
 def _adding(delta: Delta) -> Callable[..., torch.Tensor]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
-        return output + apply(delta, input_in(args, kwargs))
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        return output + update_of(layer, delta, input_in(args, kwargs))
 
     return hook
