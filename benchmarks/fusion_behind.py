@@ -2,8 +2,8 @@
 
     python benchmarks/fusion_behind.py --work FOLDER [--base FOLDER] [--judge FILE] [--seeds 0 1 2]
 
-The LoRAs are those of benchmarks/fusion.py, at the rate that it chose; --work may be the same folder. Rules that look
-examples get what the UNet is called with while each concept draws its own prompts, and `keep` what it is called with
+The LoRAs are those of benchmarks/fusion.py, at the rate that it chose; --work may be the same folder. Rules that look at examples
+get what the UNet is called with while each concept draws its own prompts, and `keep` what it is called with
 while the base draws prompts of its own, others than the judged ones. How much the base counts is chosen with a training
 and sampling seed of its own: the best mean of identity and base prompts. Goes on when started again. Writes the part
 "behind" of benchmarks/results/fusion.json.
@@ -45,7 +45,7 @@ class Behind:
 
     @property
     def name(self) -> str:
-        return self.rule + (f" with the base's prompts, weights {self.weight:.2g}" if self.keeps else "")
+        return self.rule + (f", keep, weights {self.weight:.2g}" if self.keeps else "")
 
 
 def merged(bench: Bench, arm: Behind, folders: Sequence[Path], seed: int) -> dict[str, Any]:
@@ -109,7 +109,11 @@ def measure(bench: Bench, seeds: Sequence[int], rate: float) -> dict[str, Any]:
         for figure in ("alone", "in company")
     }
     untouched = cached(bench.work / "base", lambda: bench.look([], [], 0))["base prompts"]
-    chosen = {"tries": {f"{weight:.2g}": found for weight, found in tries.items()}, "weight": best}
+    chosen = {
+        "kept prompts": KEPT_PROMPTS,
+        "tries": {f"{weight:.2g}": found for weight, found in tries.items()},
+        "weight": best,
+    }
     return chosen | {"seeds": len(seeds), "own": own, "base prompts of the base": untouched, "rows": rows}
 
 
