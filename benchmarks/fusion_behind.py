@@ -2,8 +2,8 @@
 
     python benchmarks/fusion_behind.py --work FOLDER [--base FOLDER] [--judge FILE] [--seeds 0 1 2]
 
-The LoRAs are those of benchmarks/fusion.py, at the rate that it chose; --work may be the same folder. Rules that look at examples
-get what the UNet is called with while each concept draws its own prompts, and `keep` what it is called with
+The LoRAs are those of benchmarks/fusion.py, at the rate that it chose; --work may be the same folder. Rules that look
+at examples get what the UNet is called with while each concept draws its own prompts, and `keep` what it is called with
 while the base draws prompts of its own, others than the judged ones. How much the base counts is chosen with a training
 and sampling seed of its own: the best mean of identity and base prompts. Goes on when started again. Writes the part
 "behind" of benchmarks/results/fusion.json.

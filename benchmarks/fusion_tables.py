@@ -85,10 +85,10 @@ def _fused_behind(part: dict[str, Any]) -> list[str]:
     own = {figure: part["own"][figure]["mean"] for figure in ("alone", "in company")}
     lines = [
         f"LoRAs of the same three concepts ({_seeds(part)}), fused by rules that look at examples "
-        f"(`python benchmarks/fusion_behind.py`): the share that is kept of each concept's own {own['alone']:.0%} alone "
-        f"and {own['in company']:.0%} in company, with its lowest and highest seed, and the share of the base's prompts "
-        f"that come out right. `keep` are {part['kept prompts']} prompts of the base, others than the judged ones; the "
-        f"weight of the concepts beside it was chosen with another seed.",
+        f"(`python benchmarks/fusion_behind.py`): the share that is kept of each concept's own {own['alone']:.0%} "
+        f"alone and {own['in company']:.0%} in company, with its lowest and highest seed, and the share of the base's "
+        f"prompts that come out right. `keep` are {part['kept prompts']} prompts of the base, others than the judged "
+        f"ones; the weight of the concepts beside it was chosen with another seed.",
         "",
         "| rule | alone, kept | in company, kept | base prompts |",
         "|---|---:|---:|---:|",
