@@ -54,14 +54,24 @@ class Looks:
 
     def _base_and_batches(self) -> dict[str, Any]:
         from ..export.source import open_base
+        from ..runs import pipeline_base
         from .terminal import Console
 
-        model, of = open_base(self.adapters[0], self.base)
-        console = Console(stderr=True)
+        console, runs = Console(stderr=True), [path for path in self.examples if path not in self.texts]
+        neutral = [] if self.keep is None else self.texts.get(self.keep, [])
+        found = pipeline_base(runs[0], neutral) if runs else None
+        if found is not None and len(runs) < len(self.examples):
+            wrong = next(path for path in self.examples if path in self.texts)
+            raise OptionError(
+                f"--examples {wrong}: it has texts, and {runs[0]} is a run of text_to_image. Name a run for each."
+            )
+        (model, kept), of = found or (None, []), None
+        if model is None:
+            model, of = open_base(self.adapters[0], self.base)
         return {
             "model": model,
             "examples": [self._batches(path, of) for path in self.examples],
-            "keep": None if self.keep is None else self._batches(self.keep, of),
+            "keep": None if self.keep is None else kept or self._batches(self.keep, of),
             "on_layers": lambda done, layers: console.print(f"merged {done} of {layers} layers"),
         }
 

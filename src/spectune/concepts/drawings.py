@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from ..checkpoint import write_atomically
@@ -50,6 +51,22 @@ class DrawWhileTraining(TrainerCallback):
             (self.run / FOLDER).mkdir(exist_ok=True)
             write_atomically(self.run / FOLDER / f"step-{step}.png", png)
         self._drawn.clear()
+
+
+def calls_while_drawing(pipeline: Any, prompts: Sequence[str], asked: Drawings, seed: int) -> list[dict[str, Any]]:
+    """Get what a pipeline's UNet is called with, step by step, while it draws prompts."""
+    calls: list[dict[str, Any]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["encoder_hidden_states"]
+        calls.append({"sample": args[0], "timestep": args[1], "encoder_hidden_states": hidden})
+
+    watching = pipeline.unet.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        sample(pipeline, prompts, seed=seed, steps=asked.steps, guidance=asked.guidance, output_type="latent")
+    finally:
+        watching.remove()
+    return calls
 
 
 def sheets(run: Path) -> list[tuple[int, Path]]:

@@ -96,9 +96,13 @@ class ConceptModel(nn.Module, OwnCheckpoints):
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Get the UNet's answer for noisy latents (count, channels, height, width) at steps t."""
-        hidden = self.text_encoder(tokens)[0]
-        found: torch.Tensor = self.unet(noisy.to(hidden.dtype), t, encoder_hidden_states=hidden).sample
+        found: torch.Tensor = self.unet(**self.seen_by_unet(noisy, t, tokens)).sample
         return found.float()
+
+    def seen_by_unet(self, noisy: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Get what the UNet is called with."""
+        hidden = self.text_encoder(tokens)[0]
+        return {"sample": noisy.to(hidden.dtype), "timestep": t, "encoder_hidden_states": hidden}
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Write what `load_concepts` reads: a PEFT folder for each adapted part, and the word."""

@@ -41,6 +41,7 @@ class TextToImage(Recipe):
     """Adapts a Stable Diffusion pipeline, and a new word, to a few pictures of a concept."""
 
     Config = ConceptConfig
+    in_pipeline = True
     title = "Text to image"
     example = {
         "model": "stable-diffusion",
@@ -129,9 +130,30 @@ class TextToImage(Recipe):
     def rows(self, split: str) -> Sequence[dict[str, Any]]:
         return self.examples.to_train() if split == "train" else self.examples.held_out(split)
 
+    def plain_rows(self, split: str) -> Sequence[dict[str, Any]]:
+        return self.examples.held_out(split)
+
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = torch.utils.data.default_collate(rows)
         return found
+
+    def carrier(self, model: Any) -> nn.Module:
+        unet: nn.Module = model.unet
+        return unet
+
+    @torch.no_grad()
+    def seen(self, model: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Get what the UNet is called with for pictures at the noise of held-out ones."""
+        device = next(model.unet.parameters()).device
+        latents, noise, t, tokens = (batch[name].to(device) for name in ("latents", "noise", "t", "tokens"))
+        found: dict[str, Any] = model.seen_by_unet(model.noise_levels.add_noise(latents, noise, t), t, tokens)
+        return found
+
+    def seen_while_drawing(self, model: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        from .drawings import calls_while_drawing
+
+        with model.drawing(untouched=True) as pipeline:
+            return calls_while_drawing(pipeline, prompts, self.config.drawings, self.config.seed)
 
     @cached_property
     def loss(self) -> Loss | None:

@@ -153,7 +153,12 @@ class Walk:
                     output = _copied(chain.held[run], device)
                     for block in chain.blocks[: chain.passed]:
                         stack.enter_context(_returning(block, output))
-            yield
+            try:
+                yield
+            except OptionError:
+                raise
+            except Exception as error:  # one of the whole model's own comes again when nothing is left out
+                raise NotAChainError from error
 
     def _trace(self, batch: Inputs) -> _Trace:
         trace = _Trace()
@@ -176,6 +181,8 @@ class _Trace:
     """(layer, its input, blocks that had ended)."""
     inputs: list[tuple[nn.Module, Any]] = field(default_factory=list)
     outputs: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    forms: dict[nn.Module, Any] = field(default_factory=dict)
+    """Block -> the shapes in its output."""
     keep: list[torch.Tensor] = field(default_factory=list)
     """So that no address is used twice."""
 
@@ -192,6 +199,7 @@ class _Trace:
 
     def left(self, block: nn.Module, args: Any, output: Any) -> None:
         self.outputs.append((block, self._key(output[0] if isinstance(output, tuple) and output else output)))
+        self.forms[block] = _form(output)
 
     def _key(self, x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -213,7 +221,8 @@ class _Trace:
         outputs = [(block, key) for block, key in self.outputs if block in blocks]
         called = [block for block, _ in inputs] == blocks == [block for block, _ in outputs]
         keys = zip(outputs, inputs[1:], strict=False)
-        return called and all(given is not None and given == taken for (_, given), (_, taken) in keys)
+        alike = called and all(self.forms[block] == self.forms[blocks[0]] for block in blocks)
+        return alike and all(given is not None and given == taken for (_, given), (_, taken) in keys)
 
     def groups(self, chains: Sequence[Sequence[nn.Module]]) -> list[Stage]:
         """Get the layers with one input together, in the order of the forward."""
@@ -231,6 +240,13 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             yield path, list(module)
+
+
+def _form(output: Any) -> Any:
+    """Get the shapes in an output: a block that is left out gives the output of another one."""
+    if isinstance(output, tuple):
+        return tuple(_form(one) for one in output)
+    return output.shape if isinstance(output, torch.Tensor) else type(output)
 
 
 @contextmanager

@@ -72,6 +72,8 @@ class Recipe:
     example: ClassVar[dict[str, Any]]
     """A small run, as `spectune init` prints it."""
 
+    in_pipeline: ClassVar[bool] = False
+    """Whether the module that carries the adapter gets its inputs from other parts of a pipeline."""
     curves: ClassVar[dict[str, str]] = {}
     """What the trainer logs at each step besides the loss -> its name on the page."""
 
@@ -132,6 +134,18 @@ class Recipe:
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Get a batch."""
+        raise NotImplementedError
+
+    def carrier(self, model: nn.Module) -> nn.Module:
+        """Get the module that carries the adapter."""
+        return model
+
+    def seen(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Get what the carrier is called with for a batch, without labels."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def seen_while_drawing(self, model: nn.Module, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """Get what the carrier is called with while a pipeline draws prompts."""
         raise NotImplementedError
 
     def logits(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..errors import OptionError
 from ..recipes.recipe import Recipe
 from ..training.config import RunConfig
 from ..training.processes import join
 from .folder import Run
-from .load import recipe_of
+from .load import recipe_of, reloaded
 
 # Examples of each run, drawn with this seed. Chosen.
 EXAMPLES, SEED = 256, 0
 
 
 def examples_of(run: str | Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
-    """Get batches of a run's training examples without labels, drawn by a fixed seed."""
-    recipe = recipe_of(Run.open(run))
+    """Get batches of a run's training examples without labels, drawn by a fixed seed.
+
+    Of a pipeline they are what the module with the adapter (the UNet) is called with for them, which needs the run's
+    own text encoder and word.
+    """
+    opened = Run.open(run)
+    recipe = recipe_of(opened)
+    model = reloaded(recipe, opened) if recipe.in_pipeline else nn.Module()
     batches = batches_of(recipe, count, recipe.config.training.batch_size)
-    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    return [recipe.seen(model, batch) for batch in batches]
+
+
+def pipeline_base(run: str | Path, prompts: Sequence[str] = ()) -> tuple[nn.Module, list[dict[str, Any]]] | None:
+    """Get the untouched module that a run's adapter is on, and what it is called with while the base draws prompts.
+
+    None for a run whose model gets its examples directly.
+    """
+    recipe = recipe_of(Run.open(run))
+    if not recipe.in_pipeline:
+        return None
+    model = recipe.build_model().eval()
+    return recipe.carrier(model), recipe.seen_while_drawing(model, prompts) if prompts else []
 
 
 def batches_of(recipe: Recipe, count: int, size: int) -> list[dict[str, Any]]:
@@ -33,7 +54,8 @@ def batches_of(recipe: Recipe, count: int, size: int) -> list[dict[str, Any]]:
 
 def by_length(rows: Any, places: list[int]) -> list[int]:
     """Get the places of texts by their numbers of tokens; those of pictures, which would have to be read, as given."""
-    return sorted(places, key=lambda i: len(rows[i]["input_ids"])) if isinstance(rows, list) else places
+    texts = isinstance(rows, list) and bool(places) and "input_ids" in rows[places[0]]
+    return sorted(places, key=lambda i: len(rows[i]["input_ids"])) if texts else places
 
 
 def refuse_other_bases(config: RunConfig) -> None:
