@@ -23,7 +23,7 @@ from .outlines import COLOURS, OUTLINES, Paint
 from .scenes import SIZE, WORDS, Glyph, draw, make_images, random_prompt
 
 SCENES = 12_000
-# Chosen: after 4,500 steps of the denoiser 95 of 96 prompts came out right, after 3,000 (with the schedule of 3,000) 68.
+# Chosen: after 4,500 steps of the denoiser 95 of 96 prompts came out right, after 3,000 (with that schedule) 68.
 AUTOENCODER_STEPS, STEPS = 400, 4_500
 BATCH = 32
 # Tokens of the longest prompt: two glyphs of six words, "and", a start and an end, rounded up.
