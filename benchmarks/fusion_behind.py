@@ -32,7 +32,7 @@ from spectune.concepts.pipeline import open_pipeline
 
 KEPT_PROMPTS = 24
 # Weight of each concept; the base has 1. The default is 1/3.
-WEIGHTS = [1 / 9, 1 / 3, 1.0, 3.0]
+WEIGHTS = [1 / 9, 1 / 3, 1.0, 3.0, 10.0]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def measure(bench: Bench, seeds: Sequence[int], rate: float) -> dict[str, Any]:
 
     tries = {weight: look(Behind("match", True, weight), TRY) for weight in WEIGHTS}
     best = max(tries, key=lambda weight: statistics.mean((tries[weight]["alone"], tries[weight]["base prompts"])))
-    arms = [Behind("average"), Behind("gradient"), Behind("sequential"), Behind("match")]
+    arms = [Behind("average"), Behind("gradient"), Behind("match")]
     arms += [Behind("sequential", True, best), Behind("match", True, best)]
     rows = []
     for arm in arms:
