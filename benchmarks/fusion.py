@@ -41,7 +41,6 @@ from fusion_arms import (
     without_adapter,
 )
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -52,6 +51,8 @@ from examples.glyphs.outlines import CONCEPTS
 from examples.glyphs.scenes import PLACES, random_prompt
 from examples.glyphs.train_base import GUIDANCE
 from examples.glyphs.train_concept import run_of
+from spectune.concepts.config import Drawings
+from spectune.concepts.drawings import calls_while_drawing
 from spectune.concepts.pipeline import load_concepts, open_pipeline, sample
 from spectune.concepts.text_to_image import ATTENTION
 from spectune.fusion import collect_grams
@@ -70,6 +71,7 @@ TRY = 100
 # Of the three the one whose spectral columns are neither the strongest nor the weakest.
 TRIED = "<wug>"
 SAMPLING_STEPS = 10
+DRAWN = Drawings.model_validate({"steps": SAMPLING_STEPS, "guidance": GUIDANCE})
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,7 @@ class Bench:
         return {"scores": scores, "base prompts": sum(right) / len(prompts)}
 
     def draw(self, pipeline: Any, prompts: Sequence[str], seed: int) -> list[Any]:
-        # Blocks of noise that no other seed, no training and no choice of rates has used.
-        start = 10_000 * (seed + 1)
-        return sample(pipeline, prompts, seed=start, steps=SAMPLING_STEPS, guidance=GUIDANCE, batch_size=50)
+        return sample(pipeline, prompts, seed=first_noise(seed), steps=SAMPLING_STEPS, guidance=GUIDANCE, batch_size=50)
 
     def fuse(self, arm: Arm, folders: Sequence[Path], seed: int) -> dict[str, Any]:
         """Fuse the concepts of one seed and get their figures."""
@@ -156,17 +156,13 @@ class Bench:
 
     def calls(self, folders: Sequence[Path], prompts: Sequence[str], seed: int) -> tuple[Any, list[dict[str, Any]]]:
         """Get the UNet and what it is called with while these concepts draw their prompts."""
-        pipeline, calls = load_concepts(open_pipeline(self.base), folders), []
+        pipeline = load_concepts(open_pipeline(self.base), folders)
+        return pipeline.unet, calls_while_drawing(pipeline, prompts, DRAWN, first_noise(seed + 50))
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(
-                {"sample": args[0], "timestep": args[1], "encoder_hidden_states": kwargs["encoder_hidden_states"]}
-            )
 
-        handle = pipeline.unet.register_forward_pre_hook(note, with_kwargs=True)
-        self.draw(pipeline, prompts, seed + 50)
-        handle.remove()
-        return pipeline.unet, calls
+def first_noise(seed: int) -> int:
+    """Get the first of a block of noise that no other seed, no training and no choice of rates has used."""
+    return 10_000 * (seed + 1)
 
 
 def own_prompts(concept: str) -> list[str]:
@@ -247,31 +243,42 @@ def tabled(
     return {"seeds": seeds, "methods": alone, "base prompts of the base": untouched, "rows": rows}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(said: str | None) -> argparse.ArgumentParser:
+    """Get the options of a benchmark on the glyph model."""
+    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="folder of examples/glyphs/train_base.py; None trains one")
     parser.add_argument("--judge", type=Path, help="safetensors file of a judge's weights; None trains one")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+def prepared(told: argparse.Namespace, sizes: dict[str, Any]) -> Bench:
+    """Get what all runs share; trains the base and the judge where there are none."""
+    torch.set_num_threads(1)
+    told.work.mkdir(parents=True, exist_ok=True)
+    refuse_other_settings(told.work, sizes)
+    base = told.work / "glyphs" if told.base is None else told.base
+    if not base.exists():
+        train_base(base)
+    judge = load_judge(told.judge, told.work)
+    return Bench(base, judge, told.work, sizes["steps"], sizes["batch_size"], sizes["pictures"])
+
+
+def main() -> None:
+    parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=24, help="judged pictures of each kind and concept")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     told = parser.parse_args()
-    torch.set_num_threads(1)
-    told.work.mkdir(parents=True, exist_ok=True)
     sizes = {
         "sampling_steps": SAMPLING_STEPS,
         "steps": told.steps,
         "batch_size": told.batch_size,
         "pictures": told.pictures,
     }
-    refuse_other_settings(told.work, sizes)
-    base = told.work / "glyphs" if told.base is None else told.base
-    if not base.exists():
-        train_base(base)
-    bench = Bench(base, load_judge(told.judge, told.work), told.work, told.steps, told.batch_size, told.pictures)
-    record_part("glyphs", {**sizes, **measure(bench, told.seeds)}, told.results)
+    record_part("glyphs", {**sizes, **measure(prepared(told, sizes), told.seeds)}, told.results)
 
 
 if __name__ == "__main__":

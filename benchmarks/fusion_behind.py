@@ -11,7 +11,6 @@ and sampling seed of its own: the best mean of identity and base prompts. Goes o
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,11 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from fusion import TRY, Bench, base_prompts, load_judge, own_prompts, word_of
-from fusion_arms import RESULTS, cached, record_part, refuse_other_settings, spread
+from fusion import TRY, Bench, base_prompts, options, own_prompts, prepared, word_of
+from fusion_arms import cached, record_part, spread
 
-from examples.glyphs.base import train_base
 from examples.glyphs.outlines import CONCEPTS
 from spectune import fuse
 from spectune.concepts.pipeline import open_pipeline
@@ -118,24 +115,11 @@ def measure(bench: Bench, seeds: Sequence[int], rate: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--base", type=Path, help="folder of examples/glyphs/train_base.py; None trains one")
-    parser.add_argument("--judge", type=Path, help="safetensors file of a judge's weights; None trains one")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    told = parser.parse_args()
-    torch.set_num_threads(1)
-    told.work.mkdir(parents=True, exist_ok=True)
+    told = options(__doc__).parse_args()
     known = json.loads(told.results.read_text("utf-8"))["glyphs"]
     sizes = {name: known[name] for name in ("sampling_steps", "steps", "batch_size", "pictures")}
-    refuse_other_settings(told.work, sizes)
-    base = told.work / "glyphs" if told.base is None else told.base
-    if not base.exists():
-        train_base(base)
-    judge = load_judge(told.judge, told.work)
-    bench = Bench(base, judge, told.work, known["steps"], known["batch_size"], known["pictures"])
-    record_part("behind", {**sizes, **measure(bench, told.seeds, known["rates"]["lora"])}, told.results)
+    rows = measure(prepared(told, sizes), told.seeds, known["rates"]["lora"])
+    record_part("behind", {**sizes, **rows}, told.results)
 
 
 if __name__ == "__main__":

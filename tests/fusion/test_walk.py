@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -94,7 +96,9 @@ def whole(monkeypatch: pytest.MonkeyPatch, *args: Any) -> dict[str, Any]:
     with monkeypatch.context() as patch:
         walked = Walk.go_to
         patch.setattr(Walk, "go_to", lambda *a: never() if a[0].chains else walked(*a))
-        return merged(*args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return merged(*args)
 
 
 @pytest.mark.parametrize("rule", [Match(), Sequential()], ids=lambda rule: rule.name)
@@ -121,7 +125,8 @@ def test_blocks_that_are_through_are_not_run_again(skips: bool, monkeypatch: pyt
     names = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     batches = {str(task): [{"x": torch.randn(4, 5, WIDTH)} for _ in range(7)] for task in range(2)}
     parts = updates(model, names, 2)
-    short = merged(Match(), model, parts, batches)
+    with pytest.warns(UserWarning, match="none can be left out") if skips else nullcontext():
+        short = merged(Match(), model, parts, batches)
     ran = calls.total()
     slow = whole(monkeypatch, Match(), model, parts, batches)
     for layer, update in slow.items():
@@ -129,6 +134,14 @@ def test_blocks_that_are_through_are_not_run_again(skips: bool, monkeypatch: pyt
     rest = calls.total() - ran
     assert ran > rest if skips else ran < 0.5 * rest, (ran, rest)
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_an_error_of_the_model_itself_is_told() -> None:
+    model = Chained(skips=False)
+    parts = updates(model, ["blocks.1.first", "blocks.4.second"], 1)
+    broken = [{"x": torch.randn(4, 5, WIDTH)}, {"x": torch.randn(4, 5, WIDTH + 1)}]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fuses_behind.fuse_behind(Match(), model, parts, {"0": 1.0}, {"0": broken})
 
 
 @pytest.mark.parametrize(

@@ -57,23 +57,32 @@ class Looks:
         from ..runs import pipeline_base
         from .terminal import Console
 
-        console, runs = Console(stderr=True), [path for path in self.examples if path not in self.texts]
+        console, of = Console(stderr=True), None
         neutral = [] if self.keep is None else self.texts.get(self.keep, [])
-        found = pipeline_base(runs[0], neutral) if runs else None
-        if found is not None and len(runs) < len(self.examples):
-            wrong = next(path for path in self.examples if path in self.texts)
-            raise OptionError(
-                f"--examples {wrong}: it has texts, and {runs[0]} is a run of text_to_image. Name a run for each."
-            )
-        (model, kept), of = found or (None, []), None
-        if model is None:
-            model, of = open_base(self.adapters[0], self.base)
+        if self._are_pipelines():
+            model, kept = pipeline_base(self.examples[0], neutral)
+        else:
+            (model, of), kept = open_base(self.adapters[0], self.base), []
         return {
             "model": model,
             "examples": [self._batches(path, of) for path in self.examples],
             "keep": None if self.keep is None else kept or self._batches(self.keep, of),
             "on_layers": lambda done, layers: console.print(f"merged {done} of {layers} layers"),
         }
+
+    def _are_pipelines(self) -> bool:
+        """Ask whether the examples are runs of a pipeline; `OptionError` where only some are."""
+        from ..runs import is_pipeline
+
+        given = [*self.examples, *([self.keep] if self.keep is not None and self.keep.is_dir() else [])]
+        pipelines = [path for path in given if path.is_dir() and is_pipeline(path)]
+        others = [path for path in given if path not in pipelines]
+        if pipelines and others:
+            raise OptionError(
+                f"{others[0]}: it has examples of another kind than {pipelines[0]}, which is a run of text_to_image. "
+                f"Name a run of text_to_image for each adapter."
+            )
+        return bool(pipelines)
 
     def _batches(self, path: Path, of: Any) -> list[dict[str, Any]]:
         from ..checkpoint import load_tokenizer
@@ -89,13 +98,18 @@ class Looks:
         """Get the Gram matrices of every adapter's own examples, with that adapter on the base."""
         from ..export.source import open_adapted
         from ..fusion import collect_grams
+        from ..runs import pipeline_base
+        from ..tuner import load_attached
         from .progress import Stages
         from .terminal import Console
 
-        found = []
+        found, pipelines = [], self._are_pipelines()
         with Stages(Console(stderr=True)) as stages:
             for path, given in zip(self.adapters, self.examples, strict=True):
-                model, of = open_adapted(path, self.base)
+                if pipelines:
+                    model, of = load_attached(pipeline_base(given)[0], path), None
+                else:
+                    model, of = open_adapted(path, self.base)
                 batches = self._batches(given, of)
                 step = stages.begin(f"examples of {path.name}", len(batches))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,7 +66,12 @@ def fuse_behind(
     with in_eval_mode(model):
         try:
             fused = _walked(rule, walk, layers, shares, tasks, own, on_layers)
-        except NotAChainError:  # the same merge, each layer reached from the start
+        except NotAChainError:
+            warnings.warn(
+                f"{type(model).__name__}: its blocks do not only feed the next one, so none can be left out. The merge "
+                f"begins again and reaches each layer from the start, which takes longer.",
+                stacklevel=2,
+            )
             fused = _walked(rule, walk, layers, shares, tasks, own, on_layers, leave_out=False)
     return {layer: fused[layer] for layer in layers}
 
@@ -85,14 +91,14 @@ def _walked(
     runs = {task: [Forward(merged, batch) for batch in batches] for task, batches in tasks.items()}
     theirs = {task: [Forward(own[task], batch) for batch in batches] for task, batches in tasks.items()}
     looked = [run for task in tasks for run in runs[task] + (theirs[task] if rule.compares else [])]
-    for group in walk.groups([batches[0] for batches in tasks.values()], leave_out):
-        walk.go_to(group, looked)
+    for stage in walk.stages([batches[0] for batches in tasks.values()], leave_out):
+        walk.go_to(stage, looked)
         seen = {task: _Sums() for task in tasks}
         for task, sums in seen.items():
             for run, alone in zip(runs[task], theirs[task], strict=True):
-                x_NI = walk.input_of(group.layers[0], run)
-                sums.add(walk.input_of(group.layers[0], alone) if rule.compares else x_NI, x_NI)
-        for layer in group.layers:
+                x_NI = walk.input_of(stage.layers[0], run)
+                sums.add(walk.input_of(stage.layers[0], alone) if rule.compares else x_NI, x_NI)
+        for layer in stage.layers:
             parts = [_looked_at(layers[layer], task, sums, walk.modules[layer]) for task, sums in seen.items()]
             fused[layer] = rule.fuse(parts, [shares[part.adapter] for part in parts])
             merged[layer] = _placed(fused[layer].delta, *walk.at)

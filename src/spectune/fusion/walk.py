@@ -57,9 +57,9 @@ class _Chain:
 class Walk:
     """The base model, run with updates added to its layers; nothing in it is changed.
 
-    `go_to` keeps what the blocks before a group of layers give, on the CPU, and later runs start there: to see every
-    layer of L blocks then takes a few forwards of the model, and not some multiple of L. The blocks are the modules of
-    a ModuleList of which each takes the output of the one before; whatever else the model does runs each time.
+    `go_to` keeps what the blocks before a stage give, on the CPU, and later runs start there: seeing every layer then
+    takes a few forwards of the model, however many blocks it has. The blocks are the modules of a ModuleList of which
+    each takes the output of the one before; whatever else the model does runs each time.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class Walk:
         first = next(self.model.parameters())
         return first.device, first.dtype
 
-    def groups(self, batches: Iterable[Inputs], leave_out: bool = True) -> list[Stage]:
+    def stages(self, batches: Iterable[Inputs], leave_out: bool = True) -> list[Stage]:
         """Get the layers in the order of a forward pass, and find the blocks that can be left out."""
         traces = [self._trace(batch) for batch in batches]
         missing = sorted(self.modules.keys() - {layer for layer, *_ in traces[0].layers})
@@ -82,22 +82,22 @@ class Walk:
             raise OptionError(f"{missing[0]}: no example went through this layer. Pass examples that use it.")
         lists = [trace.chains(self.model) for trace in traces] if leave_out else [[]]
         self.chains = [_Chain(blocks) for blocks in lists[0]] if all(one == lists[0] for one in lists) else []
-        return traces[0].groups([chain.blocks for chain in self.chains])
+        return traces[0].stages([chain.blocks for chain in self.chains])
 
-    def go_to(self, group: Stage, runs: Sequence[Forward]) -> None:
-        """Start all later runs behind the blocks that come before this group.
+    def go_to(self, stage: Stage, runs: Sequence[Forward]) -> None:
+        """Start all later runs behind the blocks that come before this stage.
 
-        `NotAChainError` if a layer of the group then gets something else in one of the runs, each time another one.
+        `NotAChainError` if a layer of the stage then gets something else in one of the runs, each time another one.
         """
         moved = False
-        for chain, through in zip(self.chains, group.through, strict=True):
+        for chain, through in zip(self.chains, stage.through, strict=True):
             if through > chain.passed:
                 chain.held = {run: self._output_of(chain.blocks[through - 1], run) for run in runs}
                 chain.passed, moved = through, True
         if moved:
             run = runs[self.checks % len(runs)]
             self.checks += 1
-            short_NI, whole_NI = self.input_of(group.layers[0], run), self._input_of(group.layers[0], run)
+            short_NI, whole_NI = self.input_of(stage.layers[0], run), self._input_of(stage.layers[0], run)
             same = short_NI.shape == whole_NI.shape
             if not same or (short_NI - whole_NI).norm() > SAME * whole_NI.norm():
                 raise NotAChainError
@@ -155,10 +155,10 @@ class Walk:
                         stack.enter_context(_returning(block, output))
             try:
                 yield
-            except OptionError:
-                raise
-            except Exception as error:  # one of the whole model's own comes again when nothing is left out
-                raise NotAChainError from error
+            except Exception as error:
+                if isinstance(error, OptionError) or not any(chain.passed for chain in self.chains):
+                    raise
+                raise NotAChainError from error  # an error of the model's own comes again when nothing is left out
 
     def _trace(self, batch: Inputs) -> _Trace:
         trace = _Trace()
@@ -170,6 +170,7 @@ class Walk:
                 stack.callback(block.register_forward_pre_hook(trace.entered, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(trace.left).remove)
             self.model(**batch)
+        trace.keep.clear()
         return trace
 
 
@@ -184,7 +185,7 @@ class _Trace:
     forms: dict[nn.Module, Any] = field(default_factory=dict)
     """Block -> the shapes in its output."""
     keep: list[torch.Tensor] = field(default_factory=list)
-    """So that no address is used twice."""
+    """So that no address is used twice in this forward."""
 
     def layer(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -224,16 +225,16 @@ class _Trace:
         alike = called and all(self.forms[block] == self.forms[blocks[0]] for block in blocks)
         return alike and all(given is not None and given == taken for (_, given), (_, taken) in keys)
 
-    def groups(self, chains: Sequence[Sequence[nn.Module]]) -> list[Stage]:
+    def stages(self, chains: Sequence[Sequence[nn.Module]]) -> list[Stage]:
         """Get the layers with one input together, in the order of the forward."""
-        groups: list[Stage] = []
+        stages: list[Stage] = []
         for place, (layer, found, ended) in enumerate(self.layers):
             if place and found == self.layers[place - 1][1]:
-                groups[-1] = Stage((*groups[-1].layers, layer), groups[-1].through)
+                stages[-1] = Stage((*stages[-1].layers, layer), stages[-1].through)
             else:
                 done = [block for block, _ in self.outputs[:ended]]
-                groups.append(Stage((layer,), tuple(sum(block in done for block in blocks) for blocks in chains)))
-        return groups
+                stages.append(Stage((layer,), tuple(sum(block in done for block in blocks) for blocks in chains)))
+        return stages
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:

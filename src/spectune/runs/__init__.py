@@ -3,6 +3,7 @@
 from .company import Kept as Kept
 from .company import load_with as load_with
 from .drawn_examples import examples_of as examples_of
+from .drawn_examples import is_pipeline as is_pipeline
 from .drawn_examples import pipeline_base as pipeline_base
 from .dry_run import DryRun as DryRun
 from .dry_run import dry_run as dry_run

@@ -33,15 +33,15 @@ def examples_of(run: str | Path, count: int = EXAMPLES) -> list[dict[str, Any]]:
     return [recipe.seen(model, batch) for batch in batches]
 
 
-def pipeline_base(run: str | Path, prompts: Sequence[str] = ()) -> tuple[nn.Module, list[dict[str, Any]]] | None:
-    """Get the untouched module that a run's adapter is on, and what it is called with while the base draws prompts.
+def is_pipeline(run: str | Path) -> bool:
+    """Ask whether the module with a run's adapter gets its inputs from other parts of a pipeline."""
+    return recipe_of(Run.open(run)).in_pipeline
 
-    None for a run whose model gets its examples directly.
-    """
+
+def pipeline_base(run: str | Path, prompts: Sequence[str] = ()) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Get the untouched module that a pipeline's adapter is on, and what it is called with while it draws prompts."""
     recipe = recipe_of(Run.open(run))
-    if not recipe.in_pipeline:
-        return None
-    model = recipe.build_model().eval()
+    model = recipe.build_model().to(join().device).eval()
     return recipe.carrier(model), recipe.seen_while_drawing(model, prompts) if prompts else []
 
 
